@@ -1,0 +1,141 @@
+"""Configuration of nanollada's language models: one `model_type` for the AR and the diffusion variant."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+@strict
+class NanoLLaDAConfig(PreTrainedConfig):
+    r"""
+    Shape of a nanollada model. The defaults are Nano-LLaDA's: 32M parameters, 8 layers, width 512, 6,400 tokens.
+
+    Whether attention is causal is decided by the model class ([`NanoLLaDAForCausalLM`] or [`NanoLLaDAForMaskedLM`]) and
+    by `block_length`; a key `is_causal` is neither kept nor read.
+
+    Args:
+        vocab_size (`int`, defaults to 6400): Number of tokens, `mask_token_id` included.
+        hidden_size (`int`, defaults to 512): Width of the residual stream.
+        intermediate_size (`int`, defaults to 1408): Width of the SwiGLU layer.
+        num_hidden_layers (`int`, defaults to 8): Number of blocks.
+        num_attention_heads (`int`, defaults to 8): Number of query heads.
+        num_key_value_heads (`int`, *optional*): Number of key/value heads; fewer than query heads is grouped-query
+            attention. Defaults to `num_attention_heads`.
+        head_dim (`int`, *optional*): Width of a head. Defaults to `hidden_size // num_attention_heads`.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gate.
+        max_position_embeddings (`int`, defaults to 32768): Longest sequence the model is meant for.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        rms_norm_eps (`float`, defaults to 1e-5): Epsilon of every RMSNorm.
+        use_cache (`bool`, defaults to `True`): Whether the AR model returns its key/value cache.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+        rope_parameters (`dict`, *optional*): RoPE, transformers' dictionary: `rope_type` ("default", "linear",
+            "dynamic", "yarn", "llama3", "longrope"), `rope_theta` (1e6) and the type's own keys, e.g. YaRN's
+            `{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}`.
+        attention_bias (`bool`, defaults to `False`): Whether the attention projections have a bias.
+        attention_dropout (`float`, defaults to 0.0): Dropout on the attention probabilities.
+        hidden_dropout (`float`, defaults to 0.0): Dropout on what each attention and MLP adds to the residual stream.
+        block_length (`int`, *optional*): Block length of a block-diffusion model, the default of `forward` and
+            `generate`: full attention inside a block, and to all blocks before it. `None` is one block, the full row.
+        mask_token_id (`int`, defaults to 3): The token that stands for a hidden one. Never predicted.
+        pad_token_id, bos_token_id, eos_token_id (`int`, defaults to 0, 1, 2): As everywhere in transformers.
+
+    Raises:
+        `ValueError`: for sizes that are not positive or don't divide, probabilities outside [0, 1), and token ids
+            outside the vocabulary or used twice.
+    """
+
+    model_type = "nanollada"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1e6
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    block_length: int | None = None
+    mask_token_id: int = 3
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("is_causal", None)  # derived from the class, so a stale key must not reach the attention
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                "`num_attention_heads` must divide `hidden_size` when `head_dim` is not given, "
+                f"got {self.num_attention_heads} and {self.hidden_size}",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # completed in place below; the caller's stays as it is
+        super().__post_init__(**kwargs)
+        self._check_shape()
+        self._check_special_tokens()
+
+    def _check_shape(self):
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*positive, "num_key_value_heads", "head_dim", "max_position_embeddings", "block_length"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"`{name}` must be > 0, got {value}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            _require(getattr(self, name) > 0, f"`{name}` must be > 0, got {getattr(self, name)}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"`{name}` must lie in [0, 1), got {getattr(self, name)}")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "`num_key_value_heads` must divide `num_attention_heads`, "
+            f"got {self.num_key_value_heads} and {self.num_attention_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"`head_dim` must be even (RoPE turns pairs), got {self.head_dim}")
+        rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+        rope_type = self.rope_parameters["rope_type"]
+        _require(rope_type in rope_types, f"`rope_type` must be one of {', '.join(rope_types)}, got {rope_type!r}")
+
+    def _check_special_tokens(self):
+        for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            for token_id in ids:
+                _require(
+                    0 <= token_id < self.vocab_size,
+                    f"`{name}` must lie in [0, `vocab_size`), got {value} and {self.vocab_size}",
+                )
+                _require(
+                    name == "mask_token_id" or token_id != self.mask_token_id,
+                    f"`mask_token_id` must differ from `{name}`, got {self.mask_token_id} for both",
+                )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+NanoLLaDAConfig.register_for_auto_class()

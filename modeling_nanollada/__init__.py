@@ -1,0 +1,25 @@
+"""The models. Importing this package registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .configuration_nanollada import NanoLLaDAConfig
+from .modeling_nanollada import (
+    NanoLLaDAForCausalLM,
+    NanoLLaDAForMaskedLM,
+    NanoLLaDAModel,
+    NanoLLaDAPreTrainedModel,
+)
+
+# Of a tuple, the Auto classes take the one that `config.architectures` names.
+AutoConfig.register("nanollada", NanoLLaDAConfig)
+AutoModel.register(NanoLLaDAConfig, (NanoLLaDAModel, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM))
+AutoModelForCausalLM.register(NanoLLaDAConfig, (NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM))
+AutoModelForMaskedLM.register(NanoLLaDAConfig, NanoLLaDAForMaskedLM)
+
+__all__ = [
+    "NanoLLaDAConfig",
+    "NanoLLaDAForCausalLM",
+    "NanoLLaDAForMaskedLM",
+    "NanoLLaDAModel",
+    "NanoLLaDAPreTrainedModel",
+]

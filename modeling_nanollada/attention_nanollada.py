@@ -1,0 +1,102 @@
+"""Who may attend to whom: every attention mask of the package, from documents, blocks and padding.
+
+One rule serves all: a query sees a key if both belong to the same document, if the key's block does not come after the
+query's, and if the key is no padding. AR is the rule with blocks of one token (plain causal attention), LLaDA 1.0 and
+MDLM the rule with one block, block diffusion everything between.
+"""
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
+
+
+def create_attention_mask(
+    config,
+    inputs_embeds: torch.Tensor,
+    *,
+    is_causal: bool,
+    block_length: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    past_key_values: Cache | None = None,
+):
+    """
+    The mask for transformers' attention interface, in the form that `config._attn_implementation` takes.
+
+    Args:
+        config ([`NanoLLaDAConfig`]): Only its attention implementation is read.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch, query_length, hidden_size)`): Gives sizes and device.
+        is_causal (`bool`): Token-causal attention (AR). Otherwise blocks decide.
+        block_length (`int`, *optional*): Block length of the block-causal rule; blocks are cut at multiples of it from
+            each document's start, by `position_ids`. `None` or a block that covers every position: full attention.
+        attention_mask (`torch.Tensor` of shape `(batch, key_length)`, *optional*): 1 for tokens, 0 for padding. A
+            mask of four dimensions is taken as it is.
+        document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Documents of a packed row; attention
+            stays inside one.
+        position_ids (`torch.LongTensor` of shape `(batch, query_length)`, *optional*): Positions inside the document.
+        past_key_values (`Cache`, *optional*): Keys that come before the queries.
+
+    Returns:
+        `torch.Tensor`, `BlockMask` or `None` (nothing is hidden, or the kernel does plain causal attention itself).
+
+    Raises:
+        `ValueError`: for documents or blocks with an attention implementation that can't express them (flash
+            attention), and for documents together with a cache.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    rules = []
+    if document_ids is not None:
+        if past_length:
+            raise ValueError(
+                "`document_ids` mark packed rows, which have no cache: `past_key_values` must be empty, "
+                f"got {past_length} cached tokens"
+            )
+        rules.append(_same_document(document_ids))
+    if not is_causal and block_length is not None:
+        positions = _key_positions(inputs_embeds, attention_mask, position_ids, past_length)  # [B, K]
+        rules.append(_block_causal(positions // block_length))
+    if rules and config._attn_implementation.startswith(("flash", "kernels-community")):
+        raise ValueError(
+            "`attn_implementation` must be 'sdpa', 'eager' or 'flex_attention' for packed documents and for blocks, "
+            f"got {config._attn_implementation!r}"
+        )
+    build = create_causal_mask if is_causal else create_bidirectional_mask
+    return build(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=and_masks(*rules) if rules else None,
+    )
+
+
+def _key_positions(inputs_embeds, attention_mask, position_ids, past_length):
+    """`[B, K]` (or `[1, K]`): every key's position in its document, cached ones included; padding counts as 0."""
+    if past_length == 0 and position_ids is not None:
+        return position_ids
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(past_length + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+
+
+def _same_document(document_ids: torch.LongTensor):
+    """Mask function of transformers' masking interface; indices broadcast."""
+
+    def rule(batch, head, query, key):
+        return document_ids[batch, query] == document_ids[batch, key]
+
+    return rule
+
+
+def _block_causal(block_ids: torch.LongTensor):
+    """Mask function: the key's block is the query's or an earlier one."""
+    rows = block_ids.shape[0]
+
+    def rule(batch, head, query, key):
+        row = batch % rows  # positions shared by the whole batch come as one row
+        return block_ids[row, key] <= block_ids[row, query]
+
+    return rule

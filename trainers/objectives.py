@@ -1,0 +1,78 @@
+"""Losses as pure functions of logits: sums over tokens, to be divided by the step's number of *targets*."""
+
+import torch
+from torch.nn import functional as F
+
+
+def token_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """
+    Cross-entropy of each token in nats, in float32 or better.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores; −inf for what can't be predicted.
+        targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none")  # [N]
+
+
+def weighted_loss(
+    logits: torch.Tensor,
+    targets: torch.LongTensor,
+    weights: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int,
+) -> torch.Tensor:
+    """
+    Σ weight·CE / `num_items_in_batch`: the one reduction of the package, for AR (weight 1) and diffusion alike.
+
+    The denominator is the number of target tokens of the whole optimizer step, over accumulation and ranks, so that
+    the gradient does not depend on how the step was split. It is never the number of masked tokens: that ratio
+    estimates another objective, ∫ 2t·ℓ(t) dt.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores at the supervised positions only.
+        targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens there.
+        weights (`torch.Tensor` of shape `(tokens,)`, *optional*): Their weights; one each by default.
+        num_items_in_batch (`torch.Tensor` or `int`): Target tokens of the optimizer step.
+    """
+    losses = token_cross_entropy(logits, targets)  # [N]
+    if weights is not None:
+        losses = losses * weights.to(losses.dtype)
+    return losses.sum() / num_items_in_batch
+
+
+def repetition_unlikelihood(
+    logits: torch.Tensor,
+    input_ids: torch.LongTensor,
+    masked_indices: torch.BoolTensor,
+    min_run: int = 2,
+) -> torch.Tensor:
+    """
+    Unlikelihood (Welleck et al., 2019) of runs that the model itself would write.
+
+    The draft is what the model would commit now: visible tokens, and its argmax at the masked ones. A masked position
+    is penalised with −log(1 − p(draft token)) if it ends a run of at least `min_run` equal draft tokens *and* the
+    draft token is wrong there. Right repeats ("ha ha") are never pushed down.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(masked tokens, vocab_size)`): Scores at the masked positions.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): The clean ids.
+        masked_indices (`torch.BoolTensor` of shape `(batch, length)`): The masked positions.
+        min_run (`int`, defaults to 2): Shortest run that counts.
+
+    Returns:
+        `torch.Tensor`: the sum over penalised positions, to be divided by the step's targets like every loss.
+    """
+    draft = input_ids.clone()
+    draft[masked_indices] = logits.argmax(-1)
+    run = torch.ones_like(draft, dtype=torch.bool)  # whether the last `min_run` draft tokens are equal, at each place
+    for distance in range(1, min_run):
+        same = torch.zeros_like(run)
+        same[:, distance:] = draft[:, distance:] == draft[:, :-distance]
+        run = run & same
+    penalised = (run & (draft != input_ids))[masked_indices]  # [N]
+    log_probs = logits[penalised].log_softmax(-1)
+    chosen = log_probs.gather(-1, draft[masked_indices][penalised][:, None])[:, 0]
+    # log(1 − p) by log1p, away from p = 1, where it has no gradient worth taking
+    return -torch.log1p(-chosen.exp().clamp(max=1 - 1e-6)).sum()
