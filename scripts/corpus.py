@@ -1,0 +1,500 @@
+"""A corpus from what every Python installation has: documentation as prose, questions about it, and 4×4 sudoku.
+
+Nothing is downloaded and no module is imported to be read: docstrings are taken from source files with `ast`, long
+descriptions from the packages' metadata. For a given seed and environment the files come out byte for byte the same.
+"""
+
+import ast
+import gc
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+# The packages that are read where installed: public projects that nanollada or its requirements need. Anything else in
+# an environment, perhaps private, adds nothing to a corpus that may be published.
+PACKAGES = """torch transformers numpy datasets trl accelerate peft huggingface-hub pandas sympy networkx tqdm jinja2
+tokenizers safetensors pyarrow fsspec mpmath filelock packaging psutil regex rich pydantic click setuptools""".split()
+# Folders that hold tests, generated or vendored code: their docstrings say little or are somebody else's.
+SKIPPED_FOLDERS = """test tests testing _testing test_utils idlelib lib2to3 turtledemo encodings ensurepip pydoc_data
+site-packages dist-packages __pycache__ _vendor _internal ..""".split()
+MIN_CHARACTERS, MAX_CHARACTERS, MAX_ANSWER_CHARACTERS = 200, 4000, 120
+# Raised whenever this file would write other rows for the same arguments, so that an old folder is built anew.
+CORPUS_VERSION = 1
+FUNCTION_WORDS = """a an and are as at be been but by can do does each for from has have if in into is it its may more
+must no not of on one only or other should so such than that the their them then there these they this to used using
+was when where which will with you your""".split()
+
+
+class DocumentedObject(NamedTuple):
+    """A module, class, function or method and its docstring. `arguments` is None for modules and classes."""
+
+    kind: str
+    name: str
+    module: str
+    docstring: str
+    arguments: tuple[str, ...] | None = None
+
+
+class Documentation(NamedTuple):
+    """What was read: `{"text", "source"}` rows, documented objects, versions, licenses and counts of packages."""
+
+    documents: list[dict[str, str]]
+    objects: list[DocumentedObject]
+    packages: dict[str, dict]
+    unreadable_files: list[str]
+
+
+class _Unit(NamedTuple):
+    """One thing to read: a source file (`path`, `module`) or a `text` that is already in hand."""
+
+    package: str
+    name: str
+    module: str = ""
+    path: Path | None = None
+    text: str = ""
+
+
+def _plain(markup: str) -> str:
+    """Markdown, Sphinx and Hugging Face markup reduced to text with `code`; images, comments and code blocks go."""
+    text = re.sub(r"^ *(```|~~~).*?^ *\1[^\n]*$|<!--.*?-->", "\n\n", inspect.cleandoc(markup), flags=re.S | re.M)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)  # Markdown images
+    text = re.sub(r"\[([^\]\n]+)\]\([^)\s]+\)", r"\1", text)  # Markdown links
+    text = re.sub(r"\[(`[^`\n]+`)\]", r"\1", text)  # [`Class`] of Hugging Face docstrings
+    text = re.sub(r":[a-zA-Z:]+:`[~!.]*([^`<]+?)(?:\s*<[^`>]*>)?`", r"`\1`", text)  # Sphinx roles
+    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)  # reST links
+    return re.sub(r"``([^`]+)``", r"`\1`", text).replace("::\n", ":\n")
+
+
+def prose_paragraphs(docstring: str) -> list[str]:
+    """The paragraphs of a docstring or README that read as English sentences, markup simplified, lines joined.
+
+    Code, doctests, tables, headings and anything with a URL or a special token (`<|…|>`) are left out.
+    """
+    paragraphs = (_joined_lines(part) for part in re.split(r"\n\s*\n", _plain(docstring)))
+    return [paragraph for paragraph in paragraphs if _is_prose(paragraph)]
+
+
+def _joined_lines(paragraph: str) -> str:
+    """Lines joined but before list items and `name (type):`; empty for what its first signs show as code or table."""
+    lines = [line.strip() for line in paragraph.strip().splitlines()]
+    if any(re.match(r">>>|\.\. |[|+#<@$]|:\w+|[-=~^*_]{3,}", line) for line in lines):
+        return ""
+    text = re.sub(r"(\w-)\n(?=[a-z])", r"\1", "\n".join(lines))  # fixed-\npoint
+    text = re.sub(r"\n(?![-*•] |\d+[.)] |[`*]*[\w.]+[`*]*( \([^)\n]*\))?:(\s|$))", " ", text)
+    return re.sub(r"[ \t]+", " ", text).strip()
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether a joined paragraph is English prose: sentence-like ends, mostly letters, a fair part function words."""
+    if len(paragraph) > MAX_CHARACTERS - MIN_CHARACTERS - 2 or re.search(r"://|<\||\|>", paragraph):
+        return False
+    if not paragraph.replace("\n", "").isprintable() or not re.match(r"[A-Z`\"'(*-]|\d+[.)] ", paragraph):
+        return False
+    words = re.findall(r"[A-Za-z']+", paragraph)
+    letters = len(re.sub(r"[^A-Za-z\s]+", "", paragraph))
+    function_words = sum(word.lower() in FUNCTION_WORDS for word in words)
+    ends = re.search(r"[.!?)]['\"`)]*$", paragraph) is not None
+    return ends and len(words) >= 8 and letters >= 0.85 * len(paragraph) and function_words >= 0.22 * len(words)
+
+
+def _new_paragraphs(docstring: str, seen: set[str]) -> list[str]:
+    """Prose not in `seen`; copied docstrings often differ in names and numbers only, so plain words are compared."""
+    new = {}
+    for paragraph in prose_paragraphs(docstring):
+        words = re.findall(r"(?<![\w`.])[a-z]+(?![\w`])", paragraph)
+        key = hashlib.sha256(" ".join(words).encode()).hexdigest()
+        if key not in seen:
+            new[key] = paragraph
+            seen.add(key)
+    return list(new.values())
+
+
+def _walk(node: ast.AST, name: str, module: str) -> Iterator[DocumentedObject]:
+    """The module, its top-level classes and functions, and the classes' methods, in source order."""
+    docstring = ast.get_docstring(node, clean=False)
+    function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    if docstring:
+        kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+        kind = "method" if kind == "function" and name.count(".") > module.count(".") + 1 else kind
+        yield DocumentedObject(kind, name, module, docstring, _argument_names(node.args) if function else None)
+    if function:
+        return
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _walk(child, f"{name}.{child.name}", module)
+
+
+def _argument_names(arguments: ast.arguments) -> tuple[str, ...]:
+    names = [argument.arg for argument in arguments.posonlyargs + arguments.args]
+    names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    names += [argument.arg for argument in arguments.kwonlyargs]
+    names += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    return tuple(name for name in names if name not in ("self", "cls", "mcs"))
+
+
+def _read_objects(unit: _Unit) -> list[DocumentedObject]:
+    """Raises OSError, SyntaxError, ValueError or RecursionError for a file that cannot be read or parsed."""
+    source = unit.path.read_bytes()
+    # Parsing is the slow part, so a file is parsed only if a fair part of it looks like docstrings.
+    documented = sum(len(match.group()) for match in re.finditer(rb'("""|\'\'\').+?\1', source, re.S))
+    if documented < 400 or documented < 0.08 * len(source):
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+        return list(_walk(ast.parse(source), unit.module, unit.module))
+
+
+def _texts(named: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
+    """Documents of 200–4000 characters from (name, paragraphs): short entries share one, long ones are split."""
+    short = []
+    for name, paragraphs in named:
+        if sum(map(len, paragraphs)) < MIN_CHARACTERS:
+            short += [f"`{name}`: {paragraph}" for paragraph in paragraphs[:1]] + paragraphs[1:]
+            continue
+        yield from _pieces([name, *paragraphs])
+    yield from _pieces(short)
+
+
+def _pieces(paragraphs: list[str]) -> Iterator[str]:
+    piece = ""
+    for paragraph in paragraphs:
+        if len(piece) + len(paragraph) + 2 > MAX_CHARACTERS:
+            yield piece
+            piece = ""
+        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+    if len(piece) >= MIN_CHARACTERS:
+        yield piece
+
+
+def _source_unit(package: str, file: Path, path: Path) -> _Unit:
+    parts = file.parent.parts if file.stem == "__init__" else file.with_suffix("").parts
+    return _Unit(package, file.as_posix(), ".".join(parts), path)
+
+
+def _library_units(root: Path) -> list[_Unit]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders).difference(SKIPPED_FOLDERS)
+        files += [Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
+    return [_source_unit("python", file, root / file) for file in sorted(files)]
+
+
+def _topic_units(root: Path) -> list[_Unit]:
+    """The language reference's topics, as `help("for")` shows them; none where Python comes without them."""
+    path = root / "pydoc_data" / "topics.py"
+    if not path.exists():
+        return []
+    tables = [
+        node.value for node in ast.parse(path.read_bytes()).body if isinstance(getattr(node, "value", 0), ast.Dict)
+    ]
+    topics = [item for table in tables for item in ast.literal_eval(table).items()]
+    return [_Unit("python", f"topics/{name}", text=text) for name, text in sorted(topics)]
+
+
+def _package_units(name: str, distribution: importlib.metadata.Distribution) -> list[_Unit]:
+    description = distribution.metadata.get("Description") or distribution.metadata.get_payload() or ""
+    sources = sorted(file for file in map(Path, distribution.files or ()) if file.suffix == ".py")
+    sources = [file for file in sources if not set(SKIPPED_FOLDERS).intersection(file.parts)]
+    units = [_source_unit(name, file, Path(distribution.locate_file(file))) for file in sources]
+    return [_Unit(name, "description", text=description), *units]
+
+
+def _stated_license(distribution: importlib.metadata.Distribution) -> str:
+    metadata = distribution.metadata
+    classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier") or () if c.startswith("License ::")]
+    first_line = (metadata.get("License") or "").strip().split("\n")[0][:80]
+    return metadata.get("License-Expression") or first_line or ", ".join(classifiers) or "not stated"
+
+
+def read_documentation(max_bytes: int, seed: int = 42) -> Documentation:
+    """Reads documents until `max_bytes` (UTF-8) of text are found or the sources end.
+
+    Sources take turns: topics of the language reference, files of the standard library, and files of `PACKAGES`. A
+    paragraph that was seen before (names and numbers aside) is left out.
+
+    Raises a ValueError if `max_bytes` is negative.
+    """
+    if max_bytes < 0:
+        raise ValueError(f"`max_bytes` must not be negative, got {max_bytes}")
+    rng = random.Random(f"{seed}/documentation")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    installed = ((name, next(iter(importlib.metadata.distributions(name=name)), None)) for name in PACKAGES)
+    distributions = {name: distribution for name, distribution in installed if distribution is not None}
+    queues = [_topic_units(library), _library_units(library)]
+    queues += [_package_units(name, distribution) for name, distribution in distributions.items()]
+    for queue in queues:
+        rng.shuffle(queue)
+    stated = {name: {"version": d.version, "license": _stated_license(d)} for name, d in distributions.items()}
+    stated["python"] = {"version": platform.python_version(), "license": "PSF-2.0"}
+    found = Documentation([], [], {name: facts | {"documents": 0, "bytes": 0} for name, facts in stated.items()}, [])
+    packages = itertools.chain.from_iterable(itertools.zip_longest(*queues[2:]))
+    units = itertools.chain.from_iterable(itertools.zip_longest(*queues[:2], filter(None, packages)))
+    collecting = gc.isenabled()
+    gc.disable()  # parsing allocates many small nodes: it takes two thirds of the time without the collector
+    try:
+        _collect(filter(None, units), max_bytes, found)
+    finally:
+        if collecting:
+            gc.enable()
+    rng.shuffle(found.documents)
+    return found
+
+
+def _collect(units: Iterable[_Unit], left: int, found: Documentation) -> None:
+    """Adds to `found` until `left` bytes are used up."""
+    seen: set[str] = set()
+    progress = tqdm(total=left, desc="documentation", unit="B", unit_scale=True)
+    for unit in units:
+        if left < MIN_CHARACTERS:
+            break
+        try:
+            objects = _read_objects(unit) if unit.path else []
+        except (OSError, SyntaxError, ValueError, RecursionError):  # e.g. a template, or syntax of a newer Python
+            found.unreadable_files.append(f"{unit.package}: {unit.name}")
+            continue
+        found.objects.extend(objects)
+        entries = [(o.name, o.docstring) for o in objects] or [(unit.name.removeprefix("topics/"), unit.text)]
+        for text in _texts([(name, _new_paragraphs(markup, seen)) for name, markup in entries]):
+            size = len(text.encode())
+            if size <= left:  # else a later, shorter one may still fit
+                left -= size
+                progress.update(size)
+                found.documents.append({"text": text, "source": f"{unit.package}: {unit.name}"})
+                found.packages[unit.package]["documents"] += 1
+                found.packages[unit.package]["bytes"] += size
+    progress.close()
+
+
+def documentation_texts(max_bytes: int, seed: int = 42) -> list[dict[str, str]]:
+    """Documents of English prose, `{"text": str, "source": "<package>: <file>"}`, at most `max_bytes` of UTF-8."""
+    return read_documentation(max_bytes, seed).documents
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring, at most 120 characters; empty if it starts with anything else."""
+    paragraph = _joined_lines(re.split(r"\n\s*\n", _plain(docstring))[0])
+    sentence = re.match(r"(.+?[.!?])(?=\s+[A-Z`(]|$)|.*", paragraph, re.S).group()
+    sentence = sentence if sentence.endswith((".", "!", "?")) else sentence + "."
+    plain = sentence.isascii() and sentence.isprintable()
+    plain = plain and not re.search(r"->|://|<\||\|>|[=:]\.$|\b(e\.g|i\.e|etc|vs)\.$", sentence)
+    sized = 15 <= len(sentence) <= MAX_ANSWER_CHARACTERS and len(sentence.split()) >= 3
+    return sentence if plain and sized and re.match(r"[A-Z][a-z]*\s", sentence) else ""
+
+
+def _questions(item: DocumentedObject) -> Iterator[tuple[str, str]]:
+    purpose = {"module": "What is the module `{}` for?", "class": "What is the class `{}`?"}
+    if summary := first_sentence(item.docstring):
+        yield purpose.get(item.kind, f"What does the {item.kind} `{{}}` do?").format(item.name), summary
+        yield f"Which {item.kind} has this description: {summary}", f"`{item.name}`"
+    if item.kind in ("class", "function"):
+        yield f"In which module is the {item.kind} `{item.name.rsplit('.', 1)[-1]}` defined?", f"`{item.module}`"
+    if item.arguments is not None:
+        listed = ", ".join(f"`{name}`" for name in item.arguments)
+        yield f"Which arguments does the {item.kind} `{item.name}` take?", listed or "None."
+
+
+def question_answer_rows(objects: Iterable[DocumentedObject], count: int, seed: int = 42) -> list[dict]:
+    """At most `count` TRL `messages` rows about public objects; answers have at most 120 characters.
+
+    A question with two different answers (a name that several modules define) or with its own answer in it is not
+    asked at all. Raises a ValueError if `count` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"`count` must not be negative, got {count}")
+    answers: dict[str, str | None] = {}
+    public = (item for item in objects if not any(part.startswith("_") for part in item.name.split(".")))
+    for question, answer in itertools.chain.from_iterable(map(_questions, public)):
+        if answers.setdefault(question, answer) != answer:
+            answers[question] = None
+    kept = {q: a for q, a in answers.items() if a is not None and a not in q and len(a) <= MAX_ANSWER_CHARACTERS}
+    pairs = random.Random(f"{seed}/questions").sample(sorted(kept.items()), len(kept))
+    return [{"messages": _messages(question, answer), "source": "documentation"} for question, answer in pairs[:count]]
+
+
+def _messages(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@cache
+def solutions() -> tuple[str, ...]:
+    """All 288 solved 4×4 boards in lexicographic order, each as 16 digits row by row, without a repeat in any unit."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    bands = [a + b for a in rows for b in rows if not set(a[:2]) & set(b[:2]) and not set(a[2:]) & set(b[2:])]
+    grids = (top + bottom for top in bands for bottom in bands)
+    return tuple(grid for grid in grids if all(len(set(grid[column::4])) == 4 for column in range(4)))
+
+
+@cache
+def _grids_with(cell: int, digit: str) -> int:
+    """The set of solved boards with `digit` in `cell` as the bits of an integer; a blank fits all."""
+    return sum(1 << index for index, grid in enumerate(solutions()) if digit in ("0", grid[cell]))
+
+
+def count_solutions(puzzle: str) -> int:
+    """The number of solved boards that agree with the clues of `puzzle`.
+
+    Raises a ValueError if `puzzle` is not 16 digits from 0 (blank) to 4.
+    """
+    if not re.fullmatch(r"[0-4]{16}", puzzle):
+        raise ValueError(f"`puzzle` must be 16 digits from 0 to 4, got {puzzle!r}")
+    fitting = (1 << len(solutions())) - 1
+    for cell, digit in enumerate(puzzle):
+        fitting &= _grids_with(cell, digit)
+    return fitting.bit_count()
+
+
+def is_valid_solution(puzzle: str, answer: str) -> bool:
+    """Whether `answer` is a solved board that keeps the clues of `puzzle`; malformed answers are just not valid."""
+    solvable = count_solutions(puzzle) > 0  # raises for a malformed puzzle
+    return solvable and answer in solutions() and all(c in ("0", a) for c, a in zip(puzzle, answer, strict=True))
+
+
+def split_grids(seed: int, held_out: int = 48) -> tuple[list[str], list[str]]:
+    """Splits the 288 solved boards into (training, held out) lists without a common board.
+
+    A held-out board is never an answer in training, and as every puzzle has one solution, no held-out puzzle is a
+    training puzzle. More than that it does not mean: 4×4 sudoku has only two essentially different boards (96 and 192
+    of the 288); renaming digits, swapping rows, columns or bands and transposing turn a held-out board into training
+    boards. A high score shows rules applied to unseen boards, not to a new kind of board.
+
+    Raises a ValueError if `held_out` is not between 1 and 287.
+    """
+    if not 1 <= held_out < len(solutions()):
+        raise ValueError(f"`held_out` must be between 1 and 287, got {held_out}")
+    grids = random.Random(f"{seed}/grids").sample(solutions(), len(solutions()))
+    return sorted(grids[held_out:]), sorted(grids[:held_out])
+
+
+def sudoku_rows(count: int, grids: Iterable[str], seed: int, min_blanks: int = 8, max_blanks: int = 12) -> list[dict]:
+    """`count` different puzzles with exactly one solution, which is one of `grids`.
+
+    Board, number of blanks and blank cells are drawn uniformly; a draw with a second solution is drawn again with the
+    same number of blanks. Cells stand side by side without spaces, so that each is one token where digits are split.
+
+    Returns:
+        Rows `{"messages", "puzzle", "answer", "source"}`: the user's message is "Sudoku " and the puzzle's 16 digits,
+        the assistant's the 16 digits of the solution, which are the answer too.
+
+    Raises:
+        ValueError: `count` is negative, `grids` holds no or a wrong board, `min_blanks` and `max_blanks` are not
+            0 < min ≤ max ≤ 12 (fewer than four clues never have one solution), or there are not `count` such puzzles.
+    """
+    grids = list(grids)
+    if count < 0:
+        raise ValueError(f"`count` must not be negative, got {count}")
+    if not grids or not set(grids) <= set(solutions()):
+        raise ValueError(f"`grids` must be solved 4×4 boards, at least one, got {grids[:3]}")
+    if not 0 < min_blanks <= max_blanks <= 12:
+        raise ValueError(f"`min_blanks`, `max_blanks` must be 0 < min ≤ max ≤ 12, got {min_blanks} and {max_blanks}")
+    rng = random.Random(f"{seed}/sudoku")
+    found: dict[str, dict] = {}
+    while len(found) < count:
+        blanks = rng.randint(min_blanks, max_blanks)
+        for _ in range(5000):  # far beyond bad luck: at 12 blanks one draw in twenty has one solution
+            grid, hidden = rng.choice(grids), set(rng.sample(range(16), blanks))
+            puzzle = "".join("0" if cell in hidden else digit for cell, digit in enumerate(grid))
+            if puzzle not in found and count_solutions(puzzle) == 1:
+                break
+        else:
+            raise ValueError(f"`count` must not exceed the puzzles on `grids` ({blanks} blanks ran out), got {count}")
+        row = {"messages": _messages(f"Sudoku {puzzle}", grid), "puzzle": puzzle, "answer": grid, "source": "sudoku"}
+        found[puzzle] = row
+    return list(found.values())
+
+
+def build_corpus(
+    folder: str | os.PathLike,
+    seed: int = 42,
+    max_bytes: int = 3_000_000,
+    sudoku_train: int = 20_000,
+    sudoku_test: int = 500,
+    qa_rows: int = 4_000,
+    held_out_grids: int = 48,
+    sudoku_text_share: float = 0.0,
+) -> dict:
+    """Writes `pretrain.jsonl`, `sft.jsonl`, `sudoku_test.jsonl` and, last, `facts.json`; returns the facts.
+
+    A folder whose facts name the same arguments and whose files still have the recorded digests is left as it is.
+
+    Args:
+        max_bytes: most UTF-8 bytes of documentation in `pretrain.jsonl`.
+        sudoku_train, sudoku_test: number of training puzzles (`sft.jsonl`) and of puzzles on held-out boards.
+        qa_rows: most rows about the standard library in `sft.jsonl`; the facts say how many there were.
+        held_out_grids: number of the 288 solved boards that only `sudoku_test.jsonl` uses.
+        sudoku_text_share: part of the training puzzles, 0 to 1, that also stand, solved, in `pretrain.jsonl`.
+
+    Raises a ValueError for an argument that is out of range.
+    """
+    arguments = {**locals(), "corpus_version": CORPUS_VERSION}
+    folder = Path(arguments.pop("folder"))
+    if not 0 <= sudoku_text_share <= 1:
+        raise ValueError(f"`sudoku_text_share` must be between 0 and 1, got {sudoku_text_share}")
+    if (facts := _finished(folder, arguments)) is not None:
+        return facts
+    training, held_out = split_grids(seed, held_out_grids)
+    puzzles, tests = sudoku_rows(sudoku_train, training, seed), sudoku_rows(sudoku_test, held_out, seed)
+    for row in tests:  # prompt/completion rows, so that the answer can be scored as well as compared
+        row["prompt"], row["completion"] = row["messages"][:1], row.pop("messages")[1:]
+    found = read_documentation(max_bytes, seed)
+    library = [item for item in found.objects if item.module.split(".")[0] in sys.stdlib_module_names]
+    questions = question_answer_rows(library, qa_rows, seed)
+    solved = [f"Sudoku {row['puzzle']}\n{row['answer']}" for row in puzzles[: round(sudoku_text_share * len(puzzles))]]
+    facts = {
+        "arguments": arguments,
+        "text_bytes": sum(len(row["text"].encode()) for row in found.documents),
+        "solved_in_pretrain": len(solved),
+        "question_rows": len(questions),
+        "held_out_grids": held_out,
+        "unreadable_files": found.unreadable_files,
+        "packages": {name: counts for name, counts in sorted(found.packages.items()) if counts["documents"]},
+    }
+    pretrain = found.documents + [{"text": text, "source": "sudoku"} for text in solved]
+    sft = questions + [{"messages": row["messages"], "source": "sudoku"} for row in puzzles]
+    _write_folder(folder, facts, {"pretrain": pretrain, "sft": sft, "sudoku_test": tests})
+    return facts
+
+
+def _write_folder(folder: Path, facts: dict, tables: dict[str, list[dict]]) -> None:
+    """Writes the tables, shuffled, and the facts, which tell that all is there, last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "facts.json").unlink(missing_ok=True)
+    facts["files"] = {}
+    for name, rows in tables.items():
+        random.Random(f"{facts['arguments']['seed']}/{name}").shuffle(rows)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        facts["files"][f"{name}.jsonl"] = _write(folder / f"{name}.jsonl", text) | {"rows": len(rows)}
+    _write(folder / "facts.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> dict:
+    """Writes beside and renames, so that a killed run leaves no half file under the final name."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(text.encode())
+    beside.replace(path)
+    return {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _finished(folder: Path, arguments: dict) -> dict | None:
+    """The facts of an earlier run with the same arguments, if all its files are as it left them."""
+    try:
+        facts = json.loads((folder / "facts.json").read_bytes())
+        same = facts["arguments"] == arguments
+        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in facts["files"]}
+        return facts if same and all(facts["files"][n]["sha256"] == digest for n, digest in digests.items()) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # never built, or half written by something else
+        return None

@@ -1,0 +1,34 @@
+"""Fixtures that many tests share: tiny, made in memory, offline."""
+
+import pytest
+
+from nanollada.scripts.train_tokenizer import train_tokenizer
+
+TEXTS = [
+    "The cat sat on the mat. The dog sat on the log.\nThe bird sang in 2024, the fish did not.",
+    "def add(first, second):\n    return first + second\n\n\nprint(add(1, 2))",
+    "你好,世界。今天天气很好,我们去公园散步。你好吗?",
+    "user\nWhat is it?\nassistant\nIt is a test 🎉, and the test is long.\tsystem\n",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE, 300 entries. Shared: copy it before changing it."""
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="session")
+def char_tokenizer():
+    """One token per character of `TEXTS`. Shared: copy it before changing it."""
+    return train_tokenizer(TEXTS, kind="char")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def datasets_cache(tmp_path_factory):
+    """Prepared rows never come from, or stay in, the user's cache."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield

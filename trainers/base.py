@@ -1,0 +1,342 @@
+"""What the AR and the diffusion trainer share: keyed rows, exact normalisation, evaluation, and the run around it."""
+
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import SchedulerType
+
+from nanollada.trainers.callbacks import MetricsCallback
+from nanollada.trainers.data import Collator, DataArguments, prepare_data
+from nanollada.trainers.likelihood import Likelihood, evaluate_likelihood
+from nanollada.trainers.objectives import weighted_loss
+from nanollada.trainers.setup import (
+    ModelArguments,
+    hardware,
+    last_complete_checkpoint,
+    load_model_and_tokenizer,
+    versions,
+)
+
+
+@dataclass
+class NanoLLaDATrainingArguments(TrainingArguments):
+    """
+    transformers' `TrainingArguments` with the fields and defaults that both trainers share.
+
+    Raises:
+        `ValueError`: for values that don't fit together, naming them.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up: steps, or below 1 a share of the run."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="warmup_stable_decay",
+        metadata={"help": "warmup_stable_decay (WSD), cosine_with_min_lr, or any of transformers'."},
+    )
+    lr_decay_ratio: float = field(default=0.2, metadata={"help": "WSD: the share of the steps that decays."})
+    min_lr_ratio: float = field(
+        default=0.1, metadata={"help": "WSD and cosine_with_min_lr: the last learning rate as a share of the peak."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows keep their keys."})
+    metric_for_best_model: str | None = field(
+        default="eval_loss", metadata={"help": "eval_loss: held-out nats per token, a bound for diffusion."}
+    )
+    greater_is_better: bool | None = field(default=False, metadata={"help": "A loss is better when smaller."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Counts the tokens of the run for run.json."}
+    )
+    eval_samples: int = field(
+        default=4, metadata={"help": "Diffusion: masks per held-out row, even. Always the same masks."}
+    )
+    eval_seed: int = field(default=0, metadata={"help": "Seed of the evaluation noise."})
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
+    )
+    early_stopping_min_delta: float = field(default=0.0, metadata={"help": "What counts as improvement, in nats."})
+    plot_loss: bool = field(default=True, metadata={"help": "Draw loss.png (needs the extra `plots`)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        for name in ("lr_decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}")
+        if self.eval_samples < 2 or self.eval_samples % 2:
+            raise ValueError(f"`eval_samples` must be a positive even number, got {self.eval_samples}")
+        if self.early_stopping_patience < 0:
+            raise ValueError(f"`early_stopping_patience` must be >= 0, got {self.early_stopping_patience}")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                "`early_stopping_patience` needs `load_best_model_at_end` (the best model is what is kept), "
+                f"got {self.early_stopping_patience} and {self.load_best_model_at_end}"
+            )
+
+
+class KeyedRows(Dataset):
+    """Map-style rows that carry their rank in the epoch's order and the epoch, for the noise."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        place, rank, epoch = key
+        return {**self.rows[place], "rank": rank, "epoch": epoch}
+
+
+class KeyedStream(IterableDataset):
+    """Streamed rows: a row's rank is its number in the stream."""
+
+    def __init__(self, rows):
+        self.rows, self.epoch = rows, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self):
+        for row in self.rows:
+            yield {**row, "rank": row["index"], "epoch": self.epoch}
+
+
+class EpochOrder(Sampler):
+    """A permutation per epoch that depends on `(seed, epoch)` alone; yields `(row, rank, epoch)`."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        return iter([(row, rank, self.epoch) for rank, row in enumerate(order)])
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the rows their epoch; the data loader does not reach through every wrapper (after a resume with ranks)."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.rows_order.set_epoch(round((state.epoch or 0) * 1e6) // 1_000_000)
+
+
+class NanoLLaDATrainer(Trainer):
+    """
+    Trainer whose loss is a weighted sum over the target tokens of the whole optimizer step.
+
+    Subclasses implement `predictions`. Rows are those of `prepare_data`. Evaluation scores the held-out rows with
+    `evaluate_likelihood`: always the likelihood (or its bound), whatever the training objective.
+
+    Raises:
+        `ValueError`: under `torch.nn.DataParallel` (several GPUs in one process).
+    """
+
+    loss_is_scaled_for_ga = True
+    masks = False  # whether only a part of the targets is predicted at a time
+
+    def __init__(self, model, args: NanoLLaDATrainingArguments, train_dataset, collator: Collator, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process"
+            )
+        streaming = not hasattr(train_dataset, "__len__")
+        rows = KeyedStream(train_dataset) if streaming else KeyedRows(train_dataset)
+        self.rows_order = rows if streaming else EpochOrder(len(rows), args.seed)
+        self._window = {"targets": 0, "masked": 0, "seconds": time.perf_counter()}
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator, **kwargs)
+        self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
+        self.add_callback(_EpochCallback(self))
+        self.add_callback(MetricsCallback(args.plot_loss))
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_min_delta))
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.rows_order
+
+    def predictions(self, model, inputs: dict):
+        """
+        Runs the model on a micro-batch.
+
+        Returns:
+            Logits `(tokens, vocab_size)` at the supervised positions, their targets and their weights `(tokens,)`
+            (`None`: one each), and an additional loss or `None`, a sum over tokens.
+        """
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Σ weight·CE / target tokens of the step, over accumulation and ranks."""
+        targets = (inputs["labels"] != -100).sum()
+        logits, labels, weights, extra = self.predictions(model, inputs)
+        loss = weighted_loss(logits, labels, weights, num_items_in_batch or targets)
+        if extra is not None:
+            loss = loss + extra / (num_items_in_batch or targets)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+        self._window["targets"] += targets
+        self._window["masked"] += len(labels)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """Adds throughput and the share of targets that were masked, over all ranks since the last log."""
+        if "loss" in logs and self.model.training:
+            counts = torch.tensor([float(self._window["targets"]), float(self._window["masked"])])
+            targets, masked = self.accelerator.reduce(counts.to(self.args.device), "sum").tolist()
+            now = time.perf_counter()
+            logs["target_tokens_per_second"] = round(targets / (now - self._window["seconds"]), 1)
+            if self.masks:
+                logs["masked_rate"] = round(masked / max(targets, 1), 4)
+            self._window = {"targets": 0, "masked": 0, "seconds": now}
+        super().log(logs, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Fills in what WSD and cosine with a floor need to know."""
+        kwargs = dict(self.args.lr_scheduler_kwargs or {})
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            kwargs.setdefault("num_decay_steps", math.ceil(self.args.lr_decay_ratio * num_training_steps))
+            kwargs.setdefault("min_lr_ratio", self.args.min_lr_ratio)
+        elif self.args.lr_scheduler_type == SchedulerType.COSINE_WITH_MIN_LR and "min_lr" not in kwargs:
+            kwargs.setdefault("min_lr_rate", self.args.min_lr_ratio)
+        self.args.lr_scheduler_kwargs = kwargs
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Held-out nats per token (`eval_loss`) and bits per byte, with the same masks at every call.
+
+        Returns:
+            `dict`: `eval_loss`, `eval_bits_per_byte`, `eval_bits_per_byte_standard_error` (of the noise alone),
+                `eval_tokens`, `eval_bytes`.
+        """
+        started = time.perf_counter()
+        likelihood = self.likelihood(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        metrics = {
+            "loss": likelihood.nats_per_token,
+            "bits_per_byte": likelihood.bits_per_byte,
+            "bits_per_byte_standard_error": likelihood.bits_per_byte_standard_error,
+            "tokens": likelihood.tokens,
+            "bytes": likelihood.bytes,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._window["seconds"] += time.perf_counter() - started  # evaluation is not throughput
+        return metrics
+
+    def likelihood(self, rows) -> Likelihood:
+        """
+        Scores rows over all ranks, each row exactly once.
+
+        Raises:
+            `ValueError`: for fewer rows than ranks.
+        """
+        size, rank, ranks = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        if rows is None or len(rows) < ranks:
+            raise ValueError(f"`eval_dataset` must have a row for each of {ranks} ranks, got {rows and len(rows)}")
+        mine = range(rank, len(rows), ranks)
+        collate = Collator(self.data_collator.pad_token_id)  # without the training collator's variable length
+        batches = (collate([rows[i] for i in mine[at : at + size]]) for at in range(0, len(mine), size))
+        with self.compute_loss_context_manager():
+            part = evaluate_likelihood(
+                self.accelerator.unwrap_model(self.model),
+                batches,
+                samples=self.args.eval_samples,
+                seed=self.args.eval_seed,
+            )
+        if ranks == 1:
+            return part
+        sums = torch.tensor(part.sums(), dtype=torch.double, device=self.args.device)
+        return part.from_sums(self.accelerator.reduce(sums, "sum").tolist(), part.bound, part.estimator)
+
+
+def train(trainer_class, model_class, model_args: ModelArguments, data_args: DataArguments, args) -> dict:
+    """
+    A whole run: model, tokenizer and data from their arguments, training (or resuming), evaluation, and the files.
+
+    `args.output_dir` then holds the model, the tokenizer, `run.json`, `trainer_state.json`, `metrics.jsonl` and
+    `loss.png`.
+
+    Returns:
+        `dict`: the facts in `run.json`.
+
+    Raises:
+        `ValueError`: if `output_dir` holds checkpoints of an earlier run and `resume_from_checkpoint` is not given.
+    """
+    resume = _checkpoint_to_resume(args)
+    set_seed(args.seed)
+    model, tokenizer = load_model_and_tokenizer(model_class, model_args, args.seed)
+    with args.main_process_first(desc="preparing data"):
+        data = prepare_data(data_args, tokenizer, seed=args.seed, **trainer_class.data_settings(args))
+    trainer = trainer_class(
+        model,
+        args,
+        data.train,
+        Collator(tokenizer.pad_token_id, trainer_class.variable_length(args, data.format), args.seed),
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    facts = {
+        "nanollada_version": versions()["nanollada"],
+        "model_class": model_class.__name__,
+        "init": model_args.model_name_or_path,
+        "objective": trainer.objective(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": args.seed,
+        "data": data.report,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "tokens_seen": int(trainer.state.num_input_tokens_seen),
+        "parameters": model.num_parameters(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "evaluation": trainer.likelihood(data.eval).to_dict() if data.eval is not None else None,
+    }
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return facts
+
+
+def _checkpoint_to_resume(args) -> str | None:
+    """`resume_from_checkpoint`: a folder, or "last" (also "true") for the newest complete one of `output_dir`."""
+    newest = last_complete_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint in ("last", "true", "True", True):
+        return newest
+    if args.resume_from_checkpoint is None and newest is not None:
+        raise ValueError(
+            "`output_dir` must not hold checkpoints of another run: give `--resume_from_checkpoint last` to go on "
+            f"from {Path(newest).name}, or another folder, got {args.output_dir}"
+        )
+    return args.resume_from_checkpoint
+
+
+def main(trainer_class, config_class, model_class, argv: list[str] | None = None) -> dict:
+    """Parses `--config recipe.yaml` and the command line over it, and runs `train`."""
+    from trl import TrlParser
+
+    parser = TrlParser((ModelArguments, DataArguments, config_class))
+    model_args, data_args, args = parser.parse_args_and_config(argv)
+    return train(trainer_class, model_class, model_args, data_args, args)

@@ -1,0 +1,87 @@
+"""What a run leaves behind while it goes: `metrics.jsonl` and the loss curve."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.utils import is_matplotlib_available
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsCallback(TrainerCallback):
+    """
+    Appends every log to `metrics.jsonl`, a line each, and draws `loss.png` at every save and at the end.
+
+    Lines of steps that a resumed run does again are cut, so that a killed and resumed run reads like an unbroken one.
+
+    Args:
+        plot_loss (`bool`): Whether to draw. Needs matplotlib (the extra `plots`).
+
+    Raises:
+        `ValueError`: if `plot_loss` is set and matplotlib is missing.
+    """
+
+    def __init__(self, plot_loss: bool):
+        if plot_loss and not is_matplotlib_available():
+            raise ValueError("`plot_loss` needs matplotlib (pip install 'nanollada[plots]'), got True without it")
+        self.plot_loss = plot_loss
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / METRICS
+        lines = read_metrics(args.output_dir) if state.global_step else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        kept = [line for line in lines if line["step"] <= state.global_step]
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with open(Path(args.output_dir) / METRICS, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def _draw(self, args, state):
+        if self.plot_loss and state.is_world_process_zero:
+            draw_loss(read_metrics(args.output_dir), Path(args.output_dir) / "loss.png")
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`; a last line that a kill cut off is left out."""
+    path = Path(folder) / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            if number + 1 < len(lines):
+                raise
+    return metrics
+
+
+def draw_loss(metrics: list[dict], path: str | os.PathLike) -> None:
+    """Draws training loss and evaluation loss (nats per token) over steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,45 @@
+"""Trains the autoregressive model: `accelerate launch trainers/causal.py --config scripts/recipes/<recipe>.yaml`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
+from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
+from nanollada.trainers.likelihood import model_inputs
+
+
+@dataclass
+class CausalConfig(NanoLLaDATrainingArguments):
+    """Settings of AR pretraining and SFT (the rows decide which); nothing beside the shared ones."""
+
+
+class CausalTrainer(NanoLLaDATrainer):
+    """Next-token cross-entropy on the target tokens, over the step's number of targets."""
+
+    def predictions(self, model, inputs):
+        # 1. a target at position i + 1 is predicted at position i
+        labels = inputs["labels"]  # [B, L]
+        following = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
+        # 2. logits only where there is a target
+        keep = following != -100
+        outputs = model(inputs["input_ids"], logits_to_keep=keep, use_cache=False, **model_inputs(inputs))
+        return outputs.logits, following[keep], None, None  # [N, V], [N]
+
+    def objective(self) -> dict:
+        """What `run.json` says of the objective."""
+        return {"name": "next-token cross-entropy"}
+
+    @staticmethod
+    def data_settings(args) -> dict:
+        """What the objective asks of `prepare_data`."""
+        return {"eos_padding": "none"}
+
+    @staticmethod
+    def variable_length(args, format: str) -> float:
+        """Share of rows cut to a random length."""
+        return 0.0
+
+
+if __name__ == "__main__":
+    main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM)

@@ -1,0 +1,401 @@
+"""Reads and checks rows: files, folders and `datasets` names go in, one [`Example`] per good row comes out."""
+
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant", "tool")
+# Fields that are read; a `datasets` source is cut down to them, so that images and audio beside them stay undecoded.
+FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output")
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+BUILDERS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SUFFIXES = ".jsonl, .txt (both also with .gz or .xz), .json, .parquet, .csv"
+SHOWN_REJECTIONS = 10
+
+
+class DataError(ValueError):
+    """A row that cannot be used; the message names file, row and reason."""
+
+
+class BadRow(Exception):
+    """Raised by the checks of one row, where its place is not known; [`RowPolicy`] turns it into a [`DataError`]."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass
+class RowPolicy:
+    """What happens to broken rows: "stop" raises [`DataError`], "skip" counts them per reason and logs the first."""
+
+    on_bad_rows: str = "stop"
+    counts: Counter = field(default_factory=Counter)
+    quiet: bool = False
+
+    def reject(self, source: str, row: int, error: BadRow) -> None:
+        message = f"{source}, row {row}: {error}"
+        if self.on_bad_rows == "stop":
+            raise DataError(message) from error
+        self.counts[error.reason] += 1
+        if not self.quiet and self.counts.total() <= SHOWN_REJECTIONS:
+            more = "; further ones are counted, not shown" if self.counts.total() == SHOWN_REJECTIONS else ""
+            logger.warning("skipped %s%s", message, more)
+
+
+@dataclass
+class SourceArguments:
+    """Where rows come from, and what is done with broken ones."""
+
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Sources: files or globs (.jsonl, .txt, both also .gz or .xz; .json, .parquet, .csv), local "
+            "folders, names of datasets on the Hub, or one file of such a dataset (hf://datasets/<owner>/<name>/<file>)."
+        },
+    )
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the `datasets` sources (their `name` argument)."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of the `datasets` sources."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows when they are needed instead of all of them first."}
+    )
+    sample_by: Literal["paragraph", "line", "document"] = field(
+        default="paragraph",
+        metadata={"help": "What one document of a .txt file is: text between blank lines, one line, or the file."},
+    )
+    on_bad_rows: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "Stop at the first broken row, or skip, count and report broken rows."}
+    )
+
+    def __post_init__(self):
+        self.data = [self.data] if isinstance(self.data, str) else self.data
+        if self.sample_by not in ("paragraph", "line", "document"):
+            raise ValueError(f"`sample_by` must be 'paragraph', 'line' or 'document', got {self.sample_by!r}")
+        if self.on_bad_rows not in ("stop", "skip"):
+            raise ValueError(f"`on_bad_rows` must be 'stop' or 'skip', got {self.on_bad_rows!r}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    One good row in canonical form: a text, a prompt and its completion, or a chat.
+
+    Attributes:
+        source (`str`): File or dataset.
+        row (`int`): 1-based; the line of a .jsonl file, the first line of a document in a .txt file.
+        text (`str`, *optional*): A pretraining document.
+        prompt, completion (`str`, *optional*): Plain strings; no chat template applies.
+        messages (`tuple[dict]`, *optional*): A chat.
+        num_context (`int`): How many leading messages are never targets (a conversational `prompt`).
+    """
+
+    source: str
+    row: int
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[dict, ...] | None = None
+    num_context: int = 0
+
+    @property
+    def format(self) -> str:
+        return "sft" if self.text is None else "pretrain"
+
+    @property
+    def position(self) -> float:
+        """A number in [0, 1) made from the content alone, for splits that no order, file or seed can change."""
+        content = [self.text, self.prompt, self.completion, self.messages]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+        return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+def parse_row(row: Any) -> dict[str, Any]:
+    """
+    Checks one row and brings it to the canonical form: the content fields of [`Example`].
+
+    The first of these that has a value decides what the row is: `messages`, `conversations`, `completion` with
+    `prompt`, `output` with `instruction`, `text`. A field that is null counts as absent.
+
+    Raises:
+        BadRow: With the reason; [`RowPolicy`] adds the place.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if "messages" in row or "conversations" in row:
+        name = "messages" if "messages" in row else "conversations"
+        return {"messages": _checked_chat(_checked_messages(row[name], name))}
+    if "completion" in row or "prompt" in row:
+        return _prompt_completion(_required(row, "prompt"), _required(row, "completion"))
+    if "output" in row or "instruction" in row:
+        return _instruction(_required(row, "instruction"), row.get("input", ""), _required(row, "output"))
+    if "text" not in row:
+        formats = "`text`, `conversations`, `messages`, `prompt` with `completion`, `instruction` with `output`"
+        raise BadRow("missing field", f"expected {formats}, got {sorted(row)}")
+    return {"text": _checked_text(row["text"], "text")}
+
+
+def _required(row: dict, name: str) -> Any:
+    if name not in row:
+        raise BadRow("missing field", f"`{name}`")
+    return row[name]
+
+
+def _checked_text(value: Any, name: str, allow_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"`{name}` must be a string, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+        raise BadRow("invalid UTF-8", f"`{name}`: {error}") from error
+    if not allow_empty and not value.strip():
+        raise BadRow("empty text", f"`{name}`")
+    return value
+
+
+def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
+    if not isinstance(value, list | tuple):
+        raise BadRow("wrong type", f"`{name}` must be a list of messages, got {type(value).__name__}")
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise BadRow("wrong type", f"`{name}[{i}]` must be an object, got {type(message).__name__}")
+        message = {key: part for key, part in message.items() if part is not None}
+        role = _checked_text(_required_of(message, name, i, "role"), f"{name}[{i}].role")
+        if role not in ROLES:
+            raise BadRow("unknown role", f"`{name}[{i}].role` must be one of {', '.join(ROLES)}, got {role!r}")
+        content = _required_of(message, name, i, "content")
+        _checked_text(content, f"{name}[{i}].content", allow_empty=role == "system")
+        messages.append(message)
+    return tuple(messages)
+
+
+def _required_of(message: dict, name: str, i: int, key: str) -> Any:
+    if key not in message:
+        raise BadRow("missing field", f"`{name}[{i}].{key}`")
+    return message[key]
+
+
+def _checked_chat(messages: tuple[dict, ...], num_context: int = 0) -> tuple[dict, ...]:
+    if not any(message["role"] == "assistant" for message in messages[num_context:]):
+        raise BadRow("no answer", "no assistant message to learn from")
+    return messages
+
+
+def _prompt_completion(prompt: Any, completion: Any) -> dict[str, Any]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {
+            "prompt": _checked_text(prompt, "prompt"),
+            "completion": _checked_text(completion, "completion"),
+        }
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise BadRow("wrong type", "`prompt` and `completion` must both be strings or both be lists of messages")
+    prompt = _checked_messages(prompt, "prompt")
+    messages = prompt + _checked_messages(completion, "completion")
+    return {"messages": _checked_chat(messages, len(prompt)), "num_context": len(prompt)}
+
+
+def _instruction(instruction: Any, given: Any, output: Any) -> dict[str, Any]:
+    parts = (_checked_text(instruction, "instruction"), _checked_text(given, "input", allow_empty=True))
+    question = "\n".join(part for part in parts if part)
+    answer = _checked_text(output, "output")
+    return {"messages": ({"role": "user", "content": question}, {"role": "assistant", "content": answer})}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data`: its spelling, and the files it stands for or the dataset it names."""
+
+    spec: str
+    args: SourceArguments
+    files: tuple[str, ...] = ()
+    folder: str | None = None
+
+    def identity(self) -> list:
+        """What the rows depend on, for cache keys: the files' contents, or the dataset's own fingerprint."""
+        if self.files:
+            return [[file, _file_digest(file)] for file in self.files]
+        return [self.spec, self.load(streaming=False)._fingerprint]
+
+    def load(self, streaming: bool):
+        """The `datasets` object of a folder or a name."""
+        import datasets
+
+        args = self.args
+        if self.folder is None:
+            return datasets.load_dataset(self.spec, name=args.data_config, split=args.data_split, streaming=streaming)
+        if (Path(self.folder) / "state.json").exists():
+            return datasets.load_from_disk(self.folder)
+        if (Path(self.folder) / "dataset_dict.json").exists():
+            splits = datasets.load_from_disk(self.folder)
+            if args.data_split not in splits:
+                raise ValueError(
+                    f"`data_split` must be one of {sorted(splits)} for {self.spec}, got {args.data_split!r}"
+                )
+            return splits[args.data_split]
+        return datasets.load_dataset(self.folder, name=args.data_config, split=args.data_split, streaming=streaming)
+
+    def raw_rows(self) -> Iterator[tuple[str, int, Any]]:
+        """(file, 1-based row, raw row) in order; raw rows are bytes of .jsonl and .txt files, dicts otherwise."""
+        for file in self.files:
+            rows = self._file_rows(file)
+            yield from ((file, number, row) for number, row in rows)
+        if not self.files:
+            yield from ((self.spec, number, row) for number, row in enumerate(_dataset_rows(self._loaded()), start=1))
+
+    def _loaded(self):
+        import datasets
+
+        try:
+            return self.load(self.args.streaming)
+        except datasets.exceptions.DatasetGenerationError as error:  # it does not know the row
+            raise DataError(f"{self.spec}: {error.__cause__ or error}") from error
+
+    def _file_rows(self, file: str) -> Iterator[tuple[int, Any]]:
+        kind = _kind(file)
+        if kind == ".jsonl":
+            return ((number, line) for number, line in _lines(file) if line.strip())
+        if kind == ".txt":
+            return _text_rows(file, self.args.sample_by)
+        return enumerate(_built_rows(file, BUILDERS[kind], self.args.streaming), start=1)
+
+
+def resolve_source(spec: str, args: SourceArguments) -> Source:
+    """
+    Finds out what an entry of `data` is: a glob, a file, a folder, a file on the Hub, or a dataset's name.
+
+    Raises:
+        ValueError: If nothing matches, or a file's type is not read.
+    """
+    if spec.startswith("hf://"):
+        return Source(spec, args, files=(_checked_file(_download(spec)),))
+    path = os.path.expanduser(spec)
+    if glob.has_magic(path):
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+        if not files:
+            raise ValueError(f"`data` names no file: {spec!r} matches nothing")
+        return Source(spec, args, files=tuple(_checked_file(file) for file in files))
+    if os.path.isdir(path):
+        return Source(spec, args, folder=path)
+    if os.path.exists(path):
+        return Source(spec, args, files=(_checked_file(path),))
+    if _kind(path) or path.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise ValueError(f"`data` names a file that does not exist: {spec!r}")
+    return Source(spec, args)
+
+
+def read_examples(source: Source, policy: RowPolicy) -> Iterator[Example]:
+    """
+    The good rows of a source in order.
+
+    Raises:
+        DataError: At a broken row, unless the policy skips them.
+    """
+    for name, number, raw in source.raw_rows():
+        try:
+            yield Example(name, number, **parse_row(_decoded(name, raw)))
+        except BadRow as error:
+            policy.reject(name, number, error)
+
+
+def _decoded(name: str, raw: Any) -> Any:
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow("invalid UTF-8", str(error)) from error
+    if _kind(name) == ".txt":
+        return {"text": text}
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad JSON", str(error)) from error
+
+
+def _kind(file: str) -> str:
+    """The suffix that decides the reader, "" where there is none."""
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes[-2:]]
+    if suffixes and suffixes[-1] in OPENERS:
+        return suffixes[0] if suffixes[0] in (".jsonl", ".txt") else ""
+    return suffixes[-1] if suffixes and suffixes[-1] in (".jsonl", ".txt", *BUILDERS) else ""
+
+
+def _checked_file(file: str) -> str:
+    if not _kind(file):
+        raise ValueError(f"`data` must hold files of these types: {SUFFIXES}; got {file!r}")
+    return file
+
+
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, line without its end); a byte order mark at the start is removed."""
+    number = 0
+    try:
+        with OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
+            for number, line in enumerate(stream, start=1):  # noqa: B007
+                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{file}, row {number + 1}: broken compression: {error}") from error
+
+
+def _text_rows(file: str, sample_by: str) -> Iterator[tuple[int, bytes]]:
+    """Documents of a .txt file with the number of their first line; blank lines between documents are no documents."""
+    if sample_by == "line":
+        yield from ((number, line) for number, line in _lines(file) if line.strip())
+        return
+    start, lines = 0, []
+    for number, line in _lines(file):
+        if line.strip() or (lines and sample_by == "document"):
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield start, b"\n".join(lines)
+            lines = []
+    if lines:
+        yield start, b"\n".join(lines)
+
+
+def _dataset_rows(dataset) -> Iterator[dict]:
+    names = dataset.column_names
+    if names is not None and any(name in FIELDS for name in names):
+        dataset = dataset.select_columns([name for name in names if name in FIELDS])
+    yield from dataset
+
+
+def _built_rows(file: str, builder: str, streaming: bool) -> Iterator[dict]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(builder, data_files=file, split="train", streaming=streaming)
+        yield from _dataset_rows(dataset)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise DataError(f"{file}: {error.__cause__ or error}") from error
+
+
+def _download(uri: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", uri)
+    if match is None:
+        raise ValueError(f"`data` must spell a file on the Hub hf://datasets/<owner>/<name>/<file>, got {uri!r}")
+    return hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
+
+
+def _file_digest(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,167 @@
+"""From arguments to a model and a tokenizer that fit each other, and the facts of a run that its files report."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from nanollada.configuration_nanollada import NanoLLaDAConfig
+from nanollada.trainers.tokenization import check_tokenizer, ensure_mask_token
+
+# What only a fresh model may choose, by the config's own names.
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+DROPOUTS = ("attention_dropout", "hidden_dropout")
+
+
+@dataclass
+class ModelArguments:
+    """
+    The model: a checkpoint to go on from, or a tokenizer and a shape to start with.
+
+    Raises:
+        `ValueError`: if there is neither a checkpoint nor a tokenizer, and if a shape is given beside a checkpoint.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to start from. For diffusion an AR checkpoint is the AR→diffusion initialisation."
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer. Default: the checkpoint's. Gains <|mask|> if it has none."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of a fresh model (512)."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Width of its SwiGLU layer (1408)."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Its layers (8)."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Its query heads (8)."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Its key/value heads (as query heads)."})
+    head_dim: int | None = field(default=None, metadata={"help": "Width of a head (hidden_size / heads)."})
+    max_position_embeddings: int | None = field(default=None, metadata={"help": "Longest sequence (32768)."})
+    rope_parameters: dict | None = field(
+        default=None, metadata={"help": 'RoPE of a fresh model, as JSON, e.g. {"rope_type": "yarn", "factor": 16.0}.'}
+    )
+    tie_word_embeddings: bool | None = field(default=None, metadata={"help": "Whether the head is the embedding."})
+    attention_dropout: float | None = field(default=None, metadata={"help": "Also for a checkpoint."})
+    hidden_dropout: float | None = field(default=None, metadata={"help": "Also for a checkpoint."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa (default), eager, flex_attention, or a flash attention (no packing)."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.rope_parameters, str):
+            self.rope_parameters = json.loads(self.rope_parameters)
+        if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
+            raise ValueError("`tokenizer_name_or_path` is needed without `model_name_or_path`, got None for both")
+        given = [name for name in SHAPE if getattr(self, name) is not None]
+        if self.model_name_or_path is not None and given:
+            raise ValueError(f"`{given[0]}` is the checkpoint's own with `model_name_or_path`, got {given}")
+
+
+def load_model(model_class, path: str | os.PathLike, **kwargs):
+    """
+    `model_class.from_pretrained` in float32, strictly.
+
+    Raises:
+        `ValueError`: naming missing, unexpected and mis-shaped tensors. Nothing is skipped.
+    """
+    kwargs = {"dtype": torch.float32, **kwargs}
+    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    faults = [
+        f"{kind}: {', '.join(sorted(str(item) for item in report[key]))}"
+        for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("shape", "mismatched_keys"))
+        if report[key]
+    ]
+    if faults:
+        raise ValueError(f"`model_name_or_path` must hold exactly the tensors of {model_class.__name__}, got {faults}")
+    return model
+
+
+def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):
+    """
+    The model to train and its tokenizer.
+
+    A fresh model takes its vocabulary and special tokens from the tokenizer. A tokenizer without a mask token gains it
+    once; a checkpoint with the smaller vocabulary grows by that one row, and any other difference is an error.
+
+    Raises:
+        `ValueError`: as `load_model` and `check_tokenizer`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.model_name_or_path)
+    added = ensure_mask_token(tokenizer)
+    chosen = {name: getattr(args, name) for name in DROPOUTS if getattr(args, name) is not None}
+    if args.attn_implementation is not None:
+        chosen["attn_implementation"] = args.attn_implementation
+    if args.model_name_or_path is not None:
+        model = load_model(model_class, args.model_name_or_path, **chosen)
+        if added and model.config.vocab_size == len(tokenizer) - added:
+            model.resize_token_embeddings(len(tokenizer))
+            model.config.mask_token_id = tokenizer.mask_token_id
+    else:
+        chosen |= {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+        torch.manual_seed(seed)
+        model = model_class(config_for(tokenizer, **chosen))
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
+    """A config whose vocabulary and special tokens are the tokenizer's."""
+    return NanoLLaDAConfig(
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The newest checkpoint of a run that was written to its end, or `None`.
+
+    The trainer writes `trainer_state.json` last: a run killed while saving leaves a folder without it (or with half of
+    it), which is passed over.
+    """
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and _readable(path / "trainer_state.json"):
+            found.append((int(step), path))
+    return str(max(found)[1]) if found else None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def hardware() -> str:
+    """One line on what this process runs on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {name: version(name) for name in ("nanollada", "torch", "transformers", "accelerate", "datasets", "trl")}

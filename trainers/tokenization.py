@@ -1,0 +1,382 @@
+"""Tokenizer checks, and the way from a row's text to token ids: chat rendering, answer spans, EOS padding, packing."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any
+
+from nanollada.trainers.rows import BadRow, Example, RowPolicy
+
+IGNORE = -100
+MASK_TOKEN = "<|mask|>"
+BATCH = 256
+
+
+def ensure_mask_token(tokenizer) -> int:
+    """
+    Gives a tokenizer the mask token `<|mask|>` if it has none; a second call changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place. The new token stands behind all others.
+
+    Returns:
+        `int`: How many tokens the vocabulary grew by (0 or 1): resize the model's embeddings if it is 1.
+    """
+    if tokenizer.mask_token is not None:
+        return 0
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})  # returns 1 for a token that is merely made special, too
+    return len(tokenizer) - size
+
+
+def check_tokenizer(config_or_model, tokenizer) -> None:
+    """
+    Compares a tokenizer with the model it is used with.
+
+    Args:
+        config_or_model (`PreTrainedConfig` or `PreTrainedModel`): With a model, its embedding is checked as well.
+        tokenizer (`PreTrainedTokenizerBase`): A missing chat template is no error here.
+
+    Raises:
+        ValueError: Naming every mismatch of vocabulary size and of the pad, eos and mask ids.
+    """
+    config = getattr(config_or_model, "config", config_or_model)
+    faults = []
+    if len(tokenizer) != config.vocab_size:
+        faults.append(f"`vocab_size` must be {len(tokenizer)} (the tokenizer's length), got {config.vocab_size}")
+    if config is not config_or_model:
+        rows = config_or_model.get_input_embeddings().weight.shape[0]
+        if rows != len(tokenizer):
+            faults.append(
+                f"the model's embedding must have {len(tokenizer)} rows (the tokenizer's length), got {rows}"
+            )
+    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
+        expected, got = getattr(tokenizer, name), getattr(config, name, None)
+        if expected is None:
+            faults.append(f"the tokenizer must have a `{name}`, got None")
+        elif expected != got:
+            faults.append(f"`{name}` must be {expected} (the tokenizer's), got {got}")
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    ):
+        faults.append(f"`mask_token_id` must differ from the pad and eos ids, got {tokenizer.mask_token_id}")
+    if faults:
+        raise ValueError("tokenizer and model do not fit: " + "; ".join(faults))
+
+
+def render_chat(tokenizer, messages: Iterable[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """
+    Renders a chat with the tokenizer's own template.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Must have a chat template. Its `{% generation %}` spans mark the
+            answers; without them the answer is what a message adds to the rendering of the messages before it, up to
+            its last EOS token.
+        messages (`Iterable[dict]`): With `role` and `content`.
+
+    Returns:
+        `tuple[str, list[tuple[int, int]]]`: The text, and one (start, end) of characters per assistant message.
+
+    Raises:
+        BadRow: If the template refuses the messages.
+        ValueError: If the tokenizer has no template, or the template's answers cannot be found.
+    """
+    from jinja2 import TemplateError
+
+    messages = list(messages)
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template, which chat rows need: set `tokenizer.chat_template`")
+    template = tokenizer.get_chat_template()
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+    try:
+        text, spans = (_render_marked if marked else _render_prefixes)(tokenizer, template, messages)
+    except TemplateError as error:
+        raise BadRow("chat template", f"the template refuses the messages: {error}") from error
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if len(spans) != answers:
+        raise ValueError(f"the chat template must mark every assistant message, got {len(spans)} marks for {answers}")
+    return text, spans
+
+
+def _render_marked(tokenizer, template: str, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    # What `apply_chat_template` calls. It would turn the spans into whole tokens, also those that begin before the
+    # answer; `encode_spans` needs the characters.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+    )
+    return texts[0], [tuple(span) for span in spans[0]]
+
+
+def _render_prefixes(tokenizer, template: str, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def render(count: int, **kwargs) -> str:
+        return tokenizer.apply_chat_template(messages[:count], chat_template=template, tokenize=False, **kwargs)
+
+    text, spans = render(len(messages)), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, upto = render(i, add_generation_prompt=True), render(i + 1)
+        if not (text.startswith(upto) and upto.startswith(prompt)):
+            raise ValueError(
+                "the chat template has no `{% generation %}` marks, and its rendering of the first "
+                f"{i + 1} messages is not the beginning of its rendering of all {len(messages)}: "
+                "the answer cannot be found"
+            )
+        eos = upto.rfind(tokenizer.eos_token, len(prompt))
+        spans.append((len(prompt), len(upto) if eos < 0 else eos + len(tokenizer.eos_token)))
+    return text, spans
+
+
+def encode_spans(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """
+    Tokenizes a text up to the end of its last span, with the tokens inside the spans as targets.
+
+    The text before a span becomes the tokens that it becomes alone, as it will at generation: where a token would
+    cross the border, the text is tokenized in pieces.
+
+    Returns:
+        `tuple[list[int], list[int]]`: `input_ids`, and `labels` with −100 outside the spans.
+    """
+    cuts = [cut for span in spans for cut in span]
+    whole, *prefixes = _ids(tokenizer, [text[:cut] for cut in reversed(cuts)])
+    prefixes = [[], *reversed(prefixes), whole]
+    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
+        pieces = [whole[len(left) : len(right)] for left, right in pairwise(prefixes)]
+    else:
+        pieces = _ids(tokenizer, [text[left:right] for left, right in pairwise([0, *cuts])])
+    input_ids = [token for piece in pieces for token in piece]
+    labels = [token if i % 2 else IGNORE for i, piece in enumerate(pieces) for token in piece]
+    return input_ids, labels
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    try:
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+    except Exception as error:  # `tokenizers` raises the base class: a character that the vocabulary lacks
+        raise BadRow("not in the vocabulary", _unknown_characters(tokenizer, texts[0]) or str(error)) from error
+
+
+def _unknown_characters(tokenizer, text: str) -> str:
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    vocabulary = tokenizer.get_vocab()
+    return ", ".join(repr(character) for character in sorted(set(text)) if character not in vocabulary)
+
+
+@dataclass
+class RowEncoder:
+    """
+    Turns examples into token ids: documents for packing, or whole rows for SFT.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with pad and eos tokens.
+        max_length (`int`): Longest SFT row, in tokens.
+        assistant_turns (`str`): "all" or "last": which answers of a chat are targets.
+    """
+
+    tokenizer: Any
+    max_length: int
+    assistant_turns: str = "all"
+    special_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self):
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.special_ids = frozenset(index for index, token in added if token.special)
+
+    def encode(self, examples: Iterable[Example], policy: RowPolicy) -> Iterator[tuple[Example, dict[str, Any]]]:
+        """
+        Encodes examples in order; rows that cannot be used go to the policy.
+
+        Yields:
+            `tuple[Example, dict]`: The dict has `input_ids` (with the closing EOS) and `num_bytes`; for SFT also
+            `labels` and `truncated`.
+        """
+        examples = iter(examples)
+        while batch := list(islice(examples, BATCH)):
+            if batch[0].format == "pretrain":
+                documents = self._documents([example.text for example in batch])
+            else:
+                documents = [self._attempt(self._answer_row, example) for example in batch]
+            for example, document in zip(batch, documents, strict=True):
+                if not isinstance(document, BadRow):
+                    yield example, document
+                else:
+                    policy.reject(example.source, example.row, document)
+
+    def _attempt(self, function, example) -> dict[str, Any] | BadRow:
+        try:
+            return function(example)
+        except BadRow as error:
+            return error
+        except ValueError as error:
+            raise ValueError(f"{example.source}, row {example.row}: {error}") from error
+
+    def _documents(self, texts: list[str]) -> list[dict[str, Any] | BadRow]:
+        try:
+            encoded = _ids(self.tokenizer, texts)
+        except BadRow as error:
+            if len(texts) == 1:
+                return [error]
+            return [document for text in texts for document in self._documents([text])]
+        return [self._document(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _document(self, text: str, ids: list[int]) -> dict[str, Any] | BadRow:
+        if self._holds_mask(ids):
+            return self._mask_error
+        return {"input_ids": [*ids, self.tokenizer.eos_token_id], "num_bytes": len(text.encode())}
+
+    def _answer_row(self, example: Example) -> dict[str, Any]:
+        if example.messages is None:
+            text = example.prompt + example.completion
+            spans = [(len(example.prompt), len(text))]
+        else:
+            text, spans = render_chat(self.tokenizer, example.messages)
+            given = sum(message["role"] == "assistant" for message in example.messages[: example.num_context])
+            spans = spans[-1:] if self.assistant_turns == "last" else spans[given:]
+        input_ids, labels = encode_spans(self.tokenizer, text, spans)
+        if self._holds_mask(input_ids):
+            raise self._mask_error
+        markers = self.tokenizer.convert_ids_to_tokens([label for label in labels if label in self.special_ids])
+        num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
+        num_bytes -= sum(len(marker.encode()) for marker in markers)
+        if example.messages is None:
+            input_ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        if len(input_ids) > self.max_length:
+            return self._truncated(input_ids, labels)
+        return {"input_ids": input_ids, "labels": labels, "num_bytes": num_bytes, "truncated": False}
+
+    def _truncated(self, input_ids: list[int], labels: list[int]) -> dict[str, Any]:
+        """Keeps what fits, from the left, up to the last target; no EOS stands where the answer was cut."""
+        kept = [i for i, label in enumerate(labels[: self.max_length]) if label != IGNORE]
+        if not kept:
+            first = next(i for i, label in enumerate(labels) if label != IGNORE)
+            raise BadRow("no room for an answer", f"its prompt has {first} tokens, `max_length` is {self.max_length}")
+        end = kept[-1] + 1
+        text = self.tokenizer.decode([labels[i] for i in kept], skip_special_tokens=True)
+        num_bytes = len(text.rstrip("\ufffd").encode())  # without a character that lost its last bytes
+        return {"input_ids": input_ids[:end], "labels": labels[:end], "num_bytes": num_bytes, "truncated": True}
+
+    def _holds_mask(self, ids: list[int]) -> bool:
+        return self.tokenizer.mask_token_id is not None and self.tokenizer.mask_token_id in ids
+
+    @property
+    def _mask_error(self) -> BadRow:
+        return BadRow("mask token", f"the text contains {self.tokenizer.mask_token!r}")
+
+
+@dataclass(frozen=True)
+class EosPadding:
+    """
+    EOS tokens behind an answer, all of them targets, so that diffusion learns where to end. A row whose answer was
+    truncated gets none.
+
+    Args:
+        kind (`str`): "none"; "block": until the row's length is a multiple of `block_length`, at most `max_length`;
+            "max_length" (LLaDA, arXiv 2502.09992, §2.3; its pads reach to the longest row of the batch, but here a row
+            does not depend on its batch).
+        eos_token_id (`int`): The token.
+        max_length (`int`): Longest row, in tokens.
+        block_length (`int`, *optional*): For "block".
+
+    Raises:
+        ValueError: At an unknown kind, and if `block_length` is missing or useless.
+    """
+
+    kind: str
+    eos_token_id: int
+    max_length: int
+    block_length: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("none", "block", "max_length"):
+            raise ValueError(f"`eos_padding` must be 'none', 'block' or 'max_length', got {self.kind!r}")
+        wanted = self.kind == "block"
+        if wanted != (self.block_length is not None) or (wanted and self.block_length < 1):
+            raise ValueError(
+                "`block_length` must be given with `eos_padding='block'`, positive, and only then; "
+                f"got {self.block_length} with {self.kind!r}"
+            )
+
+    def tokens(self, length: int) -> list[int]:
+        """What follows a row of `length` tokens."""
+        if self.kind == "none":
+            return []
+        end = self.max_length
+        if self.kind == "block":
+            end = min(end, -(-length // self.block_length) * self.block_length)
+        return [self.eos_token_id] * (end - length)
+
+
+def answer_rows(documents: Iterable[dict[str, Any]], padding: EosPadding | None = None) -> Iterator[dict[str, Any]]:
+    """SFT rows, one per conversation, with the columns that packed rows have."""
+    for index, document in enumerate(documents):
+        length = len(document["input_ids"])
+        pads = [] if padding is None or document["truncated"] else padding.tokens(length)
+        length += len(pads)
+        yield {
+            "input_ids": document["input_ids"] + pads,
+            "labels": document["labels"] + pads,
+            "document_ids": [0] * length,
+            "position_ids": list(range(length)),
+            "num_bytes": document["num_bytes"],
+            "index": index,
+        }
+
+
+def pack_documents(
+    documents: Iterable[dict[str, Any]], max_length: int, context_token_id: int, keep_partial: bool = False
+) -> Iterator[dict[str, Any]]:
+    """
+    Packs documents into rows of `max_length` tokens; every token of a document is a target exactly once.
+
+    A row is made of segments, pieces of documents. A segment begins with one context token that is never a target:
+    `context_token_id` where a document begins, the row before's last token where a document continues. Thus AR, which
+    predicts the next token, and diffusion, which predicts the token itself, are scored on the same tokens. Each
+    segment has its own document id, and positions restart. A document's bytes are booked on the row in which it ends.
+    Where one place is left in a row, the next document's context token stands there alone, and again in the next row.
+
+    Args:
+        documents (`Iterable[dict]`): With `input_ids` (closing EOS included) and `num_bytes`.
+        max_length (`int`): Tokens of a row, at least 2.
+        context_token_id (`int`): The pad id, `<|endoftext|>`.
+        keep_partial (`bool`, *optional*, defaults to `False`): Yield the last row although it is not full. Otherwise
+            it is yielded with `index` −1, so that the caller can count its targets before it drops the row.
+    """
+    index, row = 0, _empty_row()
+    for document in documents:
+        tokens, start, context = document["input_ids"], 0, context_token_id
+        while start < len(tokens):
+            piece = tokens[start : start + max_length - len(row["input_ids"]) - 1]
+            _append_segment(row, context, piece)
+            start += len(piece)
+            context = piece[-1] if piece else context
+            row["num_bytes"] += document["num_bytes"] if start == len(tokens) else 0
+            if len(row["input_ids"]) == max_length:
+                yield {**row, "index": index}
+                index, row = index + 1, _empty_row()
+    if count_targets(row):
+        yield {**row, "index": index if keep_partial else -1}
+
+
+def _empty_row() -> dict[str, Any]:
+    return {"input_ids": [], "labels": [], "document_ids": [], "position_ids": [], "num_bytes": 0}
+
+
+def _append_segment(row: dict[str, Any], context: int, piece: list[int]) -> None:
+    document_id = row["document_ids"][-1] + 1 if row["document_ids"] else 0
+    row["input_ids"] += [context, *piece]
+    row["labels"] += [IGNORE, *piece]
+    row["document_ids"] += [document_id] * (1 + len(piece))
+    row["position_ids"] += range(1 + len(piece))
+
+
+def count_targets(row: dict[str, Any]) -> int:
+    """How many tokens of a row are targets."""
+    return len(row["labels"]) - row["labels"].count(IGNORE)
