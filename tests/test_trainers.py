@@ -1,0 +1,364 @@
+"""Both trainers as a user runs them: the gradient of a step, resuming after a kill, and the files of a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.trainers.base import EpochOrder, KeyedRows, main
+from nanollada.trainers.callbacks import read_metrics
+from nanollada.trainers.causal import CausalConfig, CausalTrainer
+from nanollada.trainers.data import Collator
+from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
+from nanollada.trainers.setup import last_complete_checkpoint
+
+KINDS = {
+    "causal": (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM),
+    "diffusion": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
+}
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+HERE = Path(__file__).parent
+
+
+def make_rows(count=8):
+    """Rows of unequal length, with prompts of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        length, prompt = 6 + 3 * (index % 4), 1 + index % 3
+        ids = torch.randint(4, 30, (length,), generator=generator).tolist()
+        labels = [-100] * prompt + ids[prompt:]
+        places = list(range(length))
+        row = {"input_ids": ids, "labels": labels, "document_ids": [0] * length, "position_ids": places}
+        rows.append({**row, "index": index, "num_bytes": 2 * (length - prompt)})
+    return rows
+
+
+def build_trainer(kind, folder, model=None, rows=None, **settings):
+    trainer_class, config_class, model_class = KINDS[kind]
+    if model is None:
+        torch.manual_seed(0)
+        model = model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE)).double()
+    defaults = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "plot_loss": False, "disable_tqdm": True}
+    args = config_class(output_dir=str(folder), **{**defaults, **settings})
+    probability = settings.get("variable_length_probability", 0.0)
+    return trainer_class(model, args, rows or make_rows(), Collator(0, probability, args.seed))
+
+
+def one_step(kind, folder, batch, accumulation, **settings):
+    """The gradient of the first optimizer step over all eight rows, by name."""
+    trainer = build_trainer(
+        kind,
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        **settings,
+    )
+    gradients = {}
+
+    def keep(optimizer, *args, **kwargs):
+        gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return gradients, trainer.state.log_history[0].get("loss", trainer.state.log_history[0].get("train_loss"))
+
+
+def assert_same_gradients(one, other):
+    assert one.keys() == other.keys() and len(one) > 20
+    for name in one:
+        scale = one[name].abs().max().clamp(min=1e-12)
+        assert ((one[name] - other[name]).abs().max() / scale).item() <= 1e-6, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_does_not_change_the_gradient(kind, tmp_path):
+    settings = {"variable_length_probability": 0.5} if kind == "diffusion" else {}
+    whole, loss = one_step(kind, tmp_path, 8, 1, **settings)
+    for batch, accumulation in ((2, 4), (1, 8)):
+        split, split_loss = one_step(kind, tmp_path, batch, accumulation, **settings)
+        assert_same_gradients(whole, split)
+        assert split_loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_do_not_change_the_gradient(kind, tmp_path):
+    """Two processes of `torchrun` (gloo) with four rows each, against eight rows in one."""
+    whole, _ = one_step(kind, tmp_path, 8, 1)
+    target = tmp_path / "gradients.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(Path(__file__)), kind, str(target)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_gradients(whole, torch.load(target))
+
+
+def test_gradient_is_that_of_the_definition(tmp_path):
+    """Σ CE / targets, row by row, in plain PyTorch."""
+    gradients, _ = one_step("causal", tmp_path, 8, 1)
+    torch.manual_seed(0)
+    model = NanoLLaDAForCausalLM(NanoLLaDAConfig(vocab_size=30, **SHAPE)).double()
+    total = sum(sum(label != -100 for label in row["labels"]) for row in make_rows())
+    for row in make_rows():
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = model(ids).logits[0, :-1]
+        (torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / total).backward()
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, gradients)
+
+
+def test_epoch_order_is_a_permutation_of_its_own():
+    order = EpochOrder(10, seed=1)
+    first = list(order)
+    assert sorted(row for row, _, _ in first) == list(range(10)) and [rank for _, rank, _ in first] == list(range(10))
+    order.set_epoch(1)
+    assert [row for row, _, _ in order] != [row for row, _, _ in first]
+    assert {epoch for _, _, epoch in order} == {1}
+    assert KeyedRows(make_rows())[(3, 5, 2)]["rank"] == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_row_carries_the_trainers_epoch(workers, tmp_path):
+    trainer = build_trainer(
+        "diffusion", tmp_path, num_train_epochs=3, per_device_train_batch_size=4, dataloader_num_workers=workers
+    )
+    seen, predictions = [], trainer.predictions
+    trainer.predictions = lambda model, inputs: (
+        seen.append((inputs["epoch"], inputs["rank"])) or predictions(model, inputs)
+    )
+    trainer.train()
+    assert [epoch.unique().tolist() for epoch, _ in seen] == [[0], [0], [1], [1], [2], [2]]
+    assert torch.cat([rank for _, rank in seen]).tolist() == [*range(8)] * 3
+
+
+def corpus(path, count=60):
+    words = "the cat sat on a mat and the dog sang to it of rain sun wind snow".split()
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for _ in range(count):
+        places = torch.randint(0, len(words), (12,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(words[place] for place in places) + "."}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def job(tmp_path, tokenizer):
+    """A recipe's settings as a command line, without `output_dir`."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {
+        "data": corpus(tmp_path / "data.jsonl"),
+        "held_out_fraction": 0.1,
+        "max_length": 32,
+        "tokenizer_name_or_path": tmp_path / "tokenizer",
+        **SHAPE,
+        "hidden_dropout": 0.1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 12,
+        "logging_steps": 2,
+        "save_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "plot_loss": False,
+    }
+    return settings
+
+
+def command_line(settings, **overrides):
+    return [part for name, value in {**settings, **overrides}.items() for part in (f"--{name}", str(value))]
+
+
+def run(kind, settings, **overrides):
+    return main(*KINDS[kind], command_line(settings, **overrides))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_bit_for_bit(kind, job, tmp_path):
+    """kill −9 in mid-training, `--resume_from_checkpoint last`: the weights of the unbroken run."""
+    job["max_steps"] = 24
+    if kind == "diffusion":
+        job["variable_length_probability"] = 0.3
+    run(kind, job, output_dir=tmp_path / "unbroken")
+    script = Path(sys.modules[CausalTrainer.__module__].__file__).parent / f"{kind}.py"
+    command = [sys.executable, str(script), *command_line(job, output_dir=tmp_path / "killed")]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and any(line["step"] == 6 for line in read_metrics(metrics.parent))):
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = last_complete_checkpoint(tmp_path / "killed")
+    assert int(killed_at.rpartition("-")[2]) < 24 and not (tmp_path / "killed" / "run.json").exists()
+
+    with pytest.raises(ValueError, match="`output_dir` must not hold checkpoints of another run.*checkpoint-"):
+        run(kind, job, output_dir=tmp_path / "killed")
+    run(kind, job, output_dir=tmp_path / "killed", resume_from_checkpoint="last")
+    expected, resumed = weights(tmp_path / "unbroken"), weights(tmp_path / "killed")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    steps = [[line["step"] for line in read_metrics(tmp_path / name)] for name in ("unbroken", "killed")]
+    assert steps[0] == steps[1]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("unbroken", "killed")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((4, "{}"), (8, '{"global_st'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_the_run_from_text_to_diffusion(job, tmp_path):
+    """AR, diffusion from AR, and the files that each leaves."""
+    ar = run("causal", job, output_dir=tmp_path / "ar", plot_loss=True)
+    shape = {name: value for name, value in job.items() if name not in (*SHAPE, "tokenizer_name_or_path")}
+    shape |= {"model_name_or_path": tmp_path / "ar", "load_best_model_at_end": True}
+    diffusion = run("diffusion", shape, output_dir=tmp_path / "diffusion", early_stopping_patience=3)
+
+    for name, facts in (("ar", ar), ("diffusion", diffusion)):
+        folder = tmp_path / name
+        assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(facts))
+        files = ("model.safetensors", "tokenizer.json", "modeling_nanollada.py", "trainer_state.json", "metrics.jsonl")
+        assert all((folder / file).exists() for file in files)
+        for checkpoint in folder.glob("checkpoint-*"):
+            config = json.loads((checkpoint / "config.json").read_text())
+            assert "AutoModelForCausalLM" in config["auto_map"]
+        logs = read_metrics(folder)
+        assert any("target_tokens_per_second" in line for line in logs)
+        assert any("eval_bits_per_byte" in line for line in logs)
+    assert (tmp_path / "ar" / "loss.png").read_bytes()[1:4] == b"PNG"
+    assert ar["evaluation"]["tokens"] == diffusion["evaluation"]["tokens"]
+    assert ar["evaluation"]["bytes"] == diffusion["evaluation"]["bytes"]
+    assert not ar["evaluation"]["bound"] and diffusion["evaluation"]["bound"]
+    assert diffusion["init"] == str(tmp_path / "ar") and diffusion["objective"]["mask_count"] == "exact"
+    rates = [line["masked_rate"] for line in read_metrics(tmp_path / "diffusion") if "masked_rate" in line]
+    assert 0.4 < sum(rates) / len(rates) < 0.65
+    evaluations = [line["eval_loss"] for line in read_metrics(tmp_path / "diffusion") if "eval_loss" in line]
+    assert diffusion["evaluation"]["nats_per_token"] == pytest.approx(min(evaluations), rel=1e-6)  # the best is kept
+
+
+def test_streaming_trains_the_same_rows(job, tmp_path):
+    """A stream keeps the source's order, so only its size is compared with the run in memory."""
+    facts = run("diffusion", job, output_dir=tmp_path / "stream", streaming=True)
+    assert facts["steps"] == 12 and facts["tokens_seen"] > 12 * 8 * 20
+    assert [line for line in read_metrics(tmp_path / "stream") if "eval_loss" in line]
+
+
+def test_sft_rows_train_on_answers(job, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+        for i in range(60)
+    ]
+    job["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = run("diffusion", job, output_dir=tmp_path / "sft", eos_padding="block", eos_padding_block=8)
+    assert facts["data"]["format"] == "sft" and facts["objective"]["eos_padding"] == "block"
+    assert facts["evaluation"]["tokens"] < facts["data"]["target_tokens"]
+
+
+def test_training_lowers_the_bound(job, tmp_path):
+    run("diffusion", job, output_dir=tmp_path / "run", max_steps=40, eval_steps=5, save_steps=60)
+    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("scheduler", ["warmup_stable_decay", "cosine_with_min_lr"])
+def test_learning_rate_schedules(scheduler, tmp_path):
+    trainer = build_trainer(
+        "causal",
+        tmp_path,
+        lr_scheduler_type=scheduler,
+        learning_rate=1.0,
+        warmup_steps=10,
+        lr_decay_ratio=0.3,
+        min_lr_ratio=0.25,
+        max_steps=100,
+    )
+    trainer.create_optimizer_and_scheduler(100)
+    rates = []
+    for _ in range(100):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[:11] == sorted(set(rates[:11])) and rates[10] == pytest.approx(1)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.25)
+    if scheduler == "warmup_stable_decay":
+        assert set(rates[10:70]) == {1.0} and rates[85] < 1
+    else:
+        assert rates[40] < 1 and rates == rates[:10] + sorted(rates[10:], reverse=True)
+
+
+def test_repetition_penalty_reaches_the_loss(tmp_path):
+    losses = []
+    for weight in (0.0, 5.0):
+        trainer = build_trainer("diffusion", tmp_path, repetition_penalty_weight=weight)
+        torch.nn.init.zeros_(trainer.model.lm_head.weight)
+        trainer.model.lm_head.weight.data[7] = 1.0  # drafts repeat one token or another everywhere
+        batch = trainer.data_collator([{**row, "rank": 0, "epoch": 0} for row in make_rows()])
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_decay_ratio": 1.5}, r"`lr_decay_ratio` must lie in \[0, 1\], got 1.5"),
+        ({"min_lr_ratio": -1.0}, r"`min_lr_ratio` must lie in \[0, 1\], got -1.0"),
+        ({"eval_samples": 3}, "`eval_samples` must be a positive even number, got 3"),
+        ({"early_stopping_patience": -1}, "`early_stopping_patience` must be >= 0, got -1"),
+        ({"early_stopping_patience": 2}, "`early_stopping_patience` needs `load_best_model_at_end`"),
+        ({"mask_count": "many"}, "`mask_count` must be one of"),
+        ({"eos_padding": "some"}, "`eos_padding` must be one of none, block, max_length, got 'some'"),
+        ({"eos_padding_block": 0}, "`eos_padding_block` must be >= 1, got 0"),
+        ({"variable_length_probability": 2.0}, r"`variable_length_probability` must lie in \[0, 1\], got 2.0"),
+        ({"repetition_penalty_weight": -1.0}, "`repetition_penalty_weight` must be >= 0, got -1.0"),
+        ({"repetition_penalty_min_run": 1}, "`repetition_penalty_min_run` must be >= 2, got 1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="Several GPUs need one process each.*got 2 in one process"):
+        build_trainer("diffusion", tmp_path)
+
+
+def test_evaluation_needs_rows(tmp_path):
+    trainer = build_trainer("diffusion", tmp_path)
+    with pytest.raises(ValueError, match="`eval_dataset` must have a row for each of 1 ranks, got None"):
+        trainer.evaluate()
+
+
+if __name__ == "__main__":  # a rank of `test_ranks_do_not_change_the_gradient`
+    found, _ = one_step(sys.argv[1], Path(sys.argv[2]).parent / "ranks", 4, 1)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(found, sys.argv[2])
+    torch.distributed.destroy_process_group()
