@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_nanollada import NanoLLaDAConfig
+from .generation_nanollada import NanoLLaDAGenerationConfig, NanoLLaDAGenerationOutput
 from .modeling_nanollada import (
     NanoLLaDAForCausalLM,
     NanoLLaDAForMaskedLM,
@@ -20,6 +21,8 @@ __all__ = [
     "NanoLLaDAConfig",
     "NanoLLaDAForCausalLM",
     "NanoLLaDAForMaskedLM",
+    "NanoLLaDAGenerationConfig",
+    "NanoLLaDAGenerationOutput",
     "NanoLLaDAModel",
     "NanoLLaDAPreTrainedModel",
 ]

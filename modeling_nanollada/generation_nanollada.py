@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, MaxTimeCriteria
-from transformers.generation import StoppingCriteriaList, logits_process
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation import logits_process as processors
 
 _OWN_FIELDS = ("block_length", "steps", "remasking", "position_score", "cfg_scale", "eos_policy", "early_stop")
 _CHOICES = {
@@ -24,9 +23,9 @@ _CHOICES = {
     "eos_policy": ("none", "last", "forbid"),
 }
 # Of transformers' logits processors, those whose rule needs one position's scores alone. The rest reads left to right.
-_SHAPERS = (logits_process.SuppressTokensLogitsProcessor, logits_process.LogitNormalization)
+_SHAPERS = (processors.SuppressTokensLogitsProcessor, processors.LogitNormalization)
 _WARPERS = tuple(
-    getattr(logits_process, f"{name}LogitsWarper")
+    getattr(processors, f"{name}LogitsWarper")
     for name in ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta")
 )
 # Settings of transformers' `generate` that diffusion has no meaning for, or that are not built.
@@ -45,9 +44,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
     Settings of the diffusion `generate`; also accepted as its keyword arguments. Saved as `generation_config.json`.
 
     Args:
-        max_new_tokens (`int`, *optional*): Mask tokens appended to the prompt, all of which are decoded. 0 fills only
-            the masks that the prompt holds. As in transformers, `max_length` is the alternative, 20 new tokens the
-            default.
+        max_new_tokens (`int`, *optional*): Mask tokens appended to the prompt; with 0 only the prompt's own masks are
+            filled. As in transformers, `max_length` is the alternative and 20 new tokens are the default.
         block_length (`int`, *optional*): Tokens per block; blocks are decoded left to right. Defaults to the model's
             `config.block_length`, else to `max_new_tokens` (one block: pure diffusion). Without
             `config.block_length` it must divide `max_new_tokens`. With it, blocks are cut at multiples of
@@ -59,8 +57,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         temperature (`float`, *optional*): 0 is greedy, as is leaving both `temperature` and `do_sample` unset. With
             `do_sample=True` the default is 1.0. Tokens are drawn by Gumbel-max in float64 (arXiv 2409.02908).
         do_sample (`bool`, *optional*): `False` is the same as `temperature=0`. Unset, the temperature decides.
-        top_k (`int`, *optional*), top_p (`float`, *optional*): Truncate a position's distribution before the draw.
-            Off by default.
+        top_k (`int`, *optional*), top_p (`float`, *optional*): Truncate each draw's distribution. Off by default.
         remasking (`str`, *optional*, defaults to `"low_confidence"`): Which positions to commit: those with the best
             `position_score`, or `"random"` ones (the reverse process of LLaDA's eq. 3; `position_score` is not used).
         position_score (`str`, *optional*, defaults to `"max_prob"`): `"max_prob"`: the largest probability;
@@ -72,8 +69,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off.
         repetition_penalty (`float`, *optional*): As in transformers; counts the tokens visible in the row.
         eos_policy (`str`, *optional*, defaults to `"none"`): `"last"`: positions whose likeliest token (drawn token,
-            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"forbid"`: EOS is never
-            generated.
+            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"forbid"`: never an EOS.
         early_stop (`bool`, *optional*, defaults to `True`): Stop working on a row once an EOS has nothing masked
             before it. What comes after is padded in any case, so this saves time and changes no token that is kept.
 
@@ -106,9 +102,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
     def get_temperature(self) -> float:
         """The temperature that `temperature` and `do_sample` mean together; 0.0 is greedy."""
-        if self.temperature is None:
-            return 1.0 if self.do_sample else 0.0
-        return float(self.temperature)
+        return float(bool(self.do_sample) if self.temperature is None else self.temperature)
 
     def to_diff_dict(self) -> dict:
         settings = {name: value for name, value in super().to_diff_dict().items() if value is not None}
@@ -117,14 +111,13 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         return settings
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs) -> dict:
-        """As in transformers; where the old and the new of `do_sample` and `temperature` disagree, one of them goes."""
+        """As in transformers. Of `do_sample` and `temperature`, what the new value contradicts goes."""
         for name, other in (("do_sample", "temperature"), ("temperature", "do_sample")):
-            new, old = {name: kwargs.get(name)}, {other: getattr(self, other)}
-            if kwargs.get(other) is not None or not _contradict(**new, **old):
+            if not _contradict(**{name: kwargs.get(name), other: getattr(self, other)}):
                 continue
             if defaults_only:
                 del kwargs[name]  # what is set stays
-            else:
+            elif kwargs.get(other) is None:
                 setattr(self, other, None)  # the later word counts
         return super().update(defaults_only, allow_custom_entries, **kwargs)
 
@@ -145,11 +138,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         for name, choices in (*_CHOICES.items(), ("early_stop", (True, False)), ("do_sample", (True, False))):
             value = getattr(self, name)
             _require(value is None or value in choices, f"`{name}` must be one of {choices}, got {value!r}")
-        _require(
-            not _contradict(self.do_sample, self.temperature),
-            "`do_sample=False` and `temperature=0` mean the same: `do_sample` and `temperature` must not contradict "
-            f"each other, got {self.do_sample} and {self.temperature}",
-        )
+        rule = "`do_sample` must be False where `temperature` is 0 and True where it is not"
+        message = f"{rule}, got {self.do_sample} and {self.temperature}"
+        _require(not _contradict(self.do_sample, self.temperature), message)
         # The base class takes an unset `do_sample` for greedy, and knows no prompt that holds masks.
         view = copy.copy(self)
         view.do_sample = self.get_temperature() > 0
@@ -176,7 +167,7 @@ class NanoLLaDAGenerationOutput(GenerateDecoderOnlyOutput):
 
 class NanoLLaDAGenerationMixin(GenerationMixin):
     """
-    Diffusion behind transformers' own `generate`: its length settings, batches, streamers, stopping criteria, pipelines.
+    Diffusion behind transformers' own `generate`: its length settings, batches, streamers, criteria, pipelines.
 
     On top of [`NanoLLaDAGenerationConfig`], `generate` takes `generator` (a `torch.Generator`: same seed, same
     output). What differs from an autoregressive model:
@@ -187,8 +178,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
     - *`logits_processor`* is called with the scores of all masked positions of the block, `(N, vocab_size)`, and for
       each of them its whole row, mask tokens included, `(N, length)`. Processors of transformers that read the row
       left to right are refused; repetitions have `repetition_penalty`.
-    - *`stopping_criteria`* are asked after each block, for every prefix that ends in it, as if the block had come token
-      by token (`max_time` once per block); the first that stops ends the row there.
+    - *`stopping_criteria`* are asked after each block, for every prefix that ends in it, as if it had come token by
+      token (`max_time` once per block); the first that stops ends the row there.
     - *Streamers* get the finished columns after each block. A `put_draft` method gets, after each step, all columns
       from the first that was not put (with masks in the prompt: from the first mask) to the row's last one, with the
       mask token where nothing is decided. So a draft of n columns is the last n of the row.
@@ -212,10 +203,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         off = {**GenerationConfig._get_default_generation_params(), "guidance_scale": 1}
         for name in _UNSUPPORTED:
             value = getattr(settings, name, None)
-            _require(
-                not value or value == off.get(name),
-                f"`{name}` is not supported by the diffusion `generate`: it must be unset, got {value!r}",
-            )
+            _refuse(name, None if value == off.get(name) else value)
         settings.temperature = settings.get_temperature()
         settings.do_sample = settings.temperature > 0
         return settings, model_kwargs
@@ -223,24 +211,15 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.pop("generator", None)
         super()._validate_model_kwargs(model_kwargs)  # unknown names
-        _require(
-            generator is None or isinstance(generator, torch.Generator),
-            f"`generator` must be a torch.Generator, got {generator!r}",
-        )
+        good = generator is None or isinstance(generator, torch.Generator)
+        _require(good, f"`generator` must be a torch.Generator, got {generator!r}")
         for name, value in model_kwargs.items():
-            _require(
-                value is None or name in ("input_ids", "attention_mask"),
-                f"`{name}` is not supported by the diffusion `generate`, whose inputs are `input_ids` and "
-                f"`attention_mask`: it must be unset, got {type(value).__name__}",
-            )
+            if name not in ("input_ids", "attention_mask"):
+                _refuse(name, value)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        for name in ("assistant_model", "assistant_tokenizer", "synced_gpus"):
-            value = generation_mode_kwargs.get(name)
-            _require(
-                not value,
-                f"`{name}` is not supported by the diffusion `generate`: it must be unset, got {type(value).__name__}",
-            )
+        for name in ("assistant_model", "synced_gpus"):
+            _refuse(name, generation_mode_kwargs.get(name))
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
@@ -250,51 +229,29 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, *args, **kwargs):
         """None: every step reads the whole row again."""
 
-    def _get_logits_processor(
-        self, generation_config, prefix_allowed_tokens_fn=None, negative_prompt_ids=None, **kwargs
-    ):
-        left_to_right = {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn, "negative_prompt_ids": negative_prompt_ids}
-        for name, value in left_to_right.items():
-            _require(value is None, f"`{name}` is not supported by the diffusion `generate`: it must be unset, got {value}")
+    def _get_logits_processor(self, generation_config, **kwargs):
+        for name in ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask"):
+            _refuse(name, kwargs.pop(name, None))
         view = copy.copy(generation_config)
         view.repetition_penalty = None  # transformers' would count masks and padding; see `_Sampler.shape`
-        processors = super()._get_logits_processor(view, **kwargs)
-        for processor in processors:
-            name = type(processor).__name__
-            _require(
-                type(processor).__module__ != logits_process.__name__ or isinstance(processor, _SHAPERS + _WARPERS),
-                f"`logits_processor` must not read the row left to right, which diffusion doesn't write so, got {name}",
-            )
-        return processors
+        found = super()._get_logits_processor(view, **kwargs)
+        for item in found:
+            good = type(item).__module__ != processors.__name__ or isinstance(item, _SHAPERS + _WARPERS)
+            name = type(item).__name__
+            _require(good, f"`logits_processor` must not read the row left to right, got {name}")
+        return found
 
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        attention_mask=None,
-        generator=None,
-        **unused,  # transformers' preparations for autoregressive decoding: positions, `logits_to_keep`, …
-    ):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         eos_ids = torch.cat(eos).to(self.device) if eos else torch.empty(0, dtype=torch.long, device=self.device)
-        canvas = _Canvas(input_ids.to(self.device), attention_mask, generation_config, self.config)
+        canvas = _Canvas(input_ids.to(self.device), kwargs.get("attention_mask"), generation_config, self.config)
+        generator = kwargs.get("generator")  # the other kwargs prepare autoregressive decoding
         sampler = _Sampler(generation_config, logits_processor, eos_ids, self.config.mask_token_id, generator)
-        criteria = [
-            criterion
-            for criterion in stopping_criteria
-            if not isinstance(criterion, EosTokenCriteria)  # `_Canvas.stop_at_eos`
-            and not (isinstance(criterion, MaxLengthCriteria) and criterion.max_length >= canvas.length)
-        ]
         while canvas.undecided.any():
             self._denoise_block(canvas, canvas.next_block(), sampler, generation_config, streamer)
-            canvas.stop_at_eos(eos_ids, generation_config.early_stop)
-            canvas.stop_by(criteria)
-            if streamer is not None and canvas.columns_to_put():
-                streamer.put(canvas.put_columns().cpu())
+            canvas.stop_by(stopping_criteria)
+            if streamer is not None and (finished := canvas.take_finished_columns()).numel():
+                streamer.put(finished.cpu())
         if streamer is not None:
             streamer.end()
         sequences = canvas.output().to(input_ids.device)
@@ -320,8 +277,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
             selected, tokens = sampler.select(logits, ids[:, : canvas.length], active, quota)
             # 3. Commit these; the others stay masked.
             canvas.commit(rows, selected, tokens)
-            if settings.early_stop:
-                canvas.stop_at_eos(sampler.eos_ids, True)
+            canvas.stop_at_eos(sampler.eos_ids, settings.early_stop)
             if hasattr(streamer, "put_draft"):
                 streamer.put_draft(canvas.ids[:, canvas.put : canvas.length].cpu())
 
@@ -342,14 +298,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
 
 def commit_quota(masked: torch.Tensor, steps: torch.Tensor, step: int) -> torch.Tensor:
-    """
-    Tokens to commit in one step of a block (LLaDA, alg. 5): equal shares, the remainder one by one on the first steps.
-
-    Args:
-        masked (`torch.LongTensor`): Masks in the block before its first step.
-        steps (`torch.LongTensor`): Steps, at most `masked`.
-        step (`int`): This step, from 0.
-    """
+    """Tokens to commit in `step` (from 0) of a block: equal shares, the remainder one by one on the first steps."""
     share, remainder = masked // steps.clamp(min=1), masked % steps.clamp(min=1)
     return (share + (step < remainder)) * (step < steps)
 
@@ -357,14 +306,12 @@ def commit_quota(masked: torch.Tensor, steps: torch.Tensor, step: int) -> torch.
 class _Sampler:
     """The choices of a step: which distribution, which positions, which tokens. Holds settings, no state but noise."""
 
-    def __init__(self, settings, processors, eos_ids, mask_token_id, generator):
-        _require(
-            settings.eos_policy == "none" or len(eos_ids) > 0,
-            f"`eos_policy` must be 'none' without an `eos_token_id`, got {settings.eos_policy!r}",
-        )
+    def __init__(self, settings, logits_processor, eos_ids, mask_token_id, generator):
+        good = settings.eos_policy == "none" or len(eos_ids) > 0
+        _require(good, f"`eos_policy` must be 'none' without an `eos_token_id`, got {settings.eos_policy!r}")
         self.settings, self.eos_ids, self.mask_token_id, self.generator = settings, eos_ids, mask_token_id, generator
-        self.shapers = LogitsProcessorList(item for item in processors if not isinstance(item, _WARPERS))
-        self.warpers = LogitsProcessorList(item for item in processors if isinstance(item, _WARPERS))
+        self.shapers = LogitsProcessorList(item for item in logits_processor if not isinstance(item, _WARPERS))
+        self.warpers = LogitsProcessorList(item for item in logits_processor if isinstance(item, _WARPERS))
         self.by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
 
     def shape(self, logits, ids, active, visible):
@@ -387,7 +334,7 @@ class _Sampler:
         """The best `quota` (`[R]`) positions of each row as a mask `[R, W]`, and their tokens, row by row."""
         row_of = active.nonzero()[:, 0]  # [N]
         tokens = self.draw(logits, ids[row_of]) if self.by_sample else None
-        scores = self.score(logits, tokens).double()  # [N]
+        scores = self.score(logits, tokens)  # [N]
         if self.settings.eos_policy == "last":
             likely = tokens if self.by_sample else logits.argmax(-1)
             scores = scores - 1e3 * torch.isin(likely, self.eos_ids)  # no score spans more than ln V
@@ -402,7 +349,7 @@ class _Sampler:
         """`[N]`, the higher the sooner."""
         if self.settings.remasking == "random":
             return self.noise((len(logits),), logits.device)
-        probabilities = logits.softmax(-1)
+        probabilities = logits.softmax(-1, dtype=torch.double)  # float32 would tie what is nearly certain
         if self.settings.position_score == "entropy":
             return -torch.special.entr(probabilities).sum(-1)
         if self.settings.position_score == "sampled_prob":
@@ -433,7 +380,11 @@ class _Canvas:
         rows, self.prompt_length = input_ids.shape
         self.length = settings.max_length
         new_tokens = self.length - self.prompt_length
-        block_length = self._block_length(settings.block_length, config.block_length, new_tokens)
+        whole, name = config.block_length, "the model's `config.block_length`"
+        if whole is None:
+            whole, name = new_tokens, "`max_new_tokens`"
+        block_length = settings.block_length or whole or 1
+        _require(whole % block_length == 0, f"`block_length` must divide {name}, got {block_length} and {whole}")
         visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         visible = pad(visible.bool(), (0, new_tokens), value=True)
         lacking = -visible.sum(1) % (config.block_length or 1)  # [B]
@@ -443,46 +394,25 @@ class _Canvas:
         self.all_visible = bool(self.visible.all())
         self.undecided = (self.ids == config.mask_token_id) & self.visible
         self.undecided[:, self.length :] = False
-        _require(
-            bool(self.undecided.any()),
-            f"`max_new_tokens` must be > 0 for a prompt without mask tokens, got {new_tokens}",
-        )
-        self.given = self.visible & ~self.undecided  # the prompt, for guidance
-        self.given[:, self.length :] = False
+        message = f"`max_new_tokens` must be > 0 for a prompt without mask tokens, got {new_tokens}"
+        _require(bool(self.undecided.any()), message)
+        self.given = self.visible & (self.ids != config.mask_token_id)  # the prompt, for guidance
         self.columns = torch.arange(self.length, device=input_ids.device)
-        if config.block_length is None:
-            blocks = (torch.arange(self.ids.shape[1], device=input_ids.device) - self.prompt_length) // block_length
-            self.blocks = blocks.clamp(min=0).expand_as(self.ids)
-        else:
-            self.blocks = (self.visible.long().cumsum(1) - 1).clamp(min=0) // block_length
-        self.pad_token_id = settings._pad_token_tensor
+        positions = torch.arange(self.ids.shape[1], device=input_ids.device) - self.prompt_length
+        if config.block_length is not None:  # the grid of training, from the row's first token
+            positions = self.visible.long().cumsum(1) - 1
+        self.blocks = (positions.clamp(min=0) // block_length).expand_as(self.ids)
+        pad_token_id = settings._pad_token_tensor
+        self.pad_token_id = None if pad_token_id is None else pad_token_id.to(input_ids.device)
         self.committed = torch.zeros_like(self.undecided)
         self.forwards = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
         self.last = torch.full_like(self.forwards, self.length - 1)  # [B], the last column that is kept
         self.checked = torch.full_like(self.forwards, self.prompt_length)  # [B], columns the criteria have seen
         self.put = int(self.decided_columns().min())  # columns that the streamer has
 
-    @staticmethod
-    def _block_length(block_length, model_block_length, new_tokens):
-        if model_block_length is None:
-            block_length = block_length or max(new_tokens, 1)
-            _require(
-                new_tokens % block_length == 0,
-                f"`block_length` must divide `max_new_tokens`, got {block_length} and {new_tokens}",
-            )
-            return block_length
-        block_length = block_length or model_block_length
-        _require(
-            model_block_length % block_length == 0,
-            "`block_length` must divide the model's `config.block_length`, "
-            f"got {block_length} and {model_block_length}",
-        )
-        return block_length
-
     def next_block(self):
         """Each row's first block that holds undecided positions: these positions, `[B, W]`."""
-        beyond = self.ids.shape[1]
-        first = self.blocks.masked_fill(~self.undecided, beyond).amin(1, keepdim=True)
+        first = self.blocks.masked_fill(~self.undecided, self.ids.shape[1]).amin(1, keepdim=True)
         return self.undecided & (self.blocks == first)
 
     def commit(self, rows, selected, tokens):
@@ -510,7 +440,9 @@ class _Canvas:
 
     def stop_by(self, criteria):
         """Asks the stopping criteria about the columns decided since the last call, one after the other."""
-        decided = self.decided_columns()  # [B]
+        done_here = (EosTokenCriteria, MaxLengthCriteria if criteria.max_length == self.length else EosTokenCriteria)
+        criteria = [item for item in criteria if not isinstance(item, done_here)]
+        decided = torch.minimum(self.decided_columns(), self.last + 1)  # [B]
         if not criteria or int(decided.min()) < self.prompt_length:
             return
         _require(self.pad_token_id is not None, "`pad_token_id` must be set for `stopping_criteria`, got None")
@@ -519,7 +451,10 @@ class _Canvas:
         stopped = torch.zeros_like(decided, dtype=torch.bool)
         for offset in range(int((decided - self.checked).max()) if others else 0):
             end = torch.minimum(self.checked + offset, decided - 1)  # [B], the prefix's last column
-            done = others(self._prefixes(end + 1), None) & (self.checked + offset < decided) & ~stopped
+            width = int(end.max()) + 1
+            index = self.columns[:width] - (width - 1 - end)[:, None]
+            prefixes = self.ids.gather(1, index.clamp(min=0)).where(index >= 0, self.pad_token_id)  # flush right
+            done = others(prefixes, None) & (self.checked + offset < decided) & ~stopped
             self.last = torch.where(done, torch.minimum(end, self.last), self.last)
             stopped |= done
         out_of_time = timers(self.ids, None)
@@ -527,20 +462,10 @@ class _Canvas:
         self.undecided &= ~(stopped | out_of_time)[:, None]
         self.checked = decided
 
-    def _prefixes(self, lengths):
-        """`[B, max(lengths)]`: the first `lengths` columns of each row, flush right."""
-        width = int(lengths.max())
-        index = self.columns[:width] - (width - lengths)[:, None]
-        return self.ids.gather(1, index.clamp(min=0)).where(index >= 0, self.pad_token_id)
-
-    def columns_to_put(self):
-        """Number of columns that are final in all rows and new to the streamer; nothing after the last row's end."""
-        working = self.undecided.any(1)
-        final = torch.where(working, self.decided_columns(), self.length).amin()
-        return max(0, int(torch.minimum(final, self.last.amax() + 1)) - self.put)
-
-    def put_columns(self):
-        start, self.put = self.put, self.put + self.columns_to_put()
+    def take_finished_columns(self):
+        """`[B, n]`: columns final in all rows and new to the streamer; none after the last row's end."""
+        final = torch.where(self.undecided.any(1), self.decided_columns(), self.length).amin()
+        start, self.put = self.put, max(self.put, int(torch.minimum(final, self.last.amax() + 1)))
         return self.output()[:, start : self.put]
 
     def output(self):
@@ -558,7 +483,15 @@ def _first(mask):
 
 
 def _contradict(do_sample, temperature):
-    return None not in (do_sample, temperature) and bool(do_sample) != (temperature > 0)
+    return do_sample is not None and isinstance(temperature, (int, float)) and bool(do_sample) != (temperature > 0)
+
+
+def _refuse(name, value):
+    """For what is supported only unset."""
+    plain = isinstance(value, (int, float, str, list))
+    shown = value if plain else type(value).__name__
+    message = f"`{name}` is not supported by the diffusion `generate`: it must be unset, got {shown}"
+    _require(value is None or (plain and not value), message)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nanollada import create_attention_mask
 from .configuration_nanollada import NanoLLaDAConfig
-from .generation_nanollada import NanoLLaDAGenerationMixin
+from .generation_nanollada import NanoLLaDAGenerationConfig, NanoLLaDAGenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -406,6 +406,7 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+    generation_config_class = NanoLLaDAGenerationConfig
 
     def __init__(self, config: NanoLLaDAConfig):
         super().__init__(config)

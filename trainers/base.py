@@ -268,12 +268,19 @@ class NanoLLaDATrainer(Trainer):
         return part.from_sums(self.accelerator.reduce(sums, "sum").tolist(), part.bound, part.estimator)
 
 
-def train(trainer_class, model_class, model_args: ModelArguments, data_args: DataArguments, args) -> dict:
+def train(
+    trainer_class, model_class, model_args: ModelArguments, data_args: DataArguments, args, command: str | None = None
+) -> dict:
     """
     A whole run: model, tokenizer and data from their arguments, training (or resuming), evaluation, and the files.
 
     `args.output_dir` then holds the model, the tokenizer, `run.json`, `trainer_state.json`, `metrics.jsonl` and
     `loss.png`.
+
+    Args:
+        trainer_class, model_class: What is trained, and how.
+        model_args, data_args, args: Parsed arguments; `args` is the trainer's config.
+        command (`str`, *optional*): What `run.json` names as the command of the run.
 
     Returns:
         `dict`: the facts in `run.json`.
@@ -301,7 +308,7 @@ def train(trainer_class, model_class, model_args: ModelArguments, data_args: Dat
         "model_class": model_class.__name__,
         "init": model_args.model_name_or_path,
         "objective": trainer.objective(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "seed": args.seed,
         "data": data.report,
         "steps": trainer.state.global_step,
@@ -338,5 +345,8 @@ def main(trainer_class, config_class, model_class, argv: list[str] | None = None
     from trl import TrlParser
 
     parser = TrlParser((ModelArguments, DataArguments, config_class))
+    argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parser.parse_args_and_config(argv)
-    return train(trainer_class, model_class, model_args, data_args, args)
+    script = f"trainers/{trainer_class.__name__.removesuffix('Trainer').lower()}.py"
+    command = shlex.join(["accelerate", "launch", script, *map(str, argv)])
+    return train(trainer_class, model_class, model_args, data_args, args, command)

@@ -69,8 +69,8 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
     return metrics
 
 
-def draw_loss(metrics: list[dict], path: str | os.PathLike) -> None:
-    """Draws training loss and evaluation loss (nats per token) over steps."""
+def draw_loss(metrics: list[dict], path, format: str = "png") -> None:
+    """Draws training loss and evaluation loss (nats per token) over steps, to a path or an open file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,4 +84,4 @@ def draw_loss(metrics: list[dict], path: str | os.PathLike) -> None:
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=format)

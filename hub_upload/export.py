@@ -1,0 +1,202 @@
+"""Turns a checkpoint into a folder for the Hub: flat code, safetensors, tokenizer, generation settings, card.
+
+python hub_upload/export.py CHECKPOINT OUTPUT --license apache-2.0 --language en
+
+The folder is made by `save_pretrained`, never by copying source files:
+`modeling_nanollada/configuration_nanollada.py` is a bridge that only works inside the package.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from nanollada.hub_upload.model_card import Facts, build_card, read_facts, weights_digest
+from nanollada.hub_upload.verify import check_files
+
+
+def export(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    evaluation: str | os.PathLike | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    repo_id: str | None = None,
+    model_name: str | None = None,
+    datasets: list[str] | None = None,
+    base_model: str | None = None,
+    prompt: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Exports a checkpoint of either model.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Folder with model and tokenizer: a run's, or one of its `checkpoint-N`.
+        output (`str` or `os.PathLike`): Folder to make. Appears only when it is complete.
+        evaluation (`str` or `os.PathLike`, *optional*): evaluation.json. Defaults to the checkpoint's.
+        license (`str`, *optional*): Licence of the weights, as the Hub spells it ("apache-2.0").
+        language (`str` or `list[str]`, *optional*): ISO codes.
+        repo_id (`str`, *optional*): What the card's snippets load. Defaults to the folder's name; uploading sets it.
+        model_name (`str`, *optional*): Title of the card. Defaults to the last part of `repo_id`, else of `output`.
+        datasets (`list[str]`, *optional*): Hub names of the training data.
+        base_model (`str`, *optional*): Hub name of the model that this one comes from.
+        prompt (`str`, *optional*): Prompt of the card's snippets.
+        overwrite (`bool`, defaults to `False`): Whether to replace an earlier export.
+
+    Returns:
+        `Path`: `output`. Facts that the card has to leave out are printed to stderr.
+
+    Raises:
+        `ValueError`: if `output` is not empty, or is not an export and would be overwritten; if the checkpoint is not
+            nanollada's, lacks or has too many tensors; if tokenizer and model don't agree; as `read_facts` and
+            `build_card`.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    _check_output(checkpoint, output, overwrite)
+    facts = read_facts(checkpoint, evaluation)
+    model = load_strictly(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    check_agreement(model, tokenizer)
+    there = output.resolve()
+    metadata = {"license": license, "language": language, "datasets": datasets, "base_model": base_model}
+    name = model_name or (repo_id or there.name).split("/")[-1]
+    repo_id = repo_id or there.name
+    card = build_card(model, tokenizer, facts, model_name=name, repo_id=repo_id, prompt=prompt, **metadata)
+    partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
+    try:
+        _write(partial, model, tokenizer, card, facts)
+        check_files(partial)
+        _put_in_place(partial, there)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _report_missing(facts, license=license, language=language)
+    return output
+
+
+def load_strictly(checkpoint: Path):
+    """
+    The model with the local classes, in the dtype it was saved in.
+
+    Raises:
+        `ValueError`: for another kind of model, and for missing, unexpected and mis-shaped tensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import nanollada.modeling_nanollada  # noqa: F401  registers the classes
+
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"`checkpoint` must be a folder with config.json, got {checkpoint}")
+    model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "nanollada":
+        raise ValueError(f"`checkpoint` must hold a nanollada model, got the model type {model_type}")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        checkpoint, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
+    faults = [f"{kind}: {', '.join(sorted(map(str, found[key])))}" for kind, key in kinds.items() if found[key]]
+    if faults:
+        raise ValueError(f"`checkpoint` must hold exactly the tensors of {type(model).__name__}, got {faults}")
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise ValueError(f"`checkpoint` must hold finite weights, got NaN or infinity in {', '.join(broken)}")
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Path):
+    """The checkpoint's tokenizer, without what loading notes down about this machine."""
+    from transformers import AutoTokenizer
+
+    if not (checkpoint / "tokenizer_config.json").is_file():
+        raise ValueError(f"`checkpoint` must hold its tokenizer, got no tokenizer_config.json in {checkpoint}")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def check_agreement(model, tokenizer) -> None:
+    """
+    Compares tokenizer and model.
+
+    Raises:
+        `ValueError`: naming every difference of vocabulary size and special tokens.
+    """
+    config, rows = model.config, model.get_input_embeddings().weight.shape[0]
+    faults = []
+    if not len(tokenizer) == config.vocab_size == rows:
+        sizes = f"{len(tokenizer)}, {config.vocab_size} and {rows}"
+        faults.append(f"tokenizer, `vocab_size` and embedding must have the same size, got {sizes}")
+    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
+        theirs, ours = getattr(tokenizer, name), getattr(config, name)
+        if theirs is None or theirs != ours:
+            faults.append(f"`{name}` must be the tokenizer's {theirs}, got {ours}")
+    if faults:
+        raise ValueError("tokenizer and model must agree: " + "; ".join(faults))
+
+
+def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
+    here, there = checkpoint.resolve(), output.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"`output` must lie outside `checkpoint`, got {output} and {checkpoint}")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"`output` must be new or empty (or give --overwrite), got {output}")
+    if not ((output / "config.json").is_file() and (output / "README.md").is_file()):
+        raise ValueError(f"`output` must be an earlier export to be overwritten, got {output} without config and card")
+
+
+def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card.save(folder / "README.md")
+    evaluation = facts.evaluation
+    if evaluation is not None and "weights_sha256" in evaluation:  # the same tensors, in the files they are in now
+        evaluation = {**evaluation, "weights_sha256": weights_digest(folder)}
+    records = {"run.json": facts.run, "evaluation.json": evaluation}
+    for name, record in records.items():
+        if record is not None:
+            (folder / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Renames; an earlier export stays until the new one is complete."""
+    old = partial.with_name(partial.name + ".old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _report_missing(facts: Facts, **options) -> None:
+    gaps = [f"{name}: --{name} is not given" for name, value in options.items() if not value]
+    for gap in (*facts.missing, *gaps):
+        print(f"README.md leaves out {gap}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses arguments and exports."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint to a folder for the Hub.")
+    parser.add_argument("checkpoint", type=Path, help="Folder with model and tokenizer.")
+    parser.add_argument("output", type=Path, help="Folder to make.")
+    parser.add_argument("--evaluation", type=Path, help="evaluation.json (default: the checkpoint's).")
+    parser.add_argument("--license", help="Licence of the weights, as the Hub spells it, e.g. apache-2.0.")
+    parser.add_argument("--language", nargs="+", help="ISO codes, e.g. en zh.")
+    parser.add_argument("--repo_id", help="Hub id that the card's snippets load (default: the folder's name).")
+    parser.add_argument("--model_name", help="Title of the card (default: the last part of the id).")
+    parser.add_argument("--datasets", nargs="+", help="Hub names of the training data.")
+    parser.add_argument("--base_model", help="Hub name of the model that this one comes from.")
+    parser.add_argument("--prompt", help="Prompt of the card's snippets.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export.")
+    output = export(**vars(parser.parse_args(argv)))
+    print(f"{output}: check it with python hub_upload/verify.py {output}")
+
+
+if __name__ == "__main__":
+    main()

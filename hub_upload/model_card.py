@@ -1,0 +1,490 @@
+"""The README of a Hub folder, made from the run's own facts and from nothing else.
+
+A fact that is not on record is left out and reported as missing; no sentence and no number is made up.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+# A path that is absolute, or climbs out of the working folder, at the start of a word (a URL's stands inside one).
+LOCAL_PATH = re.compile(r"(?<![^\s='\",:;\[({])(?:~[\w-]*/|/(?!/)|\.\./|[A-Za-z]:[\\/](?!/))[^\s'\",;\])}]+")
+PATH_KEYS = ("init", "sources", "data", "checkpoint")  # whose strings are one path or name each, blanks and all
+FORMATS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
+METRICS = {"nll": "bits per byte", "nelbo": "bits per byte, upper bound", "exact_match": "exact match"}
+PROMPTS = ("The", "1", "a")
+CHAT_PROMPTS = ("What is a list?", "Hello")
+NEW_TOKENS, BLOCK_LENGTH, INFILLED = 32, 16, 4  # of the snippets
+
+
+@dataclass
+class Facts:
+    """
+    What is on record about a checkpoint.
+
+    Attributes:
+        stages (`list[dict]`): `run.json` of the runs that led to it, the oldest first.
+        run (`dict`, *optional*): The last of them, unless only its trainer's state is there.
+        evaluation (`dict`, *optional*): `evaluation.json`, or what `run.json` says of the held-out rows.
+        missing (`list[str]`): What is not on record, and why.
+    """
+
+    stages: list[dict] = field(default_factory=list)
+    run: dict | None = None
+    evaluation: dict | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | None = None) -> Facts:
+    """
+    Collects `run.json` of the checkpoint and, as long as they are still there, of the checkpoints it started from;
+    steps from `trainer_state.json`; and the evaluation. Local paths become bare names.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Folder of the checkpoint.
+        evaluation (`str` or `os.PathLike`, *optional*): File. Defaults to the checkpoint's `evaluation.json`.
+
+    Raises:
+        `ValueError`: for a file that is not there or not JSON, and for the evaluation of another checkpoint.
+    """
+    folder = Path(checkpoint).resolve()
+    facts = Facts(stages=_read_stages(folder))
+    if not (folder / "run.json").is_file():
+        facts.missing.append("data, objective, seed, command, hardware, versions: no run.json beside the weights")
+    file = Path(evaluation) if evaluation is not None else folder / "evaluation.json"
+    if evaluation is not None or file.is_file():
+        facts.evaluation = _read_json(file, "evaluation")
+        _check_evaluated(facts.evaluation, folder, file)
+    elif facts.stages and facts.stages[-1].get("evaluation"):
+        facts.evaluation = _evaluation_of_run(facts.stages[-1])
+    else:
+        facts.missing.append("evaluation: neither evaluation.json nor an evaluation in run.json")
+    facts.stages, facts.evaluation = without_paths(facts.stages), without_paths(facts.evaluation)
+    facts.run = facts.stages[-1] if (folder / "run.json").is_file() else None
+    return facts
+
+
+def _check_evaluated(evaluation: dict, folder: Path, file: Path) -> None:
+    """By the weights where the evaluation has their digest, else by the name."""
+    digest, of = evaluation.get("weights_sha256"), evaluation.get("checkpoint")
+    if digest is not None and digest != weights_digest(folder):
+        raise ValueError(f"`evaluation` must be of the weights in {folder.name}, got {file.name} of other weights")
+    if digest is None and of is not None and Path(of).resolve().name != folder.name:
+        raise ValueError(f"`evaluation` must be of the checkpoint {folder.name}, got {file.name} of {Path(of).name}")
+
+
+def weights_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 over the SHA-256 of each of a folder's safetensors files, sorted by name, as in evaluation.json."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _read_stages(folder: Path) -> list[dict]:
+    stages, seen = [], set()
+    while folder not in seen:
+        seen.add(folder)
+        run = _read_json(folder / "run.json", "checkpoint", missing={})
+        state = _read_json(folder / "trainer_state.json", "checkpoint", missing={})
+        if run or state:
+            stages.insert(0, {**_facts_of_state(state), **run})
+        init = run.get("init")
+        if not init or not Path(init).is_dir():
+            break
+        folder = Path(init).resolve()
+    return stages
+
+
+def _facts_of_state(state: dict) -> dict:
+    step, best = state.get("best_global_step"), state.get("best_metric")
+    logs = [log for log in state.get("log_history") or [] if log.get("step") == step]
+    names = [name for log in logs for name, value in log.items() if value == best and name.startswith("eval_")]
+    facts = {
+        "steps": state.get("global_step"),
+        "epochs": state.get("epoch"),
+        "tokens_seen": state.get("num_input_tokens_seen") or None,
+        "best": {"metric": names[0], "value": best, "step": step} if names else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _read_json(path: Path, argument: str, missing: dict | None = None) -> dict:
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` must hold readable JSON, got {path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{argument}` must hold a JSON object, got {type(content).__name__} in {path.name}")
+    return content
+
+
+def _evaluation_of_run(run: dict) -> dict:
+    found = run["evaluation"]
+    result = {
+        "data": "held-out rows of the training data",
+        "metric": "nelbo" if found["bound"] else "nll",
+        "standard_error": found["bits_per_byte_standard_error"],
+        **{
+            key: found.get(key) for key in ("bound", "bits_per_byte", "nats_per_token", "tokens", "bytes", "estimator")
+        },
+    }
+    return {"of": "the end of the last training run above", "results": [result]}
+
+
+def without_paths(value: Any, key: str | None = None) -> Any:
+    """Every local path inside (absolute, or climbing out of the working folder) cut to its last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key in PATH_KEYS:
+        return _base(value) if LOCAL_PATH.match(value) else value
+    if key == "command":
+        return shlex.join(_base_of_word(word) for word in shlex.split(value))
+    return LOCAL_PATH.sub(lambda match: _base(match[0]), value)
+
+
+def _base_of_word(word: str) -> str:
+    """A word of a command: a path, `--option=path`, or anything else."""
+    option, equals, path = word.rpartition("=")
+    if LOCAL_PATH.match(path):
+        return option + equals + _base(path)
+    return LOCAL_PATH.sub(lambda match: _base(match[0]), word)
+
+
+def _base(path: str) -> str:
+    kind = PureWindowsPath if "\\" in path else PurePosixPath
+    return kind(path).name or "."
+
+
+def build_card(
+    model,
+    tokenizer,
+    facts: Facts,
+    *,
+    model_name: str,
+    repo_id: str | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    datasets: list[str] | None = None,
+    base_model: str | None = None,
+    prompt: str | None = None,
+):
+    """
+    Writes the card.
+
+    Args:
+        model ([`NanoLLaDAForCausalLM`] or [`NanoLLaDAForMaskedLM`]): What is exported.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        facts (`Facts`): Of `read_facts`.
+        model_name (`str`): Title, and name in the `model-index`.
+        repo_id (`str`, *optional*): What the snippets load. Defaults to `model_name`: the folder, from beside it.
+        license, language, datasets, base_model (*optional*): Metadata of the Hub that no run records. `datasets`
+            defaults to the sources that were given as hf://datasets/….
+        prompt (`str`, *optional*): Of the snippets.
+
+    Returns:
+        `ModelCard`
+
+    Raises:
+        `ValueError`: for a `prompt` that the tokenizer can't express, and for results that are no numbers.
+    """
+    from huggingface_hub import ModelCard
+
+    evaluation = facts.evaluation or {}
+    results = evaluation.get("results", [])
+    data = _metadata(model, facts, results, model_name)
+    data.license, data.language, data.base_model = license, language, base_model
+    data.datasets = datasets or data.datasets
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=model_name,
+        diffusion=is_diffusion(model),
+        parameters=f"{model.num_parameters():,}",
+        shape=_shape(model),
+        use=_use(model, tokenizer, facts, repo_id or model_name, prompt),
+        stages=[_stage(stage) for stage in facts.stages],
+        results=[_result_row(result) for result in results],
+        bound=any(result.get("bound") for result in results),
+        evaluated_at=evaluation.get("of"),
+        evaluation_commands=_commands(evaluation),
+        limits=_limits(model, facts, language),
+    )
+
+
+def _metadata(model, facts: Facts, results: list[dict], model_name: str):
+    from huggingface_hub import ModelCardData
+
+    kind = ["diffusion", "masked-diffusion", "llada"] if is_diffusion(model) else ["autoregressive"]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nanollada", "custom_code", *kind],
+        datasets=_hub_datasets(facts.stages) or None,
+        model_name=model_name if results else None,  # without results no field of the Hub's
+        metrics=list(dict.fromkeys(_metric_type(result) for result in results)) or None,
+        eval_results=[_eval_result(result) for result in results] or None,
+    )
+
+
+def is_diffusion(model) -> bool:
+    return "MaskedLM" in type(model).__name__
+
+
+def _hub_datasets(stages: list[dict]) -> list[str]:
+    sources = [source for stage in stages for source in stage.get("data", {}).get("sources", [])]
+    found = [re.match(r"hf://datasets/([^/]+/[^/@]+)", source) for source in sources]
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _shape(model) -> list[tuple[str, str]]:
+    config = model.config
+    heads = f"{config.num_attention_heads} heads"
+    if config.num_key_value_heads != config.num_attention_heads:
+        heads += f" ({config.num_key_value_heads} for keys and values)"
+    block = "the full row" if config.block_length is None else f"{config.block_length} tokens"
+    return [
+        ("Class", f"`{type(model).__name__}`"),
+        ("Parameters", f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}"),
+        ("Vocabulary", f"{config.vocab_size:,} tokens, special tokens included"),
+        ("Shape", f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}"),
+        *([("Block length", block)] if is_diffusion(model) else []),
+    ]
+
+
+def _stage(stage: dict) -> dict:
+    """Title, table rows and command of one run; rows without a fact are left out."""
+    data, objective = stage.get("data") or {}, dict(stage.get("objective") or {})
+    name = objective.pop("name", None)
+    kind = FORMATS.get(data.get("format"), "training")
+    init, seed = stage.get("init"), stage.get("seed")
+    start = f"the weights of `{init}`" if init else "random weights" if "init" in stage else None
+    settings = ", ".join(f"{key} = {value}" for key, value in objective.items() if value is not None)
+    best = stage.get("best") or {}
+    rows = [
+        ("Kind", f"{kind}, `{stage['model_class']}`" if stage.get("model_class") else kind),
+        ("Started from", start),
+        ("Objective", f"{name} ({settings})" if name and settings else name),
+        ("Sources", ", ".join(f"`{source}`" for source in data.get("sources") or []) or None),
+        ("Data", _counts(data)),
+        ("Left out", _left_out(data)),
+        ("Length", _sentence("{} steps, {} epochs", _number(stage.get("steps")), _number(stage.get("epochs")))),
+        ("Tokens seen", _number(stage.get("tokens_seen"))),
+        (
+            "Best",
+            _sentence("{} {} at step {}", best.get("metric"), _number(best.get("value")), _number(best.get("step"))),
+        ),
+        ("Seed", None if seed is None else str(seed)),
+        ("Time", _sentence("{} s", _number(stage.get("seconds")))),
+        ("Hardware", stage.get("hardware")),
+        ("Versions", ", ".join(f"{key} {value}" for key, value in (stage.get("versions") or {}).items()) or None),
+    ]
+    rows = [(label, str(text).replace("|", "\\|").replace("\n", " ")) for label, text in rows if text]
+    shown = {name: stage.get(name) for name in ("command", "nanollada_version")}
+    return {"title": kind.capitalize(), "rows": rows, **shown}
+
+
+def _counts(data: dict) -> str | None:
+    parts = [
+        _sentence("{} documents", _number(data.get("documents"))),
+        _sentence("{} rows", _number(data.get("rows"))),
+        _sentence("at most {} tokens a row", _number(data.get("max_length"))),
+        _sentence("{} target tokens", _number(data.get("target_tokens"))),
+        _sentence("{} bytes", _number(data.get("bytes"))),
+    ]
+    return ", ".join(part for part in parts if part) or None
+
+
+def _left_out(data: dict) -> str | None:
+    """Skipped and truncated rows, dropped tokens; "nothing" only where the record says so."""
+    if not any(key in data for key in ("skipped_rows", "truncated_rows", "dropped_tokens")):
+        return None
+    skipped = data.get("skipped_rows") or 0
+    parts = [f"{count:,} broken rows ({why})" for why, count in skipped.items()] if isinstance(skipped, dict) else []
+    if skipped and not parts:
+        parts.append(f"{skipped:,} broken rows")
+    for key, text in (
+        ("truncated_rows", "the ends of {} rows"),
+        ("dropped_tokens", "{} tokens of the last, partial row"),
+    ):
+        if data.get(key):
+            parts.append(text.format(_number(data[key])))
+    return ", ".join(parts) or "nothing"
+
+
+def _sentence(template: str, *values) -> str | None:
+    return None if None in values else template.format(*values)
+
+
+def _number(value) -> str | None:
+    if value is None:
+        return None
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _value(result: dict) -> float:
+    """The result's number; `ValueError` if it is none."""
+    key = "value" if result.get("metric") == "exact_match" else "bits_per_byte"
+    for name in (key, "standard_error"):
+        number = result.get(name)
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+        if not good:
+            raise ValueError(
+                f"`evaluation` must give `{name}` of {result.get('metric')} as a number, got {number!r} for "
+                f"{result.get('data')}"
+            )
+    return result[key]
+
+
+def _metric_type(result: dict) -> str:
+    metric = result.get("metric")
+    if metric not in METRICS:
+        raise ValueError(f"`metric` in `evaluation` must be one of {', '.join(METRICS)}, got {metric!r}")
+    return "exact_match" if metric == "exact_match" else "bits_per_byte"
+
+
+def _eval_result(result: dict):
+    from huggingface_hub import EvalResult
+
+    data = str(result.get("data"))
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^\w.-]+", "-", data),
+        dataset_name=data,
+        metric_type=_metric_type(result),
+        metric_value=round(_value(result), 6),
+        metric_name=METRICS[result["metric"]],
+        metric_args={"standard_error": round(result["standard_error"], 6)},
+    )
+
+
+def _result_row(result: dict) -> list[str]:
+    scored = [_sentence("{} " + key, _number(result.get(key))) for key in ("tokens", "bytes", "documents", "rows")]
+    settings = [f"{key} = {item}" for key, item in (result.get("settings") or {}).items() if item is not None]
+    samples = _sentence("{} samples", _number(result.get("samples")))
+    length = _sentence("at most {} tokens a row", _number(result.get("max_length")))
+    how = [result.get("estimator") or samples, length, *settings]
+    cells = [
+        f"`{result.get('data')}`",
+        METRICS[result["metric"]],
+        f"{'≤ ' if result.get('bound') else ''}{_value(result):.4f}",
+        _errors(result),
+        ", ".join(part for part in scored if part) or "–",
+        ", ".join(part for part in how if part) or "–",
+    ]
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def _errors(result: dict) -> str:
+    """Standard errors, each with what it is over: the random masks, or other rows of the same kind."""
+    error, sampling = result["standard_error"], result.get("sampling_error")
+    if result["metric"] == "exact_match":
+        return f"± {error:.4f} (rows)"
+    noise = f"± {error:.4f} (masks)" if error else "0 (nothing is drawn)"
+    return noise if sampling is None else f"{noise}, ± {sampling:.4f} (rows)"
+
+
+def _commands(evaluation: dict) -> list[dict]:
+    """Every command that results came from, once; older files have one for all."""
+    runs = [{name: result.get(name) for name in ("command", "seed")} for result in evaluation.get("results", [])]
+    runs = [run for run in runs if run["command"]] or [evaluation]
+    return [run for place, run in enumerate(runs) if run.get("command") and run not in runs[:place]]
+
+
+def _limits(model, facts: Facts, language) -> list[str]:
+    data = (facts.stages[-1].get("data") or {}) if facts.stages else {}
+    limits = [
+        f"A model of {model.num_parameters():,} parameters: what it writes is often wrong, and must not be relied on.",
+        "No evaluation of safety, bias or truthfulness is on record.",
+    ]
+    if data.get("max_length"):
+        limits.append(f"Trained on at most {_number(data['max_length'])} tokens at a time: longer texts are untried.")
+    if not data.get("sources"):
+        limits.append("What it was trained on is not on record.")
+    if language:
+        names = ", ".join([language] if isinstance(language, str) else language)
+        limits.append(f"Language: {names}. Others are untried.")
+    if is_diffusion(model):
+        limits.append(
+            "The number of places to fill (`max_new_tokens`) is chosen beforehand. Fewer `steps` are faster and worse."
+        )
+    if facts.evaluation is None:
+        limits.append("No evaluation is on record.")
+    elif any(result.get("bound") for result in facts.evaluation.get("results", [])):
+        limits.append(
+            "Bits per byte of a diffusion model are an upper bound, those of an autoregressive model are exact."
+        )
+    return limits
+
+
+def _use(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None) -> dict:
+    """What the template's python blocks need to run as they stand, one after the other."""
+    fine_tuned = bool(facts.stages) and (facts.stages[-1].get("data") or {}).get("format") == "sft"
+    chat = fine_tuned and bool(tokenizer.chat_template)
+    text = choose_prompt(tokenizer, CHAT_PROMPTS if chat else PROMPTS, prompt)
+    return {
+        "repo_id": _literal(repo_id),
+        "chat": chat and _survives(tokenizer, _rendered(tokenizer, text)),
+        "prompt": _literal(text),
+        "after": _literal(choose_prompt(tokenizer, (".", text))),
+        "masks": INFILLED,
+        "settings": _denoising(model.config.block_length) if is_diffusion(model) else f"max_new_tokens={NEW_TOKENS}",
+    }
+
+
+def _denoising(block_length: int | None) -> str:
+    if block_length is None:
+        return f"max_new_tokens={NEW_TOKENS}, block_length={BLOCK_LENGTH}, steps={BLOCK_LENGTH}"
+    blocks = math.ceil(NEW_TOKENS / block_length)
+    return f"max_new_tokens={blocks * block_length}, steps={min(block_length, NEW_TOKENS)}"
+
+
+def _literal(text: str) -> str:
+    """Python source of a string, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def choose_prompt(tokenizer, candidates: tuple[str, ...], prompt: str | None = None) -> str:
+    """
+    The given prompt, or the first candidate that survives encoding and decoding; else the first text token that does.
+
+    Raises:
+        `ValueError`: if the tokenizer can't express `prompt`.
+    """
+    if prompt is not None:
+        if not _survives(tokenizer, prompt):
+            raise ValueError(f"`prompt` must be text that the tokenizer can express, got {prompt!r}")
+        return prompt
+    special = set(tokenizer.all_special_ids)
+    tokens = (tokenizer.decode([index]) for index in range(len(tokenizer)) if index not in special)
+    for text in (*candidates, *(token for token in tokens if token.strip())):
+        if _survives(tokenizer, text):
+            return text
+    raise ValueError("`tokenizer` must be able to express some text, got none that survives encoding and decoding")
+
+
+def _survives(tokenizer, text: str) -> bool:
+    try:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    except Exception:  # the Rust tokenizers raise bare exceptions, a character tokenizer for every unknown character
+        return False
+    return bool(ids) and tokenizer.decode(ids) == text
+
+
+def _rendered(tokenizer, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,0 +1,374 @@
+"""Checks that an exported folder works for somebody who has transformers and no nanollada.
+
+python hub_upload/verify.py FOLDER
+
+The folder is loaded in a fresh process, isolated, offline, with nanollada blocked, and its logits are compared with
+those of the local classes. That process runs this very file alone: above `main` it imports the standard library only.
+The folder's own code and its card's snippets are executed: verify what you would also load with
+trust_remote_code=True.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+TOLERANCE = 1e-5
+TIMEOUT = 600  # seconds
+BLOCKED = ("nanollada", "configuration_nanollada", "modeling_nanollada", "hub_upload", "trainers")
+AUTO_CLASSES = {
+    "NanoLLaDAForCausalLM": ("AutoModel", "AutoModelForCausalLM"),
+    "NanoLLaDAForMaskedLM": ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
+}
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+REPO_ID = re.compile(r"^repo_id = .*$", re.MULTILINE)  # the one line of the card that differs between folder and Hub
+
+
+class VerificationError(ValueError):
+    """The folder is not what a Hub repository must be; says which check failed and why."""
+
+
+def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None) -> dict:
+    """
+    Loads an exported folder in a clean process and compares it with the local classes.
+
+    Args:
+        folder (`str` or `os.PathLike`): As `export` makes it.
+        python (`str` or `os.PathLike`, *optional*): The interpreter of the clean process, for instance one with
+            another transformers. Defaults to the running one.
+
+    Returns:
+        `dict`: `ok` (`True`), `folder`, `class`, `auto_classes`, `parameters`, `max_logit_difference` (`None` if
+            nanollada is not installed here, so that there was nothing to compare with); of the card `snippets` and
+            `generate_calls`; `python`, `torch`, `transformers`, `huggingface_hub` (versions in the clean process);
+            `seconds`.
+
+    Raises:
+        `VerificationError`: naming the check that failed.
+    """
+    started = time.perf_counter()
+    folder = Path(folder).resolve()
+    check_files(folder)
+    with tempfile.TemporaryDirectory(prefix="nanollada-verify-") as scratch:
+        clean = _start_clean_process(folder, Path(scratch), python or sys.executable)
+        try:
+            reference = _reference_logits(folder)  # while the other process imports
+            output, _ = clean.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise VerificationError(f"`folder` must load and generate within {TIMEOUT} s, got no end") from None
+        finally:
+            clean.kill()
+            clean.wait()
+        report = _read_report(Path(scratch), clean.returncode, output)
+        report["max_logit_difference"] = _compare(Path(scratch) / "logits.pt", reference)
+    return {"ok": True, "folder": folder.name, **report, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def check_files(folder: Path) -> dict:
+    """
+    What can be seen without running anything: the files, and a complete `auto_map` that points to them.
+
+    Returns:
+        `dict`: config.json.
+
+    Raises:
+        `VerificationError`: naming what is missing or wrong.
+    """
+    needed = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    _require(not missing, f"`folder` must hold {', '.join(needed)}, got none of {missing} in {folder.name}")
+    _require(any(folder.glob("*.safetensors")), f"`folder` must hold safetensors weights, got none in {folder.name}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or [None])[0]
+    _require(
+        architecture in AUTO_CLASSES,
+        f"`architectures` of config.json must be one of {', '.join(AUTO_CLASSES)}, got {architecture}",
+    )
+    expected = {"AutoConfig": "configuration_nanollada.NanoLLaDAConfig"}
+    expected |= dict.fromkeys(AUTO_CLASSES[architecture], f"modeling_nanollada.{architecture}")
+    _require(
+        config.get("auto_map") == expected,
+        f"`auto_map` of config.json must be {expected}, got {config.get('auto_map')}",
+    )
+    for module in sorted({target.split(".")[0] for target in expected.values()}):
+        path = folder / f"{module}.py"
+        _require(path.is_file(), f"`auto_map` of config.json names {module}, got no {path.name} in {folder.name}")
+    source = (folder / "configuration_nanollada.py").read_text(encoding="utf-8")
+    _require(
+        "model_type" in source,
+        "configuration_nanollada.py must be the configuration itself, got the bridge of the source tree (was "
+        "modeling_nanollada/ copied by hand? export with save_pretrained)",
+    )
+    return config
+
+
+def read_snippets(card: str, repo_id: str) -> list[str]:
+    """The card's python blocks, with `repo_id` set."""
+    return [REPO_ID.sub(lambda _: f"repo_id = {repo_id!r}", snippet) for snippet in SNIPPET.findall(card)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise VerificationError(message)
+
+
+def clean_environment(scratch: Path) -> dict[str, str]:
+    """This process's environment, offline, without credentials, caches and PYTHON* variables; caches in `scratch`."""
+    dropped = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return environment | {
+        "HF_HOME": str(scratch / "home"),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _start_clean_process(folder: Path, scratch: Path, python: str | os.PathLike) -> subprocess.Popen:
+    (scratch / "cwd").mkdir()
+    command = [str(python), "-I", "-X", "utf8", str(Path(__file__).resolve()), str(folder), "--clean", str(scratch)]
+    return subprocess.Popen(
+        command,
+        cwd=scratch / "cwd",
+        env=clean_environment(scratch),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
+def _reference_logits(folder: Path):
+    """Logits of the local classes, or `None` without nanollada."""
+    try:
+        import nanollada.modeling_nanollada  # noqa: F401  registers the classes
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "nanollada":
+            return None
+        raise
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise VerificationError(f"`folder` must load with the local classes, got {error}") from error
+    return _probe(model.eval())
+
+
+def _read_report(scratch: Path, code: int, output: str) -> dict:
+    path = scratch / "report.json"
+    tail = "\n".join(output.strip().splitlines()[-15:])
+    _require(path.is_file(), f"the clean process must end with a report, got exit status {code} and:\n{tail}")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if "error" in report:
+        raise VerificationError(f"{report['check']}: {report['error']}\n{tail}")
+    return report
+
+
+def _compare(path: Path, reference) -> float | None:
+    """Largest difference of finite logits; −inf must stand in the same places."""
+    if reference is None:
+        return None
+    import torch
+
+    logits = torch.load(path, weights_only=True)
+    _require(
+        logits.shape == reference.shape,
+        f"logits: the shapes must agree, got {tuple(logits.shape)} in the clean process and {tuple(reference.shape)}",
+    )
+    finite = logits.isfinite() & reference.isfinite()
+    same = bool((finite | (logits == reference)).all())  # NaN is equal to nothing
+    _require(
+        same, "logits: the clean process and the local classes must be infinite in the same places, and never NaN"
+    )
+    difference = (logits - reference)[finite].abs().max().item()
+    _require(
+        difference <= TOLERANCE,
+        f"logits: the clean process must agree with the local classes within {TOLERANCE}, got {difference:.3g}",
+    )
+    return difference
+
+
+def _probe(model):
+    """Logits on fixed ids; a diffusion model also sees mask tokens."""
+    import torch
+
+    config = model.config
+    length = min(24, config.max_position_embeddings)
+    ids = (torch.arange(2 * length).view(2, length) * 7919 + 13) % config.vocab_size  # [2, L]
+    ids[ids == config.mask_token_id] = (config.mask_token_id + 1) % config.vocab_size
+    if "MaskedLM" in type(model).__name__:
+        ids[:, ::3] = config.mask_token_id
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float().cpu()
+
+
+# ------------------------------------------------------------------------------------------------ the clean process
+
+
+class _Blocker:
+    """First in `sys.meta_path`: nanollada cannot be imported, however it is installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked: a Hub folder must work without it", name=name)
+        return None
+
+
+class _CleanProcess:
+    """The checks, in order; what they report goes to `report`."""
+
+    def __init__(self, folder: Path, scratch: Path):
+        self.folder, self.scratch, self.report = folder, scratch, {}
+
+    def run(self) -> dict:
+        for check in (
+            self.card,
+            self.versions,
+            self.config,
+            self.tokenizer,
+            self.models,
+            self.snippets,
+            self.isolation,
+        ):
+            try:
+                check()
+            except Exception as error:  # whatever it is, the parent reports it under the check's name
+                traceback.print_exc()
+                return {"check": check.__name__, "error": f"{type(error).__name__}: {error}"}
+        return self.report
+
+    def card(self):
+        from huggingface_hub import ModelCard
+
+        text = (self.folder / "README.md").read_text(encoding="utf-8")
+        gap = "[More Information Needed]"
+        _require(gap not in text, f"README.md must be complete, got {gap!r} in it")
+        data = ModelCard(text).data  # raises on a broken model-index
+        for name, value in (("library_name", "transformers"), ("pipeline_tag", "text-generation")):
+            got = getattr(data, name, None)
+            _require(got == value, f"`{name}` of README.md must be {value!r}, got {got!r}")
+        _require("custom_code" in (data.tags or []), f"`tags` of README.md must hold 'custom_code', got {data.tags}")
+
+    def versions(self):
+        import platform
+        from importlib.metadata import version
+
+        names = ("torch", "transformers", "huggingface_hub")
+        self.report |= {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+    def config(self):
+        from transformers import AutoConfig
+
+        self.settings = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        _require(
+            type(self.settings).__module__.startswith("transformers_modules."),
+            f"the config must come from the folder, got {type(self.settings).__module__}",
+        )
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=True)
+        _require(
+            len(tokenizer) == self.settings.vocab_size,
+            f"`vocab_size` must be the tokenizer's {len(tokenizer)}, got {self.settings.vocab_size}",
+        )
+        for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
+            ours, theirs = getattr(self.settings, name), getattr(tokenizer, name)
+            _require(ours == theirs, f"`{name}` must be the tokenizer's {theirs}, got {ours}")
+
+    def models(self):
+        import torch
+        import transformers
+
+        architecture = self.settings.architectures[0]
+        names = AUTO_CLASSES[architecture]
+        logits = None
+        for name in names:
+            model, found = getattr(transformers, name).from_pretrained(
+                self.folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+            )
+            _require(type(model).__name__ == architecture, f"{name} must give {architecture}, got {type(model)}")
+            faults = {key: sorted(map(str, value)) for key, value in found.items() if value}
+            _require(not faults, f"{name} must find exactly its tensors, got {faults}")
+            probe = _probe(model.eval())
+            _require(logits is None or torch.equal(probe, logits), f"{name} must give the logits of {names[0]}")
+            logits = probe
+        torch.save(logits, self.scratch / "logits.pt")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.report |= {"class": architecture, "auto_classes": list(names), "parameters": parameters}
+
+    def snippets(self):
+        """Runs the card's python blocks as one program, and looks at all that they generate."""
+        import torch
+        from transformers import GenerationMixin
+
+        snippets = read_snippets((self.folder / "README.md").read_text(encoding="utf-8"), str(self.folder))
+        _require(
+            any(REPO_ID.search(snippet) for snippet in snippets), "a python block of README.md must set `repo_id`"
+        )
+        generated, generate = [], GenerationMixin.generate
+
+        def recorded(model, *args, **kwargs):
+            generated.append(generate(model, *args, **kwargs))
+            return generated[-1]
+
+        GenerationMixin.generate, namespace = recorded, {"__name__": "__main__"}
+        for number, snippet in enumerate(snippets, start=1):
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(snippet, f"README.md, python block {number}", "exec"), namespace)
+        _require(bool(generated), "a python block of README.md must call `generate`")
+        for output in generated:
+            ids = output if isinstance(output, torch.Tensor) else output.sequences
+            left = int((ids == self.settings.mask_token_id).sum())
+            _require(left == 0, f"`generate` must leave no mask token, got {left} in {ids.tolist()}")
+        self.report |= {"snippets": len(snippets), "generate_calls": len(generated)}
+
+    def isolation(self):
+        loaded = sorted(name for name in sys.modules if name.split(".")[0] in BLOCKED)
+        _require(not loaded, f"the folder must work without nanollada, got it imported: {loaded}")
+
+
+def block_nanollada() -> None:
+    """For this process: no import of nanollada works any more."""
+    sys.meta_path.insert(0, _Blocker)
+
+
+def _run_clean(folder: Path, scratch: Path) -> None:
+    block_nanollada()
+    report = _CleanProcess(folder, scratch).run()
+    (scratch / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Verifies the folder; prints a JSON report on one line. Exit status 1 if a check fails."""
+    parser = argparse.ArgumentParser(description="Check an exported folder in a clean process without nanollada.")
+    parser.add_argument("folder", type=Path, help="Folder made by export.py.")
+    parser.add_argument("--python", help="Interpreter of the clean process (default: this one).")
+    parser.add_argument("--clean", type=Path, help=argparse.SUPPRESS)  # how the clean process is told that it is one
+    args = parser.parse_args(argv)
+    if args.clean is not None:
+        _run_clean(args.folder, args.clean)
+        return 0
+    try:
+        print(json.dumps(verify(args.folder, args.python)))
+    except VerificationError as error:
+        print(json.dumps({"ok": False, "folder": args.folder.resolve().name, "error": str(error)}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

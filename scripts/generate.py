@@ -1,0 +1,396 @@
+"""Writes text with an AR or a diffusion checkpoint: continues a prompt, fills its gaps, or chats.
+
+python scripts/generate.py --checkpoint outputs/diffusion --prompt "The module" --watch
+python scripts/generate.py --checkpoint outputs/diffusion_sft   # chat; /reset, /quit
+python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The <|mask|> sat." --trace out.html
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+DIFFUSION_ONLY = ("block_length", "steps", "remasking", "position_score", "cfg_scale", "eos_policy", "early_stop")
+DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
+
+
+@dataclass
+class CheckpointArguments:
+    """Which model."""
+
+    checkpoint: str = field(metadata={"help": "Folder of a checkpoint, or a model's name on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the checkpoint."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+
+
+@dataclass
+class DecodingArguments:
+    """How tokens are chosen. What is not given is the checkpoint's `generation_config.json`'s to say."""
+
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"Tokens to write; {DEFAULT_NEW_TOKENS} where the checkpoint doesn't say."}
+    )
+    temperature: float | None = field(default=None, metadata={"help": "0: always the likeliest token."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw from the k likeliest tokens; 0: from all."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1: less of what was said."})
+    steps: int | None = field(
+        default=None, metadata={"help": "Diffusion: denoising steps per block. Default: one token per step."}
+    )
+    block_length: int | None = field(
+        default=None, metadata={"help": "Diffusion: tokens per block, left to right. Default: the model's, or all."}
+    )
+    remasking: Literal["low_confidence", "random"] | None = field(
+        default=None, metadata={"help": "Diffusion: decide the surest places first, or random ones."}
+    )
+    position_score: Literal["max_prob", "margin", "entropy", "sampled_prob"] | None = field(
+        default=None, metadata={"help": "Diffusion: what makes a place sure."}
+    )
+    cfg_scale: float | None = field(default=None, metadata={"help": "Diffusion: classifier-free guidance; 0: off."})
+    eos_policy: Literal["none", "last", "forbid"] | None = field(
+        default=None, metadata={"help": "Diffusion: whether ends of text are decided last, or never."}
+    )
+    early_stop: bool | None = field(
+        default=None, metadata={"help": "Diffusion: stop at an end of text with nothing undecided before it."}
+    )
+
+    def given(self) -> dict:
+        """The options that were set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class GenerateArguments(CheckpointArguments):
+    """What to write."""
+
+    prompt: str | None = field(default=None, metadata={"help": "Text to go on from. Without it you chat."})
+    chat: bool = field(default=False, metadata={"help": "The prompt is a message, to be answered."})
+    system: str | None = field(default=None, metadata={"help": "System message of a chat."})
+    infill: bool = field(
+        default=False,
+        metadata={"help": "Diffusion: fill the <|mask|> tokens of the prompt; write more only with max_new_tokens."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of whatever is drawn."})
+    watch: bool = field(default=False, metadata={"help": "Show the text while it comes about."})
+    watch_delay: float = field(default=0.05, metadata={"help": "Seconds to look at each step (terminals only)."})
+    trace: str | None = field(default=None, metadata={"help": "HTML file for an animation of it."})
+
+    def __post_init__(self):
+        for name in ("trace", "infill"):
+            if getattr(self, name) and self.prompt is None:
+                raise ValueError(f"`{name}` needs a `prompt`, got {getattr(self, name)!r} without one")
+        is_chat = self.chat or self.prompt is None
+        if self.infill and is_chat:
+            raise ValueError("`infill` fills plain text: it must not be set with `chat`, got True for both")
+        if self.system is not None and not is_chat:
+            raise ValueError(f"`system` is part of a chat: it needs `chat`, got {self.system!r} without it")
+        if self.watch_delay < 0:
+            raise ValueError(f"`watch_delay` must be >= 0, got {self.watch_delay}")
+
+
+@dataclass
+class Generated:
+    """
+    What one `generate` call gave.
+
+    Attributes:
+        text (`str`): The new text without special tokens; of an infilled prompt the whole text.
+        tokens (`int`): Tokens decided and kept, the end of text included.
+        finished (`bool`): Whether the model ended the text itself (EOS).
+        seconds (`float`): Wall time of the call.
+        first_token_seconds (`float`): Wall time until the first forward pass had decided something.
+        tokens_per_forward (`float`): `tokens` by forward passes; 1.0 for AR.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    seconds: float
+    first_token_seconds: float
+    tokens_per_forward: float
+
+
+def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: str | None = None):
+    """
+    The model, AR or diffusion as its config says, in float32 and ready to evaluate; and its tokenizer.
+
+    Raises:
+        `ValueError`: if the checkpoint lacks tensors or has others, or the tokenizer is not the model's.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import nanollada.modeling_nanollada  # noqa: F401, registers the classes
+    from nanollada.trainers.setup import load_model
+    from nanollada.trainers.tokenization import check_tokenizer
+
+    model = load_model(AutoModelForCausalLM, checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    check_tokenizer(model, tokenizer)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def is_diffusion(model) -> bool:
+    """Whether a model denoises; by its attention, so that classes loaded as remote code are known, too."""
+    return not getattr(model.base_model, "is_causal", True)
+
+
+def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """
+    Token ids of a prompt, as the model met such text in training.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        prompt (`str` or `list[dict]`): Plain text, or messages, which the chat template renders.
+
+    Raises:
+        `ValueError`: for messages without a chat template, and for text that the vocabulary cannot spell.
+    """
+    from nanollada.trainers.rows import BadRow
+    from nanollada.trainers.tokenization import encode_spans
+
+    # Pretraining rows begin every document with <|endoftext|> (the pad token), for both models: AR predicts the first
+    # token from it, and diffusion saw it as visible context. SFT rows begin with the template's own first token.
+    context = [tokenizer.pad_token_id] if isinstance(prompt, str) else []
+    text = prompt
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: a plain `prompt` must be given, got a chat")
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    try:
+        return context + encode_spans(tokenizer, text, [(0, len(text))])[0]
+    except BadRow as error:
+        raise ValueError(f"`prompt` must be spelt by the tokenizer's vocabulary, got {error}") from error
+
+
+def generation_settings(model, **given) -> dict:
+    """
+    What `model.generate` gets for the options that were given (`None`: not given); the rest is left to the checkpoint.
+
+    An AR model gets `do_sample` to fit the temperature, and no truncation to 50 tokens (transformers' default for
+    sampling) unless somebody asked for it: AR and diffusion shall draw from the same distribution.
+
+    Raises:
+        `ValueError`: for values out of range, options that an AR model has no use for, and `top_k` or `top_p` where
+            nothing is drawn.
+    """
+    from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    NanoLLaDAGenerationConfig(**settings)  # checks the values, for AR models, too
+    config = model.generation_config
+    if is_diffusion(model):
+        temperature = settings.get("temperature", config.get_temperature())
+    else:
+        for name in DIFFUSION_ONLY:
+            if name in settings:
+                raise ValueError(f"`{name}` is for diffusion models, got {settings[name]!r} for an autoregressive one")
+        temperature = settings.pop("temperature", None)
+        if temperature is None:
+            temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0
+        else:
+            settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        if temperature and config.top_k is None:
+            pass
+    for name in ("top_k", "top_p"):
+        if given.get(name) and not temperature:
+            raise ValueError(f"`{name}` needs a `temperature` above 0, got {given[name]} and a greedy choice")
+    if config.max_new_tokens is None and config.max_length is None:
+        settings.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return settings
+
+
+def effective_settings(model, **given) -> dict:
+    """What decides the text, to be reported: the options that were given, and the checkpoint's own."""
+    names = [item.name for item in fields(DecodingArguments)]
+    own = {name: getattr(model.generation_config, name, None) for name in names}
+    settings = {**own, **generation_settings(model, **given)}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def seeded_generate(model, input_ids, attention_mask, seed: int, **settings):
+    """`model.generate` whose draws depend on `seed` alone; the global random state stays as it is."""
+    import torch
+
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict_in_generate": False}
+    if is_diffusion(model):
+        return model.generate(**inputs, generator=torch.Generator().manual_seed(seed), **settings)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return model.generate(**inputs, **settings)
+
+
+def eos_ids(model) -> set[int]:
+    """Token ids that end a text."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
+def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, **given) -> Generated:
+    """
+    Generates from one prompt.
+
+    Args:
+        model, tokenizer: Of `load_checkpoint`.
+        ids (`list[int]`): The prompt, of `prompt_ids`.
+        seed (`int`, defaults to 0): Of whatever is drawn.
+        recorder ([`~scripts.trace.TraceRecorder`], *optional*): To keep or show the steps; made right before the call.
+        given: Options, see `generation_settings`.
+
+    Raises:
+        `ValueError`: as `generation_settings` and `model.generate`; for mask tokens in the prompt of an AR model.
+    """
+    import time
+
+    import torch
+
+    from nanollada.scripts.trace import TraceRecorder
+
+    infill = tokenizer.mask_token_id in ids
+    if infill and not is_diffusion(model):
+        raise ValueError(f"`prompt` must not hold {tokenizer.mask_token} for an autoregressive model, got it")
+    settings = generation_settings(model, **given)
+    input_ids = torch.tensor([ids], device=model.device)
+    # Without a mask, transformers would take the leading <|endoftext|> for padding.
+    attention_mask = torch.ones_like(input_ids)
+    started = time.perf_counter()
+    recorder = TraceRecorder(tokenizer) if recorder is None else recorder
+    output = seeded_generate(model, input_ids, attention_mask, seed, streamer=recorder, **settings)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    row = output[0].tolist()
+    start = 0 if infill else len(ids)
+    return Generated(
+        text=tokenizer.decode(row[start:], skip_special_tokens=True),
+        tokens=recorder.decided,
+        finished=not eos_ids(model).isdisjoint(row[len(ids) :]),
+        seconds=seconds,
+        first_token_seconds=recorder.seconds[0],
+        tokens_per_forward=recorder.tokens_per_forward,
+    )
+
+
+def chat(
+    answer: Callable[[list[dict], int], str],
+    *,
+    system: str | None = None,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = print,
+) -> list[dict]:
+    """
+    Talks until `/quit` or the end of the input. The whole history goes to the model each turn.
+
+    Args:
+        answer (`Callable`): From the messages so far and the turn's number to the answer, which it has also shown.
+        system (`str`, *optional*): First message.
+        read, write (`Callable`): Where messages come from, and where notes to the user go.
+
+    Returns:
+        `list[dict]`: The history.
+    """
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages, turn = list(first), 0
+    write("/reset forgets the conversation, /quit ends it.")
+    while True:
+        try:
+            text = read("> ").strip()
+        except EOFError:
+            return messages
+        if text == "/quit":
+            return messages
+        if text == "/reset":
+            messages = list(first)
+            write("Forgotten.")
+        elif text.startswith("/"):
+            write(f"There are /reset and /quit, and no {text.split()[0]}.")
+        elif text:
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": answer(messages, turn)})
+            turn += 1
+
+
+def _recorder(args: GenerateArguments, tokenizer):
+    from nanollada.scripts.trace import TerminalWatcher, TraceRecorder
+
+    return TerminalWatcher(tokenizer, delay=args.watch_delay) if args.watch else TraceRecorder(tokenizer)
+
+
+def _write_and_show(args, model, tokenizer, ids, seed, **options) -> tuple[Generated, object]:
+    """Generates and prints the text, and counts on the error stream."""
+    recorder = _recorder(args, tokenizer)
+    try:
+        made = generate(model, tokenizer, ids, seed=seed, recorder=recorder, **options)
+    finally:
+        if args.watch:
+            recorder.close()
+    if recorder.is_diffusion or not args.watch:  # a watched AR text stands there already
+        print(made.text)
+    end = "" if made.finished or args.infill else ", cut off at `max_new_tokens`"
+    print(
+        f"[{made.tokens} tokens in {made.seconds:.2f} s, {made.tokens_per_forward:.2f} per forward pass{end}]",
+        file=sys.stderr,
+    )
+    return made, recorder
+
+
+def run(args: GenerateArguments, decoding: DecodingArguments) -> None:
+    """
+    One prompt or a chat, as the arguments say.
+
+    Raises:
+        `ValueError`: as `generate`; if `infill` and the prompt's mask tokens don't go together.
+    """
+    model, tokenizer = load_checkpoint(args.checkpoint, args.trust_remote_code, args.device)
+    options = decoding.given()
+    generation_settings(model, **options)  # before anybody types a word
+    if args.prompt is None:
+        prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+
+        def answer(messages, turn):
+            ids = _checked_prompt(args, model, tokenizer, messages)
+            return _write_and_show(args, model, tokenizer, ids, args.seed + turn, **options)[0].text
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, line editing for `input`, where Python has it
+        chat(answer, system=args.system, read=input)
+        return
+    prompt = args.prompt
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        prompt = [*system, {"role": "user", "content": args.prompt}]
+    ids = _checked_prompt(args, model, tokenizer, prompt)
+    if args.infill:
+        options.setdefault("max_new_tokens", 0)
+    _, recorder = _write_and_show(args, model, tokenizer, ids, args.seed, **options)
+    if args.trace is not None:
+        from nanollada.scripts.trace import trace_page
+
+        settings = {"model": args.checkpoint, "seed": args.seed, **effective_settings(model, **options)}
+        page = trace_page(recorder, args.prompt, settings)
+        Path(args.trace).write_text(page, encoding="utf-8")
+        print(f"[{args.trace}]", file=sys.stderr)
+
+
+def _checked_prompt(args, model, tokenizer, prompt) -> list[int]:
+    if args.infill and not is_diffusion(model):
+        raise ValueError(f"`infill` needs a diffusion model, got {type(model).__name__}")
+    ids = prompt_ids(tokenizer, prompt)
+    if (tokenizer.mask_token_id in ids) != args.infill:
+        raise ValueError(
+            f"`infill` must be set for a `prompt` with {tokenizer.mask_token}, and only then, got {args.infill}"
+        )
+    return ids
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses arguments (or `--config file.yaml`) and generates."""
+    from trl import TrlParser
+
+    run(*TrlParser((GenerateArguments, DecodingArguments)).parse_args_and_config(argv))
+
+
+if __name__ == "__main__":
+    main()

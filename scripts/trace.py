@@ -1,0 +1,357 @@
+"""Records how a text comes about, forward pass by forward pass, and shows it: in the terminal, or as an HTML page."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.generation.streamers import BaseStreamer
+
+TEMPLATE = "trace_page.html"
+ABSENT = -1  # a place of an AR row that nothing was written to yet
+UNDECIDED = "░"
+SHOWN_BYTES = 4  # UTF-8 needs no more for a character
+
+
+class Piece(NamedTuple):
+    """
+    What is shown of one token.
+
+    Attributes:
+        text (`str`): May be empty.
+        kind (`str`): "text"; "special"; "mask" (undecided); "bytes" (part of a character whose rest is undecided, in
+            hexadecimal); "part" (the rest of a character, which stands with its first token); "absent".
+    """
+
+    text: str
+    kind: str
+
+
+class TokenPieces:
+    """
+    Turns token ids into [`Piece`]s, one per token.
+
+    Byte-level tokens may hold parts of characters: these are shown together where all parts of a character are
+    decided and side by side, and as bytes where they are not.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): With a mask token, unless there are only AR rows.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.texts: dict[int, str] = {}
+        self.byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether entries of the vocabulary spell bytes as byte-level BPE does."""
+        return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
+
+    def __call__(self, ids: list[int]) -> list[Piece]:
+        pieces: list[Piece] = []
+        while len(pieces) < len(ids):
+            pieces += self._next(ids, len(pieces))
+        return pieces
+
+    def _next(self, ids: list[int], at: int) -> list[Piece]:
+        token = ids[at]
+        if token == ABSENT:
+            return [Piece("", "absent")]
+        if token == self.tokenizer.mask_token_id:
+            return [Piece(UNDECIDED, "mask")]
+        if token in self.special_ids:
+            return [Piece(self.tokenizer.convert_ids_to_tokens(token), "special")]
+        if token not in self.texts:
+            self.texts[token] = self._decode([token])
+        if "\ufffd" not in self.texts[token]:
+            return [Piece(self.texts[token], "text")]
+        for end in range(at + 2, min(at + SHOWN_BYTES, len(ids)) + 1):  # the other parts of the character
+            if ids[end - 1] == ABSENT or ids[end - 1] in self.special_ids:
+                break
+            text = self._decode(ids[at:end])
+            if "\ufffd" not in text:
+                return [Piece(text, "text"), *[Piece("", "part")] * (end - at - 1)]
+        return [Piece(self._bytes(token), "bytes")]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _bytes(self, token: int) -> str:
+        """`⟨E4·BD⟩`; the vocabulary's own spelling where that isn't bytes (`<0xE4>`, or a real U+FFFD)."""
+        spelling = self.tokenizer.convert_ids_to_tokens(token)
+        if not self.is_byte_level or not self.byte_of.keys() >= set(spelling):
+            return spelling
+        return "⟨" + "·".join(f"{self.byte_of[character]:02X}" for character in spelling) + "⟩"
+
+
+class TraceRecorder(BaseStreamer):
+    """
+    A streamer that keeps what each forward pass decided; for one `generate` call with one row, AR or diffusion.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+
+    Attributes:
+        prompt (`list[int]`): Token ids of the prompt, masks included.
+        ids (`list[int]`): The row as it is now, undecided places as mask tokens.
+        steps (`list[list[tuple[int, int]]]`): For each forward pass (column, token id) of what it changed.
+        seconds (`list[float]`): For each forward pass the seconds since this object was made: make it right before
+            `generate` is called.
+        kept (`int`): Columns of the row that are final. When generation has ended, later ones are no part of the text.
+
+    Raises:
+        `ValueError`: for a batch of several rows.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.started = time.perf_counter()
+        self.prompt: list[int] | None = None
+        self.ids: list[int] = []
+        self.steps: list[list[tuple[int, int]]] = []
+        self.seconds: list[float] = []
+        self.kept = 0
+        self.is_diffusion = False
+
+    def put(self, value):
+        """The prompt, then finished columns: of an AR model one per forward pass."""
+        ids = _single_row(value)
+        if self.prompt is None:
+            self.prompt, self.ids = ids, list(ids)
+            mask = self.tokenizer.mask_token_id
+            self.kept = ids.index(mask) if mask in ids else len(ids)
+            return
+        if not self.is_diffusion:
+            self.kept = len(self.ids)
+            self._change(self.kept, ids)
+        self.kept += len(ids)
+
+    def put_draft(self, value, **kwargs):
+        """The undecided end of the row, or more of it, after each denoising step."""
+        ids = _single_row(value)
+        if not self.is_diffusion:
+            self.is_diffusion = True
+            new = self.kept + len(ids) - len(self.ids)  # a draft reaches to the row's last column
+            self.ids += [self.tokenizer.mask_token_id] * new
+        self._change(len(self.ids) - len(ids), ids)
+
+    def end(self):
+        """Nothing is left to do: what was put is all that counts."""
+
+    def _change(self, start: int, ids: list[int]) -> None:
+        old = self.ids[start:] + [ABSENT] * (start + len(ids) - len(self.ids))
+        changes = [(start + i, new) for i, (was, new) in enumerate(zip(old, ids, strict=True)) if was != new]
+        self.ids[start:] = ids
+        self.steps.append(changes)
+        self.seconds.append(time.perf_counter() - self.started)
+
+    @property
+    def decided(self) -> int:
+        """Tokens that were decided and kept."""
+        columns = {column for changes in self.steps for column, _ in changes if column < self.kept}
+        return sum(self.ids[column] != self.tokenizer.mask_token_id for column in columns)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens kept, by forward passes; 0.0 before the first."""
+        return self.decided / max(len(self.steps), 1)
+
+    def rows(self) -> Iterator[list[int]]:
+        """The row before the first forward pass and after each; columns not written to yet are −1."""
+        fill = self.tokenizer.mask_token_id if self.is_diffusion else ABSENT
+        ids = self.prompt + [fill] * (len(self.ids) - len(self.prompt))
+        yield list(ids)
+        for changes in self.steps:
+            for column, token in changes:
+                ids[column] = token
+            yield list(ids)
+
+
+def _single_row(value) -> list[int]:
+    if value.dim() > 1 and value.shape[0] > 1:
+        raise ValueError(f"a trace shows one row: `input_ids` must have batch size 1, got {value.shape[0]}")
+    return value.reshape(-1).tolist()
+
+
+# ---- the terminal
+
+
+def require_rich(what: str) -> None:
+    """Raises a ValueError that says how to get rich, if it is missing."""
+    if find_spec("rich") is None:
+        raise ValueError(f"{what} needs the package rich (pip install 'nanollada[demo]'), which is not installed")
+
+
+class TerminalWatcher(TraceRecorder):
+    """
+    Also shows the text while it comes about: in a terminal the whole row, redrawn after each denoising step, with
+    undecided tokens as dim blocks and the newest ones highlighted; elsewhere a line per denoising step. The tokens of
+    an AR model are just written. The finished text is left to the caller (an AR model's stands there already).
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        console (`rich.console.Console`, *optional*): Where to. Defaults to the standard output.
+        delay (`float`, defaults to 0.0): Seconds to wait after each redrawn step.
+
+    Raises:
+        `ValueError`: if rich is missing; and as [`TraceRecorder`].
+    """
+
+    def __init__(self, tokenizer, console=None, delay: float = 0.0):
+        require_rich("`watch`")
+        from rich.console import Console
+
+        super().__init__(tokenizer)
+        self.pieces = TokenPieces(tokenizer)
+        self.console = console or Console()
+        self.delay = delay
+        self.live = None
+        self.written = ""
+
+    def put(self, value):
+        super().put(value)
+        if self.steps and not self.is_diffusion:
+            self._write()
+
+    def put_draft(self, value, **kwargs):
+        super().put_draft(value, **kwargs)
+        if not self.console.is_terminal:
+            self.console.print(self.render(with_prompt=False), soft_wrap=True)
+            return
+        if self.live is None:
+            from rich.live import Live
+
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+        self.live.update(self.render(), refresh=True)
+        time.sleep(self.delay)
+
+    def end(self):
+        super().end()
+        self.close()
+        if self.steps and not self.is_diffusion:
+            self._write(last=True)
+
+    def close(self):
+        """Gives the terminal back; also to be called when `generate` was interrupted."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _write(self, last: bool = False) -> None:
+        """What is new, up to the last whole character."""
+        text = self.tokenizer.decode(self.ids[len(self.prompt) :], skip_special_tokens=True)
+        text = text if last else text.rstrip("\ufffd")
+        self.console.file.write(
+            text[len(self.written) :] + "\n" * last
+        )  # as it is: rich would drop control characters
+        self.console.file.flush()
+        self.written = text
+
+    def render(self, with_prompt: bool = True):
+        """Counts and the row as `rich.text.Text`; without the prompt (unless it is filled) all in one line."""
+        from rich.text import Text
+
+        newest = {column for column, _ in self.steps[-1]}
+        decided = {column for changes in self.steps for column, _ in changes}
+        mask = self.tokenizer.mask_token_id
+        places = len(self.ids) - len(self.prompt) + self.prompt.count(mask)
+        text = Text().append(f"step {len(self.steps)}, {places - self.ids.count(mask)} of {places} tokens", "bold")
+        text.append("\n" if with_prompt else ": ")
+        styles = {"mask": "dim", "special": "dim italic", "bytes": "dim"}
+        for column, piece in enumerate(self.pieces(self.ids)):
+            given = column < len(self.prompt) and column not in decided and piece.kind != "mask"
+            if given and not with_prompt and mask not in self.prompt:
+                continue
+            style = "bold black on bright_yellow" if column in newest else styles.get(piece.kind, "dim" * given)
+            text.append(piece.text if with_prompt else piece.text.replace("\n", "↵"), style)
+        return text
+
+
+# ---- the page
+
+
+def trace_page(trace: TraceRecorder, title: str, settings: dict | None = None) -> str:
+    """
+    An animated HTML page of a trace. It is one file that asks for nothing from elsewhere, and it plays itself once.
+
+    Args:
+        trace ([`TraceRecorder`]): After its `generate` call.
+        title (`str`): Heading.
+        settings (`dict`, *optional*): Shown as they are, such as model, seed, steps; values of `None` are not.
+
+    Raises:
+        `ValueError`: if nothing was recorded.
+    """
+    return _template().render(_facts(trace, title, settings), autoplay=True)
+
+
+def trace_fragment(
+    trace: TraceRecorder, title: str, settings: dict | None = None, identifier: str | None = None
+) -> str:
+    """
+    The same as a `<section>` with its style and script, to be put into a page. It waits for its play button.
+
+    Args:
+        trace, title, settings: As for [`trace_page`].
+        identifier (`str`, *optional*): The section's id, for links to it; must occur once in the page. By default it
+            is made from the content. Nothing else of the fragment depends on it, and any number fit into a page.
+
+    Raises:
+        `ValueError`: if nothing was recorded.
+    """
+    facts = _facts(trace, title, settings)
+    facts["identifier"] = identifier or facts["identifier"]
+    template = _template()
+    return "".join(template.blocks["fragment"](template.new_context({**facts, "autoplay": False})))
+
+
+def _template():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(TEMPLATE)
+
+
+def _facts(trace: TraceRecorder, title: str, settings: dict | None) -> dict:
+    if not trace.steps:
+        raise ValueError("`trace` must have recorded a `generate` call, got one without a forward pass")
+    pieces = TokenPieces(trace.tokenizer)
+    states = [pieces(ids) for ids in trace.rows()]
+    # What is undecided at the end, or was decided behind the end of the text, is no part of it.
+    states[-1][trace.kept :] = [Piece("", "absent")] * (len(trace.ids) - trace.kept)
+    decided_in = [0] * len(trace.ids)  # 0: in the prompt
+    for number, changes in enumerate(trace.steps, start=1):
+        for column, _ in changes:
+            decided_in[column] = number
+    frames = []
+    for before, now in zip(states, states[1:], strict=False):
+        frames.append([[i, *piece] for i, (was, piece) in enumerate(zip(before, now, strict=True)) if was != piece])
+    first = len(trace.prompt) if trace.tokenizer.mask_token_id not in trace.prompt else 0
+    data = {
+        "start": [list(piece) for piece in states[0]],
+        "changes": [[column for column, _ in changes] for changes in trace.steps],
+        "frames": frames,
+    }
+    facts = {
+        "title": title,
+        "settings": {name: value for name, value in (settings or {}).items() if value is not None},
+        "final": list(zip(states[-1], decided_in, strict=True)),
+        "steps": len(trace.steps),
+        "decided": trace.decided,
+        "prompt_length": len(trace.prompt),
+        "tokens_per_forward": trace.tokens_per_forward,
+        "seconds": trace.seconds[-1],
+        "text": trace.tokenizer.decode(trace.ids[first : trace.kept], skip_special_tokens=True),
+        "data": data,
+    }
+    digest = hashlib.sha256(json.dumps([title, settings, data], default=str).encode()).hexdigest()
+    return {**facts, "identifier": f"trace-{digest[:12]}"}
