@@ -8,9 +8,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 @strict
 class NanoLLaDAConfig(PreTrainedConfig):
     r"""
-    Shape of a nanollada model. The defaults are Nano-LLaDA's: 32M parameters, 8 layers, width 512, 6,400 tokens.
+    Shape of a nanollada model. Nano-LLaDA's is the default: 32M parameters, 8 layers, width 512, 6,400 tokens.
 
-    Whether attention is causal is decided by the model class ([`NanoLLaDAForCausalLM`] or [`NanoLLaDAForMaskedLM`]) and
+    Whether attention is causal is decided by the model class ([`NanoLLaDAForCausalLM`], [`NanoLLaDAForMaskedLM`]) and
     by `block_length`; a key `is_causal` is neither kept nor read.
 
     Args:

@@ -420,7 +420,7 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
         code = getattr(getattr(value, "__func__", value), "__code__", None) if name == "forward" else None
         if code is not None and "fused_lm_head" in code.co_varnames:
             raise ValueError(
-                "`model` is a NanoLLaDAForMaskedLM, whose labels are not shifted, and this trainer scores next tokens: "
+                "`model` is a NanoLLaDAForMaskedLM, whose labels are not shifted, but the trainer scores next tokens: "
                 "train it with nanollada's DiffusionTrainer, got a TRL trainer"
             )
         super().__setattr__(name, value)

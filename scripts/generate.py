@@ -193,7 +193,7 @@ def generation_settings(model, **given) -> dict:
         else:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         if temperature and config.top_k is None:
-            pass
+            settings.setdefault("top_k", 0)
     for name in ("top_k", "top_p"):
         if given.get(name) and not temperature:
             raise ValueError(f"`{name}` needs a `temperature` above 0, got {given[name]} and a greedy choice")

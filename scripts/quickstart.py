@@ -287,11 +287,20 @@ class Quickstart:
             self.console.print(f"{folder}: verified")
 
     def report(self) -> None:
-        """`report.html`: the table, the loss curves, the comparison and a denoising to watch."""
-        from nanollada.scripts.report import denoise, write_report
+        """`report.html`: the table, the loss curves, the comparison and a denoising (also in `denoising.png`)."""
+        from nanollada.scripts.report import draw_denoising, record, shown_prompt, write_report
 
-        trace = denoise(self.final("diffusion"), self.prompts()[-1], self.args.seed)
-        write_report(self.folder / "report.html", self.folder, [s for s in STAGES if self.done(s)], trace)
+        prompt, options = self.prompts()[-1], {"max_new_tokens": 32}
+        if self.sudoku is not None:
+            from transformers import AutoTokenizer
+
+            options["max_new_tokens"] = self.room(
+                AutoTokenizer.from_pretrained(self.final("diffusion")), read_rows(self.sudoku)
+            )
+        trace = record(self.final("diffusion"), prompt, self.args.seed, **options)
+        draw_denoising(trace, self.folder / "denoising.png")
+        stages = [stage for stage in STAGES if self.done(stage)]
+        write_report(self.folder / "report.html", self.folder, stages, trace, shown_prompt(prompt))
 
     def done(self, stage: str) -> bool:
         return (self.folder / stage / "run.json").exists()

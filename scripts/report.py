@@ -4,11 +4,11 @@ import io
 import json
 from pathlib import Path
 
-NAMES = {"ar": "AR", "diffusion": "diffusion", "ar_sft": "AR after SFT", "diffusion_sft": "diffusion after SFT"}
+NAMES = {"ar": "AR", "diffusion": "diffusion", "ar_sft": "AR + SFT", "diffusion_sft": "diffusion + SFT"}
 COLUMNS = (
-    ("text", "bits/byte, documents"),
-    ("sft", "bits/byte, answers"),
-    ("exact_match", "exact match, held-out sudokus"),
+    ("text", "text, bits/byte"),
+    ("sft", "answers, bits/byte"),
+    ("exact_match", "new sudokus, solved"),
 )
 
 PAGE = """<!doctype html>
@@ -37,8 +37,8 @@ small { opacity: .75; }
 (masked diffusion). AR scores are exact; diffusion scores are upper bounds, ± the error of their random masks.</p>
 <h2>Results</h2>
 <div class="scroll"><table>
-<tr><th>model</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}<th>parameters</th><th>steps</th>
-<th>training</th></tr>
+<tr><th>model</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}<th>size</th>
+<th>steps</th><th>time</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <p><small>{{ notes }}</small></p>
@@ -99,11 +99,12 @@ def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
 
 def results_table(folder: Path, stages: list[str]):
     """The same for the terminal, a rich table."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title="results (± one standard error; ≤ marks an upper bound)")
-    for name in ("model", *(title for _, title in COLUMNS), "parameters", "steps", "training"):
-        table.add_column(name)
+    table = Table(title="± one standard error; ≤ marks an upper bound", box=SIMPLE)
+    for name in ("model", *(title for _, title in COLUMNS), "size", "steps", "time"):
+        table.add_column(name, no_wrap=True)
     for row in result_rows(folder, stages):
         table.add_row(*row)
     return table
@@ -118,18 +119,51 @@ def loss_svg(folder: Path) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def denoise(checkpoint: Path, prompt, seed: int) -> str:
-    """A recorded denoising of one prompt as an HTML fragment."""
+def record(checkpoint: Path, prompt, seed: int, **decoding):
+    """The denoising of one prompt, greedy and one token a step, as a [`~scripts.trace.TraceRecorder`]."""
     from nanollada.scripts.generate import generate, load_checkpoint, prompt_ids
-    from nanollada.scripts.trace import TraceRecorder, trace_fragment
+    from nanollada.scripts.trace import TraceRecorder
 
     model, tokenizer = load_checkpoint(str(checkpoint))
     recorder = TraceRecorder(tokenizer)
-    generate(model, tokenizer, prompt_ids(tokenizer, prompt), seed=seed, recorder=recorder, max_new_tokens=32)
-    return trace_fragment(recorder, shown_prompt(prompt), {"model": checkpoint.name, "seed": seed})
+    generate(model, tokenizer, prompt_ids(tokenizer, prompt), seed=seed, recorder=recorder, **decoding)
+    return recorder
 
 
-def write_report(path: Path, folder: Path, stages: list[str], trace: str) -> None:
+def draw_denoising(trace, path: Path) -> None:
+    """
+    Draws a denoising: a line per step, a column per token of the answer, coloured by the step that decided it.
+
+    Args:
+        trace ([`~scripts.trace.TraceRecorder`]): After its `generate` call.
+        path (`Path`): A PNG file.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from nanollada.scripts.trace import TokenPieces
+
+    pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
+    decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
+    figure = Figure(figsize=(0.55 * len(columns) + 0.9, 0.27 * len(trace.steps) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
+    axes.axis("off")
+    palette = colormaps["viridis"].resampled(len(trace.steps) + 1)
+    for step, ids in enumerate(trace.rows()):
+        axes.text(-0.7, step, step, ha="center", va="center", color="grey", fontsize=8)
+        for place, column in enumerate(columns):
+            piece, undecided = pieces(ids)[column], ids[column] == trace.tokenizer.mask_token_id
+            text = "" if undecided else {"special": "end"}.get(piece.kind, piece.text)
+            colour = "0.92" if undecided else palette(decided_in[column])
+            box = {"boxstyle": "square,pad=0.25", "facecolor": colour, "edgecolor": "white"}
+            ink = "black" if not undecided and decided_in[column] > 0.6 * len(trace.steps) else "white"
+            axes.text(place, step, f"{text:^3}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
+    figure.savefig(path, dpi=110)
+
+
+def write_report(path: Path, folder: Path, stages: list[str], trace, title: str) -> None:
     """
     Writes the page.
 
@@ -137,10 +171,13 @@ def write_report(path: Path, folder: Path, stages: list[str], trace: str) -> Non
         path (`Path`): The page.
         folder (`Path`): The run: a folder per stage, and `comparison.json`.
         stages (`list[str]`): The stages to show.
-        trace (`str`): The fragment of `denoise`.
+        trace ([`~scripts.trace.TraceRecorder`]): A denoising to show.
+        title (`str`): What was denoised.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
+
+    from nanollada.scripts.trace import trace_fragment
 
     comparison = [
         {**record, "shown": shown_prompt(record["prompt"])} for record in read_json(folder / "comparison.json")
@@ -154,7 +191,7 @@ def write_report(path: Path, folder: Path, stages: list[str], trace: str) -> Non
         notes=f"Seed {last['seed']}; {last['hardware']}; torch {last['versions']['torch']}, transformers "
         f"{last['versions']['transformers']}. Each model's run.json and evaluation.json name the commands.",
         curves=[(NAMES[stage], Markup(loss_svg(folder / stage))) for stage in stages],
-        trace=Markup(trace),
+        trace=Markup(trace_fragment(trace, title, {"seed": last["seed"]})),
         comparison=comparison,
     )
     path.write_text(text)

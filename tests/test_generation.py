@@ -1,48 +1,37 @@
-"""`generate` of the diffusion model against a plain-loop sampler, an exact denoiser and transformers' conventions."""
+"""`generate` of the diffusion model against a plain-loop sampler and an exact denoiser."""
 
 import itertools
 import random
 
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    MaxLengthCriteria,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    TextDiffusionStreamer,
-    TextIteratorStreamer,
-    TextStreamer,
-    dynamic_module_utils,
-    pipeline,
+from generation_models import (
+    EOS,
+    MASK,
+    PAD,
+    PROMPT,
+    SHAPE,
+    VOCABULARY,
+    Eager,
+    Recorded,
+    StopAt,
+    build,
+    drafts,
+    eos_model,
+    excess_total_variation,
+    left_padded,
+    markov_law,
+    reference_greedy,
+    seeded,
 )
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import (
+    MaxLengthCriteria,
+)
 
 from nanollada.modeling_nanollada import (
     NanoLLaDAConfig,
-    NanoLLaDAForCausalLM,
-    NanoLLaDAForMaskedLM,
-    NanoLLaDAGenerationConfig,
-    NanoLLaDAGenerationOutput,
 )
 from nanollada.modeling_nanollada.generation_nanollada import commit_quota
-
-PAD, EOS, MASK, VOCABULARY = 0, 2, 3, 64
-SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-PROMPT = torch.tensor([[4, 5, 6, 7, 8]])
-
-
-def build(seed=0, **overrides):
-    """A tiny model of opinions (large weights), in float64: what differs, differs by more than rounding."""
-    torch.manual_seed(seed)
-    config = NanoLLaDAConfig(**{"vocab_size": VOCABULARY, "initializer_range": 0.6, **SHAPE, **overrides})
-    return NanoLLaDAForMaskedLM(config).eval().double()
 
 
 @pytest.fixture(scope="module")
@@ -53,82 +42,6 @@ def model():
 @pytest.fixture(scope="module")
 def block_model():
     return build(block_length=4)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def left_padded(rows):
-    width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plain loop: one row, no batch, no padding, no early stop, every logit.
-
-
-def reference_logits(model, row, given, cfg_scale, penalty, eos_policy):
-    logits = model(torch.tensor([row])).logits[0]
-    if cfg_scale:
-        hidden = [MASK if is_given else token for token, is_given in zip(row, given, strict=True)]
-        unconditional = model(torch.tensor([hidden])).logits[0]
-        logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
-    for token in {token for token in row if token != MASK}:
-        column = logits[:, token]
-        logits[:, token] = torch.where(column < 0, column * penalty, column / penalty)
-    logits[:, MASK] = -torch.inf
-    if eos_policy == "forbid":
-        logits[:, EOS] = -torch.inf
-    return logits
-
-
-def reference_score(name, logits):
-    probabilities = logits.softmax(-1)
-    best, second = probabilities.topk(2).values
-    if name == "margin":
-        return float(best - second)
-    if name == "entropy":
-        return float(torch.special.xlogy(probabilities, probabilities).sum())
-    return float(best)
-
-
-def reference_blocks(model, row, prompt_length, total, block_length):
-    todo = [index for index in range(total) if row[index] == MASK]
-    if model.config.block_length is None:
-        number = {index: max(0, index - prompt_length) // block_length for index in todo}
-    else:
-        number = {index: index // block_length for index in todo}
-    return [[index for index in todo if number[index] == block] for block in sorted(set(number.values()))]
-
-
-@torch.no_grad()
-def reference_greedy(
-    model, prompt, new, block_length=None, steps=None, position_score="max_prob", cfg_scale=0.0,
-    repetition_penalty=1.0, eos_policy="none",
-):  # fmt: skip
-    grid = model.config.block_length
-    total = len(prompt) + new
-    row = prompt + [MASK] * (total - len(prompt) if grid is None else -(-total // grid) * grid - len(prompt))
-    given = [token != MASK for token in row]
-    for block in reference_blocks(model, row, len(prompt), total, block_length or grid or max(new, 1)):
-        count = min(steps or len(block), len(block))
-        todo = set(block)
-        for step in range(count):
-            logits = reference_logits(model, row, given, cfg_scale, repetition_penalty, eos_policy)
-            best = {index: int(logits[index].argmax()) for index in todo}
-            score = {index: reference_score(position_score, logits[index]) for index in todo}
-            late = {index: eos_policy == "last" and best[index] == EOS for index in todo}
-            order = sorted(todo, key=lambda index: (late[index], -score[index], index))
-            for index in order[: len(block) // count + (step < len(block) % count)]:
-                row[index] = best[index]
-                todo.remove(index)
-    row = row[:total]
-    if EOS in row[len(prompt) :]:
-        end = row.index(EOS, len(prompt)) + 1
-        row[end:] = [PAD] * (total - end)
-    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +77,7 @@ def random_call(rng, model):
 def test_300_random_calls():
     rng = random.Random(0)
     # EOS is often likely: it must end rows in some calls
-    models = [build(seed, block_length=grid) for seed, grid in enumerate((None, 4, None))]
+    models = [build(seed, block_length=grid) for seed, grid in enumerate((None, 4, None, None))]
     for model in models:
         with torch.no_grad():
             model.lm_head.weight[EOS] *= 2.5
@@ -203,65 +116,6 @@ def test_300_random_calls():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An exact denoiser
-
-
-class Oracle(NanoLLaDAForMaskedLM):
-    """Predicts the exact conditionals of a law: `outcomes` `[K, n]` with `weights` `[K]`, after one prompt token."""
-
-    def __init__(self, outcomes, weights):
-        super().__init__(NanoLLaDAConfig(vocab_size=VOCABULARY, **SHAPE))
-        self.outcomes, self.weights = outcomes, weights
-
-    def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
-        rows, which = input_ids[:, 1:].unique(dim=0, return_inverse=True)
-        fits = ((rows[:, None] == self.outcomes) | (rows[:, None] == MASK)).all(-1)  # [U, K]
-        posterior = fits * self.weights
-        posterior = posterior / posterior.sum(-1, keepdim=True)
-        tokens = torch.nn.functional.one_hot(self.outcomes, VOCABULARY).double()  # [K, n, V]
-        logits = torch.einsum("uk,knv->unv", posterior, tokens).log().float()
-        return MaskedLMOutput(logits=logits[which][logits_to_keep[:, 1:]])
-
-
-def markov_law(with_eos=False):
-    """Three tokens, each one of 60, each next one of two successors. 240 outcomes."""
-    generator = seeded(1)
-    first = torch.rand(60, generator=generator).double() + 0.2
-    first = first / first.sum()
-    successors = torch.zeros(VOCABULARY, 2, dtype=torch.long)
-    for column in range(2):
-        successors[4:, column] = torch.randperm(60, generator=generator) + 4
-    if with_eos:
-        successors[::3, 1] = EOS
-    outcomes, weights = [], []
-    for token, i, j in itertools.product(range(4, VOCABULARY), range(2), range(2)):
-        second = int(successors[token, i])
-        outcomes.append([token, second, int(successors[second, j])])
-        weights.append(float(first[token - 4]) * (0.7, 0.3)[i] * (0.8, 0.2)[j])
-    return torch.tensor(outcomes), torch.tensor(weights, dtype=torch.double)
-
-
-def codes(rows):
-    """One number per outcome, an EOS hiding what follows it."""
-    rows = rows.clone()
-    for column in range(1, rows.shape[1]):
-        rows[:, column:][rows[:, column - 1] == EOS] = PAD
-    return (rows * VOCABULARY ** torch.arange(rows.shape[1])).sum(1)
-
-
-def total_variation(samples, outcomes, weights):
-    law = torch.zeros(VOCABULARY**3, dtype=torch.double).index_add(0, codes(outcomes), weights)
-    counts = torch.bincount(codes(samples), minlength=VOCABULARY**3).double()
-    return float((counts / counts.sum() - law).abs().sum() / 2)
-
-
-def excess_total_variation(law, rows=20_000, **kwargs):
-    """Distance of the samples to the law, minus the distance of as many samples of the law itself."""
-    outcomes, weights = law
-    oracle = Oracle(outcomes, weights)
-    prompt = torch.full((rows, 1), 1)
-    samples = oracle.generate(prompt, max_new_tokens=3, generator=seeded(3), **kwargs)[:, 1:]
-    truth = outcomes[torch.multinomial(weights, rows, replacement=True, generator=seeded(4))]
-    return total_variation(samples, *law) - total_variation(truth, *law)
 
 
 @pytest.mark.parametrize(
@@ -329,26 +183,6 @@ def test_quotas_sum_to_the_masks_of_the_block():
         assert sum(shares) == masked
         assert shares[:steps] == sorted(shares[:steps], reverse=True) and shares[0] - shares[steps - 1] <= 1
         assert not any(shares[steps:])
-
-
-def drafts(model, *args, **kwargs):
-    streamer = Recorder()
-    model.generate(*args, streamer=streamer, **kwargs)
-    return streamer
-
-
-class Recorder:
-    def __init__(self):
-        self.puts, self.drafts, self.ended = [], [], False
-
-    def put(self, value):
-        self.puts.append(value.tolist())
-
-    def put_draft(self, value):
-        self.drafts.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 def test_each_step_commits_its_quota(model):
@@ -424,66 +258,6 @@ def test_infilling_alone(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Temperature
-
-
-def test_greedy_is_the_default_and_has_three_names(model):
-    default = model.generate(PROMPT, max_new_tokens=6)
-    for options in ({"do_sample": False}, {"temperature": 0}, {"temperature": 0.0, "do_sample": False}):
-        assert torch.equal(default, model.generate(PROMPT, max_new_tokens=6, **options))
-
-
-def test_sampling_has_three_names(model):
-    sample = model.generate(PROMPT, max_new_tokens=6, temperature=1.0, generator=seeded())
-    for options in ({"do_sample": True}, {"do_sample": True, "temperature": 1}):
-        assert torch.equal(sample, model.generate(PROMPT, max_new_tokens=6, generator=seeded(), **options))
-    torch.manual_seed(7)
-    first = model.generate(PROMPT, max_new_tokens=6, temperature=1.0)
-    torch.manual_seed(7)
-    assert torch.equal(first, model.generate(PROMPT, max_new_tokens=6, temperature=1.0))  # the global generator
-    assert not torch.equal(first, model.generate(PROMPT, max_new_tokens=6, temperature=1.0))
-
-
-@pytest.mark.parametrize(
-    ("saved", "call", "temperature"),
-    [
-        ({}, {}, 0.0),
-        ({"temperature": 0.7}, {}, 0.7),
-        ({"do_sample": True}, {}, 1.0),
-        ({"temperature": 0.7}, {"do_sample": False}, 0.0),
-        ({"temperature": 0.7, "do_sample": True}, {"do_sample": False}, 0.0),
-        ({"temperature": 0.7, "do_sample": True}, {"temperature": 0}, 0.0),
-        ({"temperature": 0.7, "do_sample": True}, {"generation_config": GenerationConfig(do_sample=False)}, 0.0),
-        ({"temperature": 0.0, "do_sample": False}, {"do_sample": True}, 1.0),
-        ({"temperature": 0.0}, {"generation_config": GenerationConfig(do_sample=True)}, 1.0),
-        ({"do_sample": False}, {"temperature": 0.5}, 0.5),
-        ({"do_sample": False}, {"temperature": 0.5, "do_sample": True}, 0.5),
-        ({"do_sample": True}, {"temperature": 0.5}, 0.5),
-    ],
-)
-def test_the_call_outranks_what_the_model_saved(saved, call, temperature):
-    model = build()
-    model.generation_config = NanoLLaDAGenerationConfig(**saved)
-    settings, _ = model._prepare_generation_config(**{"generation_config": None, **call})
-    assert (settings.temperature, settings.do_sample) == (temperature, temperature > 0)
-    assert settings.top_k is None and settings.top_p is None
-
-
-def test_low_temperatures_are_nearly_greedy_and_high_ones_nearly_uniform(model):
-    ids = PROMPT.repeat(64, 1)
-    greedy = model.generate(PROMPT, max_new_tokens=6)
-    cold = model.generate(ids, max_new_tokens=6, temperature=1e-4, generator=seeded())
-    assert torch.equal(cold, greedy.expand_as(cold))
-    hot = model.generate(ids, max_new_tokens=6, temperature=1e4, eos_policy="forbid", generator=seeded())
-    assert len(hot[:, 5:].unique()) == VOCABULARY - 2
-
-
-def test_num_return_sequences_are_independent(model):
-    out = model.generate(PROMPT, max_new_tokens=6, num_return_sequences=5, temperature=1.0, generator=seeded())
-    assert out.shape == (5, 11) and len(out.unique(dim=0)) > 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Guidance, penalties, processors
 
 
@@ -529,15 +303,6 @@ def test_repetition_penalty_counts_visible_tokens_only(model):
     assert padded[0, 2:].tolist() == out
 
 
-class Recorded(LogitsProcessor):
-    def __init__(self, rule):
-        self.rule, self.shapes = rule, []
-
-    def __call__(self, input_ids, scores):
-        self.shapes.append((tuple(input_ids.shape), tuple(scores.shape)))
-        return self.rule(input_ids, scores)
-
-
 def test_logits_processors_see_every_masked_position_with_its_row(model):
     def only_nine(input_ids, scores):
         assert (input_ids == MASK).any(1).all() and torch.equal(input_ids[:, :5], PROMPT.expand(len(input_ids), -1))
@@ -565,17 +330,6 @@ def test_suppressed_tokens_stay_away(model):
 # The end
 
 
-class Eager(NanoLLaDAForMaskedLM):
-    """Sure of EOS at odd positions, less sure of 10 + position at even ones; the left is surer."""
-
-    def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
-        position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        odd = (position % 2)[..., None] == 1
-        first = torch.zeros(*position.shape, VOCABULARY).scatter_(-1, 10 + position[..., None], 5.0)
-        first[..., EOS] = torch.where(odd[..., 0], 9.0, 4.0)
-        return MaskedLMOutput(logits=(first * (2 - position / 20)[..., None])[logits_to_keep])
-
-
 @pytest.mark.parametrize(
     ("policy", "order"),
     [("none", [5, 7, 9, 6, 8, 10]), ("last", [6, 8, 10, 5, 7, 9]), ("forbid", [5, 6, 7, 8, 9, 10])],
@@ -587,21 +341,6 @@ def test_eos_policies(policy, order):
     assert [left - right for left, right in itertools.pairwise([{*range(5, 11)}, *masked])] == [{i} for i in order]
     final = streamer.drafts[-1][0]
     assert final == ([15, 16, 17, 18, 19, 20] if policy == "forbid" else [EOS, 16, EOS, 18, EOS, 20])
-
-
-def eos_model(column=7):
-    """Predicts EOS at position `column` and 10 + position elsewhere, one position at a time from the left."""
-
-    class Scripted(NanoLLaDAForMaskedLM):
-        def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
-            self.calls = getattr(self, "calls", 0) + 1
-            position = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            token = torch.where(position == column, EOS, 10 + position)
-            logits = torch.zeros(*token.shape, VOCABULARY)
-            logits.scatter_(-1, token[..., None], (20.0 - position)[..., None])  # the left is surest
-            return MaskedLMOutput(logits=logits[logits_to_keep])
-
-    return Scripted(NanoLLaDAConfig(vocab_size=VOCABULARY, **SHAPE))
 
 
 @pytest.mark.parametrize("block_length", [None, 2, 8])
@@ -635,15 +374,6 @@ def test_any_of_several_eos_ends_the_row():
     assert out[0, 5:].tolist() == [15, 16, PAD, PAD, PAD, PAD]
     out = eos_model().generate(PROMPT, max_new_tokens=6, eos_token_id=[EOS, 16], eos_policy="forbid")
     assert EOS not in out and 16 not in out
-
-
-class StopAt(StoppingCriteria):
-    def __init__(self, token):
-        self.token, self.seen = token, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(input_ids.tolist())
-        return input_ids[:, -1] == self.token
 
 
 @pytest.mark.parametrize("block_length", [1, 3, 6])
@@ -689,277 +419,3 @@ def test_stop_strings(tokenizer):
     word = free[4:6]
     out = model.generate(prompt, stop_strings=[word], tokenizer=tokenizer, **kwargs)[0, prompt.shape[1] :]
     assert tokenizer.decode(out, skip_special_tokens=True) == free[: free.index(word) + 2] != free
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output, lengths, streamers, pipelines
-
-
-def test_output_of_a_dictionary(model):
-    result = model.generate(PROMPT, max_new_tokens=8, steps=2, eos_policy="forbid", return_dict_in_generate=True)
-    assert isinstance(result, NanoLLaDAGenerationOutput)
-    assert result.past_key_values is None and result.scores is None
-    assert result.tokens_per_forward.tolist() == [4.0]
-    assert set(result) == {"sequences", "tokens_per_forward"}
-
-
-def test_lengths_as_in_transformers(model):
-    assert model.generate(PROMPT, max_length=9).shape == (1, 9)
-    with pytest.warns(UserWarning, match="max_length"):
-        assert model.generate(PROMPT).shape == (1, 25)  # transformers' default: 20 new tokens
-    assert model.generate(max_new_tokens=3).shape == (1, 4)  # from the bos token
-    assert model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=3).shape == (1, 3)
-
-
-def test_the_attention_mask_is_guessed_as_in_transformers(model):
-    ids, attention_mask = left_padded([[4, 5, 6, 7], [8, 9]])
-    given = model.generate(ids, attention_mask=attention_mask, max_new_tokens=4)
-    assert torch.equal(given, model.generate(ids, max_new_tokens=4))
-
-
-def test_only_the_logits_of_the_block_are_computed(model):
-    sizes = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    model.generate(PROMPT, max_new_tokens=6, block_length=3, eos_policy="forbid")
-    handle.remove()
-    assert sizes == [3, 2, 1, 3, 2, 1]
-
-
-def test_put_and_drafts_make_the_row(model):
-    streamer = drafts(model, PROMPT, max_new_tokens=6, block_length=3, eos_policy="forbid")
-    out = model.generate(PROMPT, max_new_tokens=6, block_length=3, eos_policy="forbid")[0].tolist()
-    assert streamer.ended and sum((put[0] for put in streamer.puts), []) == out
-    for draft, length in zip(streamer.drafts, [6, 6, 6, 3, 3, 3], strict=True):
-        row = out[: 11 - length] + draft[0]
-        assert len(draft[0]) == length and all(token in (MASK, out[index]) for index, token in enumerate(row))
-
-
-def test_nothing_is_streamed_after_the_end():
-    streamer = drafts(eos_model(), PROMPT, max_new_tokens=8, block_length=4)
-    assert streamer.puts == [PROMPT.tolist(), [[15, 16, EOS]]]
-
-
-def test_transformers_streamers(tokenizer, capsys):
-    model = build(vocab_size=len(tokenizer))
-    prompt = tokenizer("The cat", return_tensors="pt").input_ids
-    kwargs = {"max_new_tokens": 8, "block_length": 4, "suppress_tokens": [0, 1, 2]}
-    out = tokenizer.decode(model.generate(prompt, **kwargs)[0])
-    for streamer_class in (TextStreamer, TextDiffusionStreamer):
-        model.generate(prompt, streamer=streamer_class(tokenizer), **kwargs)
-        printed = capsys.readouterr().out
-        assert printed.endswith("\n")
-        if streamer_class is TextStreamer:
-            assert printed == out + "\n"
-        else:
-            assert printed.count("\033[33m") == 8 and tokenizer.mask_token in printed
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    model.generate(prompt, streamer=streamer, **kwargs)
-    assert "The cat" + "".join(streamer) == out
-
-
-@pytest.fixture
-def text_pipeline(tokenizer):
-    return pipeline("text-generation", model=build(vocab_size=len(tokenizer)), tokenizer=tokenizer, device="cpu")
-
-
-def test_pipeline(text_pipeline):
-    [record] = text_pipeline("The cat", max_new_tokens=6)  # samples: the pipeline's own default
-    assert record["generated_text"].startswith("The cat")
-    greedy = [text_pipeline(text, max_new_tokens=6, do_sample=False) for text in ("The cat sat on", "The dog")]
-    assert greedy == [text_pipeline(text, max_new_tokens=6, do_sample=False) for text in ("The cat sat on", "The dog")]
-    text_pipeline.tokenizer.padding_side = "left"
-    batch = text_pipeline(["The cat sat on", "The dog"], max_new_tokens=6, do_sample=False, batch_size=2)
-    assert batch == greedy
-    chat = [{"role": "user", "content": "What is it?"}]
-    [record] = text_pipeline(chat, max_new_tokens=6, block_length=3, return_dict_in_generate=True)
-    assert record["generated_text"][-1]["role"] == "assistant"
-
-
-def test_pipeline_samples_with_its_own_temperature(text_pipeline):
-    seen = []
-    sample = text_pipeline.model._sample.__func__
-
-    class Spy(type(text_pipeline.model)):
-        def _sample(self, *args, **kwargs):
-            seen.append((kwargs["generation_config"].temperature, kwargs["generation_config"].top_k))
-            return sample(self, *args, **kwargs)
-
-    text_pipeline.model.__class__ = Spy
-    text_pipeline("The cat", max_new_tokens=2)
-    text_pipeline("The cat", max_new_tokens=2, do_sample=False)
-    assert seen == [(0.7, None), (0.0, None)]
-
-
-def test_pipeline_leaves_a_greedy_model_greedy(tokenizer):
-    model = build(vocab_size=len(tokenizer))
-    model.generation_config.temperature = 0.0
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    assert pipe("The cat", max_new_tokens=6) == pipe("The cat", max_new_tokens=6, do_sample=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The configuration on disk
-
-SETTINGS = {"block_length": 2, "steps": 1, "position_score": "margin", "cfg_scale": 0.5, "temperature": 0.9}
-
-
-def same_settings(config):
-    assert type(config).__name__ == "NanoLLaDAGenerationConfig"
-    assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
-    assert (config.eos_token_id, config.pad_token_id) == (EOS, PAD)
-
-
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM])
-def test_generation_config_survives_save_and_load(tmp_path, auto_class):
-    model = build()
-    model.generation_config.update(**SETTINGS)
-    for folder in ("first", "second"):  # and from a loaded model once more
-        model.save_pretrained(tmp_path / folder)
-        model = auto_class.from_pretrained(tmp_path / folder)
-        same_settings(model.generation_config)
-    kwargs = {"max_new_tokens": 4}
-    explicit = build().generate(PROMPT, generator=seeded(), **kwargs, **SETTINGS)
-    assert torch.equal(model.generate(PROMPT, generator=seeded(), **kwargs), explicit)
-
-
-def test_generation_config_survives_as_remote_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    model = build()
-    model.generation_config.update(**SETTINGS)
-    model.save_pretrained(tmp_path / "model")
-    remote_class = dynamic_module_utils.get_class_from_dynamic_module(
-        "modeling_nanollada.NanoLLaDAForMaskedLM", str(tmp_path / "model")
-    )
-    assert remote_class.__module__.startswith("transformers_modules")
-    remote = remote_class.from_pretrained(tmp_path / "model")
-    same_settings(remote.generation_config)
-    assert torch.equal(
-        remote.generate(PROMPT, max_new_tokens=4, generator=seeded()),
-        model.generate(PROMPT, max_new_tokens=4, generator=seeded()),
-    )
-
-
-def test_an_ar_checkpoint_without_and_with_a_generation_config(tmp_path):
-    torch.manual_seed(0)
-    NanoLLaDAForCausalLM(NanoLLaDAConfig(vocab_size=VOCABULARY, **SHAPE)).save_pretrained(tmp_path)
-    for _ in range(2):
-        model = NanoLLaDAForMaskedLM.from_pretrained(tmp_path)
-        assert type(model.generation_config) is NanoLLaDAGenerationConfig
-        assert model.generation_config.eos_token_id == EOS and not model.generation_config._from_model_config
-        assert model.generate(PROMPT, max_new_tokens=4).shape == (1, 9)
-        (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    model.generation_config.steps = 2
-    model.save_pretrained(tmp_path)
-    assert NanoLLaDAForMaskedLM.from_pretrained(tmp_path).generation_config.steps == 2
-
-
-def test_a_config_object_and_keywords_mean_the_same(model):
-    settings = {"max_new_tokens": 6, "block_length": 3, "steps": 2, "temperature": 0.8}
-    by_keyword = model.generate(PROMPT, generator=seeded(), **settings)
-    by_object = model.generate(PROMPT, generation_config=NanoLLaDAGenerationConfig(**settings), generator=seeded())
-    assert torch.equal(by_keyword, by_object)
-    plain = GenerationConfig(max_new_tokens=6, do_sample=True, temperature=0.8)
-    by_plain = model.generate(PROMPT, generation_config=plain, block_length=3, steps=2, generator=seeded())
-    assert torch.equal(by_keyword, by_plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
-
-CACHE = DynamicCache()
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "match"),
-    [
-        ({"block_length": 24, "max_new_tokens": 100}, "`block_length` must divide `max_new_tokens`, got 24 and 100"),
-        ({"block_length": 8}, "`block_length` must divide `max_new_tokens`, got 8 and 4"),
-        ({"block_length": 0}, "`block_length` must be an integer >= 1, got 0"),
-        ({"steps": 0}, "`steps` must be an integer >= 1, got 0"),
-        ({"steps": 2.5}, "`steps` must be an integer >= 1, got 2.5"),
-        ({"steps": True}, "`steps` must be an integer >= 1, got True"),
-        ({"max_new_tokens": -1}, "`max_new_tokens` must be an integer >= 0, got -1"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` must be > 0 for a prompt without mask tokens, got 0"),
-        ({"temperature": -0.5}, "`temperature` must be a number >= 0, got -0.5"),
-        ({"temperature": float("nan")}, "`temperature` must be a number >= 0, got nan"),
-        ({"temperature": float("inf")}, "`temperature` must be a number >= 0, got inf"),
-        ({"temperature": "hot"}, "`temperature` must be a number >= 0, got 'hot'"),
-        ({"do_sample": True, "temperature": 0}, "`do_sample` must be False where `temperature` is 0 .*got True and 0"),
-        ({"do_sample": False, "temperature": 0.5}, "and True where it is not, got False and 0.5"),
-        ({"do_sample": "yes"}, r"`do_sample` must be one of \(True, False\), got 'yes'"),
-        ({"top_k": -1, "temperature": 1.0}, "`top_k` must be an integer >= 0, got -1"),
-        ({"top_p": 0.0, "temperature": 1.0}, r"`top_p` must be a number in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5, "temperature": 1.0}, r"`top_p` must be a number in \(0, 1\], got 1.5"),
-        ({"repetition_penalty": 0}, "`repetition_penalty` must be a number > 0, got 0"),
-        ({"cfg_scale": -1}, "`cfg_scale` must be a number >= 0, got -1"),
-        ({"remasking": "sorted"}, r"`remasking` must be one of \('low_confidence', 'random'\), got 'sorted'"),
-        ({"position_score": "random"}, r"`position_score` must be one of \('max_prob', .*\), got 'random'"),
-        ({"eos_policy": "first"}, r"`eos_policy` must be one of \('none', 'last', 'forbid'\), got 'first'"),
-        ({"early_stop": "never"}, r"`early_stop` must be one of \(True, False\), got 'never'"),
-        ({"generator": 0}, "`generator` must be a torch.Generator, got 0"),
-        ({"num_return_sequences": 2}, "num_return_sequences"),
-        ({"num_beams": 4}, "`num_beams` is not supported by the diffusion `generate`: it must be unset, got 4"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "`penalty_alpha` is not supported"),
-        ({"dola_layers": "high"}, "`dola_layers` is not supported"),
-        ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` is not supported"),
-        ({"guidance_scale": 1.5}, "`guidance_scale` is not supported"),
-        ({"min_new_tokens": 2}, "`min_new_tokens` is not supported"),
-        ({"no_repeat_ngram_size": 2}, "`no_repeat_ngram_size` is not supported"),
-        ({"bad_words_ids": [[5]]}, "`bad_words_ids` is not supported"),
-        ({"forced_eos_token_id": 2}, "`forced_eos_token_id` is not supported"),
-        ({"cache_implementation": "static"}, "`cache_implementation` is not supported .*got static"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not supported"),
-        ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits` is not supported"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions` is not supported"),
-        ({"past_key_values": CACHE}, "`past_key_values` is not supported .* got DynamicCache"),
-        ({"position_ids": torch.arange(5)[None]}, "`position_ids` is not supported .* got Tensor"),
-        ({"document_ids": torch.zeros(1, 5)}, "`document_ids` is not supported"),
-        ({"prefix_allowed_tokens_fn": lambda batch, ids: [4]}, "`prefix_allowed_tokens_fn` is not supported"),
-        ({"negative_prompt_ids": PROMPT}, "`negative_prompt_ids` is not supported .* got Tensor"),
-        ({"synced_gpus": True}, "`synced_gpus` is not supported"),
-        (
-            {"logits_processor": [NoBadWordsLogitsProcessor([[5, 6]])]},
-            "`logits_processor` must not read the row left to right, got NoBadWordsLogitsProcessor",
-        ),
-        (
-            {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5)]},
-            "`logits_processor` must not read the row left to right, got RepetitionPenaltyLogitsProcessor",
-        ),
-        ({"stepz": 3}, r"`model_kwargs` are not used by the model: \['stepz'\]"),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)
-def test_refusals(model, kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        model.generate(PROMPT, **{"max_new_tokens": 4, **kwargs})
-
-
-def test_refusals_of_other_inputs(model, block_model):
-    with pytest.raises(ValueError, match="`inputs_embeds` is not supported .* got Tensor"):
-        model.generate(inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=4)
-    with pytest.raises(ValueError, match="`assistant_model` is not supported .* got NanoLLaDAForMaskedLM"):
-        model.generate(PROMPT, assistant_model=block_model, max_new_tokens=4)
-    with pytest.raises(ValueError, match="Input length of input_ids is 5, but `max_length` is set to 4"):
-        model.generate(PROMPT, max_length=4)
-    for block_length in (3, 8):
-        message = f"`block_length` must divide the model's `config.block_length`, got {block_length} and 4"
-        with pytest.raises(ValueError, match=message):
-            block_model.generate(PROMPT, max_new_tokens=24, block_length=block_length)
-
-
-def test_refusals_without_special_tokens():
-    model = build(eos_token_id=None, pad_token_id=None)
-    assert model.generate(PROMPT, max_new_tokens=4).shape == (1, 9)
-    for policy in ("last", "forbid"):
-        with pytest.raises(ValueError, match=f"`eos_policy` must be 'none' without an `eos_token_id`, got '{policy}'"):
-            model.generate(PROMPT, max_new_tokens=4, eos_policy=policy)
-    with pytest.raises(ValueError, match="`pad_token_id` must be set for `stopping_criteria`, got None"):
-        model.generate(PROMPT, max_new_tokens=4, stopping_criteria=[StopAt(9)])
-
-
-def test_bad_settings_are_refused_when_written_down():
-    with pytest.raises(ValueError, match="`steps` must be an integer >= 1, got 0"):
-        NanoLLaDAGenerationConfig(steps=0)
-    with pytest.raises(ValueError, match="got True and 0"):
-        NanoLLaDAGenerationConfig(do_sample=True, temperature=0)

@@ -1,0 +1,64 @@
+"""The README: its first two commands are the main job and the tests, and every other one runs (slow)."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("bash", "python")}
+INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && '
+COMMANDS = [line for block in BLOCKS["bash"][2:] for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_it_opens_with_the_main_job_and_the_tests():
+    main_job, tests = BLOCKS["bash"][:2]
+    assert main_job == INSTALL + ".venv/bin/python scripts/quickstart.py\n"
+    assert tests == INSTALL + ".venv/bin/python -m pytest\n"
+    assert TEXT.index("![") < TEXT.index("\n## ")
+
+
+def test_every_file_it_names_exists():
+    for name in re.findall(r"[\w./-]+\.(?:py|yaml|md|png)\b", TEXT):
+        made = name.startswith(("runs/", "my")) or "/" not in name
+        assert made or (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert name.startswith("https://") or (ROOT / name).exists(), name
+
+
+def test_every_source_file_is_in_its_map():
+    for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
+        for path in (ROOT / room).glob("*.py"):
+            assert path.name == "__init__.py" or f"`{path.name}`" in TEXT, path
+
+
+@pytest.mark.slow
+def test_every_command_and_snippet_runs(tmp_path):
+    """In order, beside a quickstart run of a few steps; only `--max_steps` and the Hub are kept small."""
+    for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
+        shutil.copytree(ROOT / room, tmp_path / room)
+    rows = [{"text": f"Number {i} comes before {i + 1}. " * 8} for i in range(300)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": tools, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def run(line):
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+
+    run("python scripts/quickstart.py --steps_share 0.01")
+    assert len(COMMANDS) >= 8
+    for line in COMMANDS:
+        if "quickstart.py" in line or "minimind" in line:
+            continue  # run above with few steps; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
+        run(f"{line} --max_steps 2 --eval_steps 2" if line.startswith("accelerate") else line)
+    for number, snippet in enumerate(BLOCKS["python"]):
+        (tmp_path / f"snippet_{number}.py").write_text(snippet)
+        run(f"python snippet_{number}.py")
