@@ -126,7 +126,7 @@ def compare(
     bar = tqdm(total=2 * (len(prompts) * repeats + 1), desc="Comparing", unit=" runs")
     for name, (model, _) in pair.items():
         for number, ids in enumerate(rendered):
-            measured = _measure(model, tokenizer, ids, repeats, seed, True, bar, options[name])
+            measured = _measure(model, tokenizer, ids, repeats, seed, number == 0, bar, options[name])
             settings = effective_settings(model, **options[name])
             checkpoint = {"ar": ar, "diffusion": diffusion}[name]
             facts = {"prompt": prompts[number], "model": name, "checkpoint": checkpoint}

@@ -73,7 +73,7 @@ class TokenPieces:
         if "\ufffd" not in self.texts[token]:
             return [Piece(self.texts[token], "text")]
         for end in range(at + 2, min(at + SHOWN_BYTES, len(ids)) + 1):  # the other parts of the character
-            if ids[end - 1] == ABSENT or ids[end - 1] in self.special_ids:
+            if ids[end - 1] == ABSENT:
                 break
             text = self._decode(ids[at:end])
             if "\ufffd" not in text:

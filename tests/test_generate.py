@@ -294,6 +294,7 @@ def test_a_message_from_the_command_line(checkpoints, models, tokenizer, capsys)
     run(checkpoints, "diffusion", "--chat", "--prompt", "Why?", "--system", "Be short.", "--max_new_tokens", "4")
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     made = generate(models["diffusion"], tokenizer, prompt_ids(tokenizer, messages), max_new_tokens=4)
+    assert not made.finished  # the ends of the messages before it do not count
     assert capsys.readouterr().out == made.text + "\n"
 
 

@@ -101,7 +101,10 @@ def test_ranks_do_not_change_the_gradient(kind, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_gradients(whole, torch.load(target))
+    found = torch.load(target)
+    assert_same_gradients(whole, found["gradients"])
+    alone = build_trainer(kind, tmp_path).likelihood(make_rows(7))  # ranks get four and three rows
+    assert found["likelihood"] == pytest.approx(alone.sums())
 
 
 def test_gradient_is_that_of_the_definition(tmp_path):
@@ -358,7 +361,8 @@ def test_evaluation_needs_rows(tmp_path):
 
 
 if __name__ == "__main__":  # a rank of `test_ranks_do_not_change_the_gradient`
-    found, _ = one_step(sys.argv[1], Path(sys.argv[2]).parent / "ranks", 4, 1)
+    scored = build_trainer(sys.argv[1], Path(sys.argv[2]).parent / "ranks").likelihood(make_rows(7)).sums()
+    computed, _ = one_step(sys.argv[1], Path(sys.argv[2]).parent / "ranks", 4, 1)
     if int(os.environ["RANK"]) == 0:
-        torch.save(found, sys.argv[2])
+        torch.save({"gradients": computed, "likelihood": scored}, sys.argv[2])
     torch.distributed.destroy_process_group()
