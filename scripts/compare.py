@@ -83,10 +83,9 @@ def compare(
     Lets both models go on from the same prompts.
 
     Each prompt runs `repeats` times, one row at a time, after one run of the model that does not count. `seconds` is
-    the median wall time of the whole `generate` call; `first_token_seconds` the median until the first forward pass
-    has decided something (AR: the first token; diffusion: the first step, whose tokens may stand anywhere in the row).
-    `tokens_per_second` is the tokens that were kept, an end of text included, by `seconds`. A step's copy of the ids
-    to the host is part of the times.
+    the median wall time of the `generate` call (each step's copy of the ids to the host included),
+    `first_token_seconds` the median until the first forward pass has decided something (diffusion: tokens anywhere in
+    the row). `tokens_per_second` is the tokens that were kept, an end of text included, by `seconds`.
 
     Args:
         ar, diffusion (`str`): Checkpoints, with the same tokenizer.
@@ -94,45 +93,51 @@ def compare(
         chat (`bool`, defaults to `False`): Take texts for user messages.
         repeats (`int`, defaults to 3): Timed runs per prompt and model, all with the same seed.
         seed (`int`, defaults to 0): Of whatever is drawn.
-        trust_remote_code (`bool`, defaults to `False`), device (`str`, *optional*): As for `load_checkpoint`.
+        trust_remote_code, device: As for `load_checkpoint`.
         decoding: Options of `generate`; those that only diffusion knows go to the diffusion model alone.
 
     Returns:
-        `list[dict]`: For each prompt a record of the AR model and one of the diffusion model: `prompt`, `model` ("ar",
-            "diffusion"), `checkpoint`, `text`, `tokens`, `finished`, `seconds`, `tokens_per_second`,
-            `first_token_seconds`, `tokens_per_forward`, `repeats`, `seed`, `settings`.
+        `list[dict]`: For each prompt a record of each model: `prompt`, `model` ("ar", "diffusion"), `checkpoint`,
+            `text`, `tokens`, `finished`, `seconds`, `tokens_per_second`, `first_token_seconds`, `tokens_per_forward`,
+            `repeats`, `seed`, `settings`.
 
     Raises:
-        `ValueError`: if a checkpoint is of the other kind, the tokenizers differ, `repeats` is below 1, or there is no
-            prompt; and as `generate`.
+        `ValueError`: for a checkpoint of the other kind, tokenizers that differ, `repeats` below 1, no prompt; and as
+            `generate`.
     """
     from tqdm.auto import tqdm
 
     from nanollada.scripts.generate import effective_settings, generation_settings, prompt_ids
 
-    if repeats < 1:
-        raise ValueError(f"`repeats` must be at least 1, got {repeats}")
-    if not prompts:
-        raise ValueError("`prompts` must hold at least one prompt, got none")
-    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
+    _check(prompts, repeats)
     pair = _load_pair(ar, diffusion, trust_remote_code, device)
+    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
     options = {"ar": shared, "diffusion": decoding}
     for name, (model, _) in pair.items():
         generation_settings(model, **options[name])  # before anything takes long
     tokenizer = pair["ar"][1]
-    chats = [[{"role": "user", "content": item}] if chat and isinstance(item, str) else item for item in prompts]
-    rendered = [prompt_ids(tokenizer, item) for item in chats]
+    rendered = [prompt_ids(tokenizer, _message(item) if chat else item) for item in prompts]
     records = {}
     bar = tqdm(total=2 * (len(prompts) * repeats + 1), desc="Comparing", unit=" runs")
     for name, (model, _) in pair.items():
         for number, ids in enumerate(rendered):
             measured = _measure(model, tokenizer, ids, repeats, seed, number == 0, bar, options[name])
-            settings = effective_settings(model, **options[name])
-            checkpoint = {"ar": ar, "diffusion": diffusion}[name]
-            facts = {"prompt": prompts[number], "model": name, "checkpoint": checkpoint}
-            records[number, name] = {**facts, **measured, "repeats": repeats, "seed": seed, "settings": settings}
+            facts = {"prompt": prompts[number], "model": name, "checkpoint": ar if name == "ar" else diffusion}
+            how = {"repeats": repeats, "seed": seed, "settings": effective_settings(model, **options[name])}
+            records[number, name] = {**facts, **measured, **how}
     bar.close()
     return [records[number, name] for number in range(len(prompts)) for name in pair]
+
+
+def _check(prompts: list, repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, got {repeats}")
+    if not prompts:
+        raise ValueError("`prompts` must hold at least one prompt, got none")
+
+
+def _message(prompt: str | list[dict]) -> list[dict]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _load_pair(ar: str, diffusion: str, trust_remote_code: bool, device: str | None) -> dict:

@@ -6,7 +6,6 @@ python scripts/evaluate.py --checkpoint outputs/diffusion_sft --data test.jsonl 
 Results are kept in the checkpoint's `evaluation.json`, which the model card reads.
 """
 
-import hashlib
 import json
 import math
 import shlex
@@ -84,16 +83,11 @@ def evaluate_checkpoint(
         `ValueError`: for unknown metrics, for a `batch_size` below 1, for `decoding` without exact match, for exact
             match on rows without an answer, and as `load_checkpoint`, `prepare_data` and `evaluate_likelihood`.
     """
+    from nanollada.hub_upload.model_card import weights_digest
     from nanollada.scripts.generate import generation_settings, load_checkpoint
     from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
 
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, got {unknown or 'none'}")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    if decoding and "exact_match" not in metrics:
-        raise ValueError(f"`{next(iter(decoding))}` needs 'exact_match' in `metrics`, got {list(metrics)}")
+    _check(metrics, batch_size, decoding)
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
     generation_settings(model, **(decoding or {}))  # before anything takes long
     run = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed}
@@ -108,7 +102,18 @@ def evaluate_checkpoint(
             examples = read_examples(resolve_source(source, arguments), RowPolicy(arguments.on_bad_rows))
             result = exact_match(model, tokenizer, examples, batch_size=batch_size, seed=seed, **(decoding or {}))
             results.append({"data": source, **result, **run})
-    return {"checkpoint": checkpoint, "weights_sha256": _weights_digest(checkpoint), **run, "results": results}
+    digest = weights_digest(checkpoint) if Path(checkpoint).is_dir() else None
+    return {"checkpoint": checkpoint, "weights_sha256": digest, **run, "results": results}
+
+
+def _check(metrics: Iterable[str], batch_size: int, decoding: dict | None) -> None:
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, got {unknown or 'none'}")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    if decoding and "exact_match" not in metrics:
+        raise ValueError(f"`{next(iter(decoding))}` needs 'exact_match' in `metrics`, got {list(metrics)}")
 
 
 def _likelihood(model, tokenizer, source: str, samples: int, seed: int, batch_size: int, options: dict) -> dict:
@@ -130,7 +135,7 @@ def _likelihood(model, tokenizer, source: str, samples: int, seed: int, batch_si
         "nats_per_token": found.nats_per_token,
         "bits_per_byte": found.bits_per_byte,
         "standard_error": found.bits_per_byte_standard_error,
-        "sampling_error": found.bits_per_byte_sampling_error if found.rows > 1 else None,
+        "sampling_error": found.bits_per_byte_sampling_error,
         "tokens": found.tokens,
         "bytes": found.bytes,
         "documents": report["documents"],
@@ -248,16 +253,6 @@ def _text(tokenizer, ids: list[int]) -> str:
 
 
 # ---- the file and the table
-
-
-def _weights_digest(checkpoint: str) -> str | None:
-    """SHA-256 of a folder's weights, so that results of other weights are never taken for these; `None` for names."""
-    files = sorted(Path(checkpoint).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest() if files else None
 
 
 def save_evaluation(evaluation: dict, path: str | Path) -> dict:

@@ -55,10 +55,12 @@ class Likelihood:
         return self.standard_error / math.log(2) / max(self.bytes, 1)
 
     @property
-    def bits_per_byte_sampling_error(self) -> float:
-        """Standard error of `bits_per_byte` as an estimate for other rows of the same kind (rows drawn at random)."""
+    def bits_per_byte_sampling_error(self) -> float | None:
+        """Standard error of `bits_per_byte` as an estimate for other rows of the kind; `None` for a single row."""
+        if self.rows < 2:
+            return None
         mean, (nn, nt, tt) = self.nats_per_token, self.row_moments
-        residual = max(nn - 2 * mean * nt + mean**2 * tt, 0.0) * self.rows / max(self.rows - 1, 1)  # ratio estimator
+        residual = max(nn - 2 * mean * nt + mean**2 * tt, 0.0) * self.rows / (self.rows - 1)  # ratio estimator
         return math.sqrt(residual) / math.log(2) / max(self.bytes, 1)
 
     def to_dict(self) -> dict:
