@@ -26,7 +26,7 @@ FULL_SIZE = {
     "learning_rate": 1e-3,
 }
 TEST_SHARE, MOST_TEST_ROWS = 0.02, 200
-MOST_QA_CHARACTERS = 120  # longer ones would pad every sudoku of their batch
+MOST_QA_CHARACTERS = 90  # longer ones would pad every sudoku of their batch
 PROMPTS = ("What does the function `os.path.join` do?", "In which module is the class `Counter` defined?")
 
 

@@ -8,7 +8,7 @@ NAMES = {"ar": "AR", "diffusion": "diffusion", "ar_sft": "AR + SFT", "diffusion_
 COLUMNS = (
     ("text", "text, bits/byte"),
     ("sft", "answers, bits/byte"),
-    ("exact_match", "new sudokus, solved"),
+    ("exact_match", "sudokus solved"),
 )
 
 PAGE = """<!doctype html>
@@ -76,8 +76,8 @@ def result_cell(result: dict | None) -> str:
     if result["metric"] == "exact_match":
         return f"{100 * result['value']:.1f} % ± {100 * result['standard_error']:.1f}"
     if not result["bound"]:
-        return f"{result['bits_per_byte']:.4f}"
-    return f"≤ {result['bits_per_byte']:.4f} ± {result['standard_error']:.4f}"
+        return f"{result['bits_per_byte']:.3f}"
+    return f"≤ {result['bits_per_byte']:.3f} ± {result['standard_error']:.3f}"
 
 
 def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
@@ -98,15 +98,15 @@ def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
 
 
 def results_table(folder: Path, stages: list[str]):
-    """The same for the terminal, a rich table."""
+    """The same for the terminal, a rich table that fits into 80 columns: without the sizes and steps."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(title="± one standard error; ≤ marks an upper bound", box=SIMPLE)
-    for name in ("model", *(title for _, title in COLUMNS), "size", "steps", "time"):
+    for name in ("model", *(title for _, title in COLUMNS), "time"):
         table.add_column(name, no_wrap=True)
     for row in result_rows(folder, stages):
-        table.add_row(*row)
+        table.add_row(*row[: 1 + len(COLUMNS)], row[-1])
     return table
 
 
@@ -146,7 +146,7 @@ def draw_denoising(trace, path: Path) -> None:
 
     pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
     decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
-    figure = Figure(figsize=(0.55 * len(columns) + 0.9, 0.27 * len(trace.steps) + 0.8), layout="constrained")
+    figure = Figure(figsize=(0.42 * len(columns) + 0.8, 0.27 * len(trace.steps) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
     axes.axis("off")
