@@ -1,0 +1,109 @@
+"""Model and tokenizer from arguments: strict loading, the mask token of a foreign tokenizer, and refusals."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.trainers.setup import (
+    ModelArguments,
+    config_for,
+    hardware,
+    load_model,
+    load_model_and_tokenizer,
+    versions,
+)
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """An AR checkpoint with its tokenizer."""
+    torch.manual_seed(0)
+    NanoLLaDAForCausalLM(config_for(tokenizer, **SHAPE)).save_pretrained(tmp_path / "ar")
+    tokenizer.save_pretrained(tmp_path / "ar")
+    return tmp_path / "ar"
+
+
+def test_ar_checkpoint_starts_diffusion(saved):
+    model, _ = load_model_and_tokenizer(NanoLLaDAForMaskedLM, ModelArguments(model_name_or_path=str(saved)), 0)
+    expected = load_file(saved / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing: model.norm.weight"),
+        (lambda tensors: tensors.update(more=torch.ones(2)), "unexpected: more"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}), "shape: .*model.norm.weight"),
+    ],
+)
+def test_wrong_tensors_are_refused(saved, change, message):
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"`model_name_or_path` must hold exactly the tensors of.*{message}"):
+        load_model(NanoLLaDAForMaskedLM, saved)
+
+
+def test_half_precision_checkpoints_train_in_float32(saved):
+    NanoLLaDAForCausalLM.from_pretrained(saved).bfloat16().save_pretrained(saved)
+    assert load_model(NanoLLaDAForMaskedLM, saved).dtype == torch.float32
+
+
+def test_a_fresh_model_follows_the_tokenizer(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ModelArguments(tokenizer_name_or_path=str(tmp_path), **SHAPE, hidden_dropout=0.25)
+    model, loaded = load_model_and_tokenizer(NanoLLaDAForMaskedLM, arguments, seed=3)
+    assert model.config.vocab_size == len(loaded) and model.config.mask_token_id == loaded.mask_token_id
+    assert model.config.hidden_dropout == 0.25 and model.config.hidden_size == 16
+    again, _ = load_model_and_tokenizer(NanoLLaDAForMaskedLM, arguments, seed=3)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+
+
+def test_a_foreign_tokenizer_gains_the_mask_and_the_model_follows(tmp_path, tokenizer):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3, "b": 4}, unk_token="<pad>"))
+    backend.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    foreign = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    foreign.save_pretrained(tmp_path / "tokenizer")
+    fresh = ModelArguments(tokenizer_name_or_path=str(tmp_path / "tokenizer"), **SHAPE)
+    model, gained = load_model_and_tokenizer(NanoLLaDAForCausalLM, fresh, 0)
+    assert gained.mask_token_id == 5 and model.config.vocab_size == len(gained) == 6
+
+    old = NanoLLaDAForCausalLM(NanoLLaDAConfig(vocab_size=5, mask_token_id=4, **SHAPE))  # trained without the mask
+    old.save_pretrained(tmp_path / "old")
+    arguments = ModelArguments(
+        model_name_or_path=str(tmp_path / "old"), tokenizer_name_or_path=str(tmp_path / "tokenizer")
+    )
+    grown, _ = load_model_and_tokenizer(NanoLLaDAForMaskedLM, arguments, 0)
+    assert grown.config.vocab_size == 6 and grown.config.mask_token_id == 5
+    assert torch.equal(grown.lm_head.weight[:5], old.lm_head.weight)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(saved, tmp_path, char_tokenizer):
+    char_tokenizer.save_pretrained(tmp_path / "other")
+    arguments = ModelArguments(model_name_or_path=str(saved), tokenizer_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="tokenizer and model do not fit: `vocab_size` must be"):
+        load_model_and_tokenizer(NanoLLaDAForMaskedLM, arguments, 0)
+
+
+def test_arguments_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="`tokenizer_name_or_path` is needed without `model_name_or_path`"):
+        ModelArguments()
+    with pytest.raises(ValueError, match="`hidden_size` is the checkpoint's own with `model_name_or_path`"):
+        ModelArguments(model_name_or_path="somewhere", hidden_size=64)
+    rope = ModelArguments(tokenizer_name_or_path="t", rope_parameters='{"rope_type": "linear", "factor": 2.0}')
+    assert rope.rope_parameters["factor"] == 2.0
+
+
+def test_facts_of_the_machine():
+    assert "CPU" in hardware() or "×" in hardware()
+    assert versions()["torch"] == torch.__version__ and versions()["nanollada"]
