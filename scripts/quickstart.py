@@ -74,7 +74,8 @@ class Quickstart:
 
     def _check_settings(self) -> None:
         settings = asdict(self.args)
-        digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.args.data or []}
+        files = [Path(path) for path in self.args.data or [] if Path(path).is_file()]
+        digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
         settings = {name: value for name, value in settings.items() if name != "output"} | {"digests": digests}
         path = self.folder / "settings.json"
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:

@@ -98,15 +98,15 @@ def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
 
 
 def results_table(folder: Path, stages: list[str]):
-    """The same for the terminal, a rich table that fits into 80 columns: without the sizes and steps."""
+    """The same for the terminal, a rich table that fits into 80 columns: the models and their results."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(title="± one standard error; ≤ marks an upper bound", box=SIMPLE)
-    for name in ("model", *(title for _, title in COLUMNS), "time"):
+    for name in ("model", *(title for _, title in COLUMNS)):
         table.add_column(name, no_wrap=True)
     for row in result_rows(folder, stages):
-        table.add_row(*row[: 1 + len(COLUMNS)], row[-1])
+        table.add_row(*row[: 1 + len(COLUMNS)])
     return table
 
 

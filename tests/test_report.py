@@ -54,7 +54,7 @@ def test_table_has_a_row_per_model(run):
     assert rows[0] == ["AR", "1.235", "–", "–", "1.07M", "110", "61 s"]
     assert rows[1][:4] == ["diffusion + SFT", "≤ 1.235 ± 0.012", "–", "91.5 % ± 2.0"]
     table = results_table(run, ["ar", "diffusion_sft"])
-    assert table.row_count == 2 and len(table.columns) == 5
+    assert table.row_count == 2 and len(table.columns) == 4
 
 
 def test_page_holds_everything_and_escapes_what_models_write(run, tokenizer):
