@@ -256,6 +256,14 @@ class Quickstart:
         answer = len(tokenizer(rows[0]["answer"]).input_ids) + 1
         return -(-(prompt + answer) // 16) * 16 - prompt
 
+    def new_tokens(self) -> int:
+        """How much the compared models may write: a sudoku's room if there are sudokus, else 32 tokens."""
+        if self.sudoku is None:
+            return 32
+        from transformers import AutoTokenizer
+
+        return self.room(AutoTokenizer.from_pretrained(self.final("diffusion")), read_rows(self.sudoku))
+
     def prompts(self) -> list:
         """What the two models are compared on: questions and a sudoku, or what the user's test rows begin with."""
         if self.sudoku is not None:
@@ -270,7 +278,7 @@ class Quickstart:
 
         path = self.folder / "comparison.json"
         if not path.exists():
-            options = {"max_new_tokens": 32, "repeats": 2, "seed": self.args.seed}
+            options = {"max_new_tokens": self.new_tokens(), "repeats": 2, "seed": self.args.seed}
             write_json(path, compare(str(self.final("ar")), str(self.final("diffusion")), self.prompts(), **options))
         self.console.print(comparison_table(json.loads(path.read_text())))
 
@@ -291,14 +299,8 @@ class Quickstart:
         """`report.html`: the table, the loss curves, the comparison and a denoising (also in `denoising.png`)."""
         from nanollada.scripts.report import draw_denoising, record, shown_prompt, write_report
 
-        prompt, options = self.prompts()[-1], {"max_new_tokens": 32}
-        if self.sudoku is not None:
-            from transformers import AutoTokenizer
-
-            options["max_new_tokens"] = self.room(
-                AutoTokenizer.from_pretrained(self.final("diffusion")), read_rows(self.sudoku)
-            )
-        trace = record(self.final("diffusion"), prompt, self.args.seed, **options)
+        prompt = self.prompts()[-1]
+        trace = record(self.final("diffusion"), prompt, self.args.seed, max_new_tokens=self.new_tokens())
         draw_denoising(trace, self.folder / "denoising.png")
         stages = [stage for stage in STAGES if self.done(stage)]
         write_report(self.folder / "report.html", self.folder, stages, trace, shown_prompt(prompt))
