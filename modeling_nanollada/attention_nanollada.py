@@ -1,8 +1,12 @@
-"""Who may attend to whom: every attention mask of the package, from documents, blocks and padding.
+"""Who may attend to whom: every attention mask of the package, from documents, blocks, halves and padding.
 
 One rule serves all: a query sees a key if both belong to the same document, if the key's block does not come after the
 query's, and if the key is no padding. AR is the rule with blocks of one token (plain causal attention), LLaDA 1.0 and
-MDLM the rule with one block, block diffusion everything between.
+MDLM the rule with one block, block diffusion everything between. Training on blocks runs on a noisy and a clean half
+at once: a noisy block sees itself and the clean blocks before it.
+
+A rule is a function of (batch, head, query, key) indices, written once: FlexAttention compiles it, and the dense mask
+of the other implementations is its value on all indices.
 """
 
 import torch
@@ -20,6 +24,7 @@ def create_attention_mask(
     document_ids: torch.LongTensor | None = None,
     position_ids: torch.LongTensor | None = None,
     past_key_values: Cache | None = None,
+    clean_half: bool = False,
 ):
     """
     The mask for transformers' attention interface, in the form that `config._attn_implementation` takes.
@@ -34,8 +39,12 @@ def create_attention_mask(
             mask of four dimensions is taken as it is.
         document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Documents of a packed row; attention
             stays inside one.
-        position_ids (`torch.LongTensor` of shape `(batch, query_length)`, *optional*): Positions inside the document.
+        position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Positions inside the document.
         past_key_values (`Cache`, *optional*): Keys that come before the queries.
+        clean_half (`bool`, defaults to `False`): The queries are a noisy half and, behind it, the clean one
+            (`query_length = 2 * length`; the other arguments describe one half). The mask is that of BD3-LM
+            (2503.09573, §3.2) and LLaDA 2.0 (2512.15745, Eq. 2): noisy → noisy inside a block, noisy → clean to the
+            blocks before, clean → clean block-causal, clean → noisy never.
 
     Returns:
         `torch.Tensor`, `BlockMask` or `None` (nothing is hidden, or the kernel does plain causal attention itself).
@@ -56,13 +65,19 @@ def create_attention_mask(
             )
         rules.append(_same_document(document_ids))
     if not is_causal and block_length is not None:
-        positions = _key_positions(inputs_embeds, attention_mask, position_ids, past_length)  # [B, K]
-        rules.append(_block_causal(positions // block_length))
+        positions = _key_positions(inputs_embeds, attention_mask, position_ids, past_length, clean_half)  # [B, K]
+        rules.append((_noisy_and_clean if clean_half else _block_causal)(positions // block_length))
     if rules and config._attn_implementation.startswith(("flash", "kernels-community")):
         raise ValueError(
             "`attn_implementation` must be 'sdpa', 'eager' or 'flex_attention' for packed documents and for blocks, "
             f"got {config._attn_implementation!r}"
         )
+    if rules and config._attn_implementation != "flex_attention":
+        rules += [_causal] if is_causal else []
+        rules += [_no_padding(attention_mask)] if attention_mask is not None else []
+        return _dense(and_masks(*rules), inputs_embeds, past_length, config._attn_implementation)
+    if clean_half and attention_mask is not None:
+        attention_mask = attention_mask.repeat(1, 2)  # [B, 2L]
     build = create_causal_mask if is_causal else create_bidirectional_mask
     return build(
         config=config,
@@ -73,20 +88,49 @@ def create_attention_mask(
     )
 
 
-def _key_positions(inputs_embeds, attention_mask, position_ids, past_length):
+def _dense(rule, inputs_embeds, past_length, implementation):
+    """`[B, 1, Q, K]`: the rule on all indices. Every query sees itself at least, or padding would give NaN."""
+    batch, length, _ = inputs_embeds.shape
+    query = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None, None, :, None]
+    key = torch.arange(past_length + length, device=inputs_embeds.device)[None, None, None]
+    rows = torch.arange(batch, device=inputs_embeds.device)[:, None, None, None]
+    visible = rule(rows, 0, query, key) | (query == key)
+    if implementation != "eager":
+        return visible
+    lowest = torch.finfo(inputs_embeds.dtype).min
+    return torch.zeros_like(visible, dtype=inputs_embeds.dtype).masked_fill(~visible, lowest)
+
+
+def _key_positions(inputs_embeds, attention_mask, position_ids, past_length, clean_half):
     """`[B, K]` (or `[1, K]`): every key's position in its document, cached ones included; padding counts as 0."""
     if past_length == 0 and position_ids is not None:
         return position_ids
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(past_length + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+    length = inputs_embeds.shape[1] // (2 if clean_half else 1)
+    return torch.arange(past_length + length, device=inputs_embeds.device)[None]
+
+
+def _causal(batch, head, query, key):
+    return key <= query
+
+
+def _no_padding(attention_mask: torch.Tensor):
+    """Mask function: the key is a token. Indices of a clean half count from its own start."""
+    tokens, length = attention_mask.bool(), attention_mask.shape[1]
+
+    def rule(batch, head, query, key):
+        return tokens[batch, key % length]
+
+    return rule
 
 
 def _same_document(document_ids: torch.LongTensor):
-    """Mask function of transformers' masking interface; indices broadcast."""
+    """Mask function of transformers' masking interface; indices broadcast, a clean half's from its own start."""
+    length = document_ids.shape[1]
 
     def rule(batch, head, query, key):
-        return document_ids[batch, query] == document_ids[batch, key]
+        return document_ids[batch, query % length] == document_ids[batch, key % length]
 
     return rule
 
@@ -98,5 +142,20 @@ def _block_causal(block_ids: torch.LongTensor):
     def rule(batch, head, query, key):
         row = batch % rows  # positions shared by the whole batch come as one row
         return block_ids[row, key] <= block_ids[row, query]
+
+    return rule
+
+
+def _noisy_and_clean(block_ids: torch.LongTensor):
+    """Mask function over two halves: the first half's indices are noisy, those from `length` on clean."""
+    rows, length = block_ids.shape
+
+    def rule(batch, head, query, key):
+        row = batch % rows
+        query_block, key_block = block_ids[row, query % length], block_ids[row, key % length]
+        noisy_query, noisy_key = query < length, key < length
+        inside = noisy_query & noisy_key & (key_block == query_block)
+        before = ~noisy_key & (key_block < query_block)
+        return inside | before | (~noisy_query & ~noisy_key & (key_block == query_block))
 
     return rule

@@ -5,182 +5,21 @@ model by `NanoLLaDAForMaskedLM.from_pretrained(ar_checkpoint)`, and transformers
 the same logits. The class decides between causal and bidirectional attention, never the checkpoint.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nanollada import create_attention_mask
 from .configuration_nanollada import NanoLLaDAConfig
 from .generation_nanollada import NanoLLaDAGenerationConfig, NanoLLaDAGenerationMixin
+from .layers_nanollada import NanoLLaDAAttention, NanoLLaDADecoderLayer, NanoLLaDARMSNorm, NanoLLaDARotaryEmbedding
+from .loss_nanollada import linear_cross_entropy
 
 logger = logging.get_logger(__name__)
-
-
-class NanoLLaDARMSNorm(nn.Module):
-    """Root-mean-square norm with a learnt scale, computed in float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = hidden_states.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
-class NanoLLaDARotaryEmbedding(nn.Module):
-    """Rotary position tables from `config.rope_parameters`."""
-
-    def __init__(self, config: NanoLLaDAConfig):
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        initialise = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = initialise(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: NanoLLaDAConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies of plain RoPE; `PreTrainedModel._init_weights` calls it after loading."""
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponent, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()  # [B, L, head_dim / 2]
-        angles = torch.cat((angles, angles), dim=-1)  # [B, L, head_dim]
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; the only implementation that returns its probabilities."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # [B, H, K, D]
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, Q, K]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
-
-
-class NanoLLaDAAttention(nn.Module):
-    """Grouped-query attention with RMSNorm on queries and keys, before RoPE."""
-
-    def __init__(self, config: NanoLLaDAConfig, layer_idx: int, is_causal: bool):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        query_size = config.num_attention_heads * config.head_dim
-        key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = NanoLLaDARMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = NanoLLaDARMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # [B, H, L, D]
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # [B, KV, L, D]
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # [B, 1, L, D]
-        query = query * cos + rotate_half(query) * sin
-        key = key * cos + rotate_half(key) * sin
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, probabilities = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), probabilities
-
-
-class NanoLLaDAMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: NanoLLaDAConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-class NanoLLaDADecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP on the residual stream."""
-
-    def __init__(self, config: NanoLLaDAConfig, layer_idx: int, is_causal: bool):
-        super().__init__()
-        self.self_attn = NanoLLaDAAttention(config, layer_idx, is_causal)
-        self.mlp = NanoLLaDAMLP(config)
-        self.input_layernorm = NanoLLaDARMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = NanoLLaDARMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hidden_dropout = config.hidden_dropout
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + nn.functional.dropout(attended, self.hidden_dropout, self.training)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + nn.functional.dropout(transformed, self.hidden_dropout, self.training)
 
 
 class NanoLLaDAPreTrainedModel(PreTrainedModel):
@@ -250,6 +89,8 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         use_cache: bool | None = None,
         document_ids: torch.LongTensor | None = None,
         block_length: int | None = None,
+        clean_input_ids: torch.LongTensor | None = None,
+        embedding_noise: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -263,11 +104,19 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             use_cache (`bool`, *optional*): Whether to return the cache. Defaults to `config.use_cache` when causal
                 and not training, else `False`.
             document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Documents of packed rows.
-            block_length (`int`, *optional*): Overrides `config.block_length` (bidirectional models only).
+            block_length (`int`, *optional*): Overrides `config.block_length` (bidirectional models only); 0 is the
+                whole row.
+            clean_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Block diffusion in one forward
+                (BD3-LM, 2503.09573, §3.2): `input_ids` are the noisy ids, and every block of them is predicted from
+                itself and from the *clean* blocks before it. The hidden states are those of the noisy half. A block
+                that covers the row sees nothing clean, and the clean half is left out.
+            embedding_noise (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): Is added to the
+                embeddings of `input_ids`.
 
         Raises:
             `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given; for `is_causal`, which the
-                class decides; and as `create_attention_mask`.
+                class decides; for `clean_input_ids` of a causal model, of another shape, or with a cache; and as
+                `create_attention_mask`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
@@ -275,6 +124,12 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             raise ValueError(f"`is_causal` is decided by the model class, got {not self.is_causal} for a call")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, L, hidden]
+        if embedding_noise is not None:
+            inputs_embeds = inputs_embeds + embedding_noise.to(inputs_embeds.dtype)
+        block_length = (self.config.block_length if block_length is None else block_length) or None
+        length = inputs_embeds.shape[1]
+        if clean_input_ids is not None:
+            self._check_clean_half(clean_input_ids, inputs_embeds, past_key_values, use_cache)
         if use_cache is None:
             use_cache = self.config.use_cache and self.is_causal and not self.training
         if use_cache and self.gradient_checkpointing and self.training:
@@ -284,22 +139,31 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+        clean_half = clean_input_ids is not None and block_length is not None and block_length < length
+        if clean_half:
+            inputs_embeds = torch.cat((inputs_embeds, self.embed_tokens(clean_input_ids)), dim=1)  # [B, 2L, hidden]
 
         mask = create_attention_mask(
             self.config,
             inputs_embeds,
             is_causal=self.is_causal,
-            block_length=block_length if block_length is not None else self.config.block_length,
+            block_length=block_length,
             attention_mask=attention_mask,
             document_ids=document_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            clean_half=clean_half,
         )
         hidden_states = inputs_embeds
+        position_ids = position_ids.repeat(1, 2) if clean_half else position_ids
+        # What a mask of our own leaves out need not be computed: clean → noisy, and the last layer's clean half.
+        split = clean_half and self.config._attn_implementation == "sdpa" and mask is not attention_mask
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
+                noisy_only=split and index + 1 == len(self.layers),
+                noisy_length=length if split else None,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
@@ -307,8 +171,20 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states[:, :length]),
+            past_key_values=past_key_values if use_cache else None,
         )
+
+    def _check_clean_half(self, clean_input_ids, inputs_embeds, past_key_values, use_cache):
+        if self.is_causal:
+            raise ValueError("`clean_input_ids` are for block diffusion: the model must not be causal, got an AR one")
+        if past_key_values is not None or use_cache:
+            raise ValueError("`clean_input_ids` hold the prefix themselves: they must come without a cache, got one")
+        if clean_input_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                "`clean_input_ids` must have the shape of the noisy ids, got "
+                f"{tuple(clean_input_ids.shape)} and {tuple(inputs_embeds.shape[:2])}"
+            )
 
     @staticmethod
     def _default_positions(inputs_embeds, attention_mask, past_key_values):
@@ -362,6 +238,7 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -372,11 +249,14 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
                 predicted from positions before i. −100 is no target. With `num_items_in_batch` the summed loss is
                 divided by it, otherwise by the number of targets.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): See `select_positions`.
+            loss_weights (`torch.Tensor` of shape `(batch, length)`, *optional*): For training: the loss is
+                Σ weight·CE over the labels, each with the weight at its own place, over the same denominator. No
+                logits are returned: only weighted positions go through the head, a chunk at a time.
 
         Raises:
-            `ValueError`: for `labels` with `logits_to_keep`.
+            `ValueError`: for `labels` with `logits_to_keep`, and for `loss_weights` without `labels`.
         """
-        _refuse_labels_for_some_logits(labels, logits_to_keep)
+        _check_labels(labels, logits_to_keep, loss_weights)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -387,6 +267,12 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if loss_weights is not None:
+            hidden_states = outputs.last_hidden_state[:, :-1]  # position i predicts label i + 1
+            loss = weighted_head_loss(
+                self.lm_head, hidden_states, labels[:, 1:], loss_weights[:, 1:], num_items_in_batch
+            )
+            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
         loss = None
         if labels is not None:
@@ -436,6 +322,8 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         document_ids: torch.LongTensor | None = None,
         block_length: int | None = None,
+        clean_input_ids: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """
@@ -446,12 +334,17 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
                 shift). −100 is no target. Plain cross-entropy, without the weights of a diffusion objective; with
                 `num_items_in_batch` the summed loss is divided by it, otherwise by the number of targets.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): See `select_positions`.
-            block_length (`int`, *optional*): Overrides `config.block_length` for this call.
+            block_length (`int`, *optional*): Overrides `config.block_length` for this call; 0 is the whole row.
+            clean_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Vectorised block diffusion.
+            loss_weights (`torch.Tensor` of shape `(batch, length)`, *optional*): For training: the loss is
+                Σ weight·CE over the labels, over the same denominator. No logits are returned: only weighted
+                positions go through the head, a chunk at a time.
 
         Raises:
-            `ValueError`: for `labels` with `logits_to_keep`, and for `labels` that hold the mask token.
+            `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold the mask token, and for
+                `loss_weights` without `labels`.
         """
-        _refuse_labels_for_some_logits(labels, logits_to_keep)
+        _check_labels(labels, logits_to_keep, loss_weights)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -460,21 +353,62 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
             block_length=block_length,
+            clean_input_ids=clean_input_ids,
             **kwargs,
         )
+        mask_token_id = self.config.mask_token_id
+        if loss_weights is not None:  # a label that is the mask token has an infinite loss here
+            loss = weighted_head_loss(
+                self.lm_head, outputs.last_hidden_state, labels, loss_weights, num_items_in_batch, mask_token_id
+            )
+            return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
-        logits[..., self.config.mask_token_id] = -torch.inf
+        logits[..., mask_token_id] = -torch.inf
         loss = None
         if labels is not None:
-            if (labels == self.config.mask_token_id).any():
-                raise ValueError(f"`labels` must not hold the mask token, got {self.config.mask_token_id}")
+            if (labels == mask_token_id).any():
+                raise ValueError(f"`labels` must not hold the mask token, got {mask_token_id}")
             loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-def _refuse_labels_for_some_logits(labels, logits_to_keep):
+def weighted_head_loss(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.LongTensor,
+    weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    suppressed_token_id: int | None = None,
+) -> torch.Tensor:
+    """
+    Σ weight·CE / `num_items_in_batch` (default: the number of labels) without logits of all positions in memory.
+
+    Args:
+        head (`nn.Module`): The LM head. One that is no plain `nn.Linear` (an adapter around it) is called as it is.
+        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Where each label is predicted.
+        labels (`torch.LongTensor` of shape `(batch, length)`): The tokens there; −100 is none.
+        weights (`torch.Tensor` of shape `(batch, length)`): Their weights; zero leaves a position out.
+        suppressed_token_id (`int`, *optional*): A token that is never predicted.
+    """
+    keep = (weights != 0) & (labels != -100)
+    hidden_states, targets, weights = hidden_states[keep], labels[keep], weights[keep]  # [N, hidden], [N], [N]
+    if type(head) is nn.Linear and head.bias is None:
+        loss = linear_cross_entropy(hidden_states, head.weight, targets, weights, suppressed_token_id)
+    else:
+        logits = head(hidden_states)  # [N, V]
+        if suppressed_token_id is not None:
+            logits[..., suppressed_token_id] = -torch.inf
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * weights.to(losses.dtype)).sum()
+    return loss / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+
+
+def _check_labels(labels, logits_to_keep, loss_weights):
+    if labels is None and loss_weights is not None:
+        raise ValueError("`loss_weights` weigh `labels`, which must be given, got None")
     if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         raise ValueError(f"`labels` need all logits: `logits_to_keep` must be 0, got {logits_to_keep}")
 

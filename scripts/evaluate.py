@@ -2,6 +2,7 @@
 
 python scripts/evaluate.py --checkpoint outputs/diffusion --data held_out.jsonl
 python scripts/evaluate.py --checkpoint outputs/diffusion_sft --data test.jsonl --metrics likelihood exact_match
+python scripts/evaluate.py --checkpoint outputs/block32 --data books.jsonl --rolling_context 256 --eval_block_length 16
 
 Results are kept in the checkpoint's `evaluation.json`, which the model card reads.
 """
@@ -33,6 +34,19 @@ class EvaluateArguments(SourceArguments, CheckpointArguments):
     seed: int = field(default=0, metadata={"help": "Of the masks, and of what is drawn for exact match."})
     batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a scored row: as in training, to compare."})
+    eval_block_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Diffusion: blocks in which likelihood is scored. Default: the checkpoint's; 0: whole rows."
+        },
+    )
+    rolling_context: int | None = field(
+        default=None,
+        metadata={
+            "help": "Score each text by itself, in rows that roll over it: tokens that a row repeats from the one "
+            "before as context. Default: texts are packed, and those that are cut go on with one token of context."
+        },
+    )
     output: str | None = field(
         default=None, metadata={"help": f"JSON file that gets the results. Default: <checkpoint>/{EVALUATION}."}
     )
@@ -54,6 +68,8 @@ def evaluate_checkpoint(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int = 512,
+    eval_block_length: int | None = None,
+    rolling_context: int | None = None,
     decoding: dict | None = None,
     trust_remote_code: bool = False,
     device: str | None = None,
@@ -70,6 +86,11 @@ def evaluate_checkpoint(
         seed (`int`, defaults to 0): Of these masks, and of whatever is drawn for exact match.
         batch_size (`int`, defaults to 16): Rows per forward pass.
         max_length (`int`, defaults to 512): Tokens of a scored row. Longer answer rows are truncated, and counted.
+        eval_block_length (`int`, *optional*): Blocks in which a diffusion model's likelihood is scored; by default
+            the checkpoint's, 0 for whole rows. (Exact match decodes in `decoding`'s own `block_length`.)
+        rolling_context (`int`, *optional*): Scores each text by itself, in rows of `max_length` tokens that roll over
+            it with at least so many tokens of context, see [`~trainers.rolling.rolling_rows`]. By default texts are
+            packed into rows.
         decoding (`dict`, *optional*): Options of exact match's `generate`, see [`exact_match`].
         trust_remote_code (`bool`, defaults to `False`), device (`str`, *optional*): As for `load_checkpoint`.
         source_options: `data_config`, `data_split`, `sample_by`, `on_bad_rows`, `streaming` of the sources.
@@ -81,22 +102,32 @@ def evaluate_checkpoint(
 
     Raises:
         `ValueError`: for unknown metrics, for a `batch_size` below 1, for `decoding` without exact match, for exact
-            match on rows without an answer, and as `load_checkpoint`, `prepare_data` and `evaluate_likelihood`.
+            match on rows without an answer, for `rolling_context` on rows with one, and as `load_checkpoint`,
+            `prepare_data`, `rolling_rows` and `evaluate_likelihood`.
     """
     from nanollada.hub_upload.model_card import weights_digest
     from nanollada.scripts.generate import generation_settings, load_checkpoint
+    from nanollada.trainers.likelihood import scored_block_length
     from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
 
     _check(metrics, batch_size, decoding)
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
     generation_settings(model, **(decoding or {}))  # before anything takes long
+    blocks = scored_block_length(model, eval_block_length)
     run = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed}
     results = []
     for source in [data] if isinstance(data, str) else data:
         options = {"max_length": max_length, **source_options}
         if "likelihood" in metrics:
-            result = _likelihood(model, tokenizer, source, samples, seed, batch_size, options)
-            results.append({"data": source, **result, **run})
+            if rolling_context is None:
+                rows, report = _packed(tokenizer, source, options)
+            else:
+                rows, report = _rolling(tokenizer, source, options, rolling_context, blocks)
+            noise = {"samples": samples, "seed": seed, "block_length": eval_block_length}
+            result = _likelihood(model, tokenizer, source, rows, report, batch_size, noise)
+            shape = {"max_length": max_length, "block_length": blocks, "rolling_context": rolling_context}
+            shape = {name: value for name, value in shape.items() if value is not None}
+            results.append({"data": source, **result, **shape, **run})
         if "exact_match" in metrics:
             arguments = SourceArguments(data=[source], **source_options)
             examples = read_examples(resolve_source(source, arguments), RowPolicy(arguments.on_bad_rows))
@@ -116,18 +147,50 @@ def _check(metrics: Iterable[str], batch_size: int, decoding: dict | None) -> No
         raise ValueError(f"`{next(iter(decoding))}` needs 'exact_match' in `metrics`, got {list(metrics)}")
 
 
-def _likelihood(model, tokenizer, source: str, samples: int, seed: int, batch_size: int, options: dict) -> dict:
-    from tqdm.auto import tqdm
-
-    from nanollada.trainers.data import Collator, DataArguments, prepare_data
-    from nanollada.trainers.likelihood import evaluate_likelihood
+def _packed(tokenizer, source: str, options: dict):
+    """Rows of the data room, and what they leave out."""
+    from nanollada.trainers.data import DataArguments, prepare_data
 
     data = prepare_data(DataArguments(eval_data=[source], **options), tokenizer)
-    report, rows = data.report["eval"], data.eval
+    return data.eval, data.report["eval"]
+
+
+def _rolling(tokenizer, source: str, options: dict, context: int, block_length: int | None):
+    """Rows that roll over each text, the longest first (little padding), and what they leave out."""
+    from collections import Counter
+
+    from nanollada.trainers.rolling import rolling_rows
+    from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
+    from nanollada.trainers.tokenization import RowEncoder
+
+    options = dict(options)
+    max_length, arguments = options.pop("max_length"), SourceArguments(data=[source], **options)
+    rows, report = [], {"documents": 0, "truncated_rows": 0, "skipped_rows": Counter()}
+    policy = RowPolicy(arguments.on_bad_rows, report["skipped_rows"])
+    encoder = RowEncoder(tokenizer, max_length=sys.maxsize)
+    for example, document in encoder.encode(read_examples(resolve_source(source, arguments), policy), policy):
+        if example.format == "sft":
+            raise ValueError(
+                "`rolling_context` is for rows that are a plain `text`, got an answer in "
+                f"{example.source}, row {example.row}"
+            )
+        place = {"num_bytes": document["num_bytes"], "index": len(rows), "block_length": block_length}
+        rows += rolling_rows(document["input_ids"], max_length, context, tokenizer.pad_token_id, **place)
+        report["documents"] += 1
+    rows.sort(key=lambda row: -len(row["input_ids"]))
+    return rows, report
+
+
+def _likelihood(model, tokenizer, source: str, rows, report: dict, batch_size: int, noise: dict) -> dict:
+    from tqdm.auto import tqdm
+
+    from nanollada.trainers.data import Collator
+    from nanollada.trainers.likelihood import evaluate_likelihood
+
     collate = Collator(tokenizer.pad_token_id)
     starts = tqdm(range(0, len(rows), batch_size), desc=f"Scoring {source}", unit="batch")
     batches = (collate([rows[i] for i in range(at, min(at + batch_size, len(rows)))]) for at in starts)
-    found = evaluate_likelihood(model, batches, samples=samples, seed=seed)
+    found = evaluate_likelihood(model, batches, **noise)
     left_out = {name: dict(report[name]) if name == "skipped_rows" else report[name] for name in _LEFT_OUT}
     return {
         "metric": "nelbo" if found.bound else "nll",
@@ -139,9 +202,8 @@ def _likelihood(model, tokenizer, source: str, samples: int, seed: int, batch_si
         "tokens": found.tokens,
         "bytes": found.bytes,
         "documents": report["documents"],
-        "samples": samples if "Monte Carlo" in found.estimator else None,
+        "samples": noise["samples"] if "Monte Carlo" in found.estimator else None,
         "estimator": found.estimator,
-        "max_length": options["max_length"],
         **{name: count for name, count in left_out.items() if count},
     }
 
@@ -258,7 +320,7 @@ def _text(tokenizer, ids: list[int]) -> str:
 def save_evaluation(evaluation: dict, path: str | Path) -> dict:
     """
     Writes results, and keeps those that the file has of the same weights: a new result takes the place of the one with
-    the same data, metric, row length and generation settings.
+    the same data, metric, rows, block length and generation settings.
 
     Returns:
         `dict`: what the file now says. `command` and `seed` at its top are the latest; every result has its own.
@@ -279,7 +341,8 @@ def save_evaluation(evaluation: dict, path: str | Path) -> dict:
 
 
 def _identity(result: dict) -> str:
-    return json.dumps([result.get(name) for name in ("data", "metric", "max_length", "settings")], sort_keys=True)
+    names = ("data", "metric", "max_length", "settings", "block_length", "rolling_context")
+    return json.dumps([result.get(name) for name in names], sort_keys=True)
 
 
 def evaluation_table(evaluation: dict):
@@ -303,7 +366,10 @@ def evaluation_table(evaluation: dict):
             value += f"\n{result['nats_per_token']:.4f} nats/token"
             if result["sampling_error"] is not None:
                 counts += f"\n± {result['sampling_error']:.4f} bits/byte over rows"
-        table.add_row(Text(result["data"]), result["metric"], value, counts)
+        metric = result["metric"]
+        metric += f"\nblocks of {result['block_length']}" if "block_length" in result else ""
+        metric += f"\ncontext of {result['rolling_context']}" if "rolling_context" in result else ""
+        table.add_row(Text(result["data"]), metric, value, counts)
     return table
 
 

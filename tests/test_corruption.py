@@ -187,7 +187,7 @@ def test_row_positions_start_elsewhere_in_each_epoch():
         ({"mask_count": "some"}, "`mask_count` must be one of exact, bernoulli, got 'some'"),
         ({"noise_schedule": "cosine"}, "`noise_schedule` must be one of linear.*got 'cosine'"),
         ({"weighting": "none"}, "`weighting` must be one of elbo, unweighted, got 'none'"),
-        ({"time_epsilon": 0.0}, "`time_epsilon` must lie strictly between 0 and 1, got 0.0"),
+        ({"time_epsilon": 0.0}, "`time_epsilon` must lie strictly between 0 and 0.5, got 0.0"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

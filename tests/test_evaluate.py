@@ -110,6 +110,69 @@ def test_what_is_left_out_is_counted(folder, tmp_path):
         evaluate_checkpoint(str(folder / "ar"), file)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_texts_are_rolled_over(folder, name):
+    """Every token of every text once: as packed rows count them, and with their scores where each text fits."""
+
+    def score(**options):
+        options = {"samples": 64, "batch_size": 3, **options}
+        return evaluate_checkpoint(str(folder / name), str(folder / "texts.jsonl"), **options)["results"][0]
+
+    packed, fitting, rolled = score(), score(rolling_context=1), score(rolling_context=8, max_length=16)
+    for result in (fitting, rolled):
+        assert [result[key] for key in ("tokens", "bytes", "documents")] == [packed["tokens"], packed["bytes"], 4]
+    assert (rolled["rolling_context"], rolled["max_length"]) == (8, 16) and "rolling_context" not in packed
+    assert rolled["nats_per_token"] != fitting["nats_per_token"]
+    assert rolled["sampling_error"] > 0  # over rows; the packed texts are one
+    if name == "ar":
+        assert fitting["nats_per_token"] == pytest.approx(packed["nats_per_token"], rel=1e-6)
+        assert score(rolling_context=8, max_length=16, batch_size=1)["nats_per_token"] == pytest.approx(
+            rolled["nats_per_token"], rel=1e-6
+        )
+
+
+def test_rolled_texts_have_noise_of_their_own(folder, tmp_path):
+    file = write_rows(tmp_path / "twice.jsonl", [{"text": TEXTS[2]}] * 2)
+    (result,) = evaluate_checkpoint(str(folder / "diffusion"), file, samples=2, rolling_context=4)["results"]
+    assert result["documents"] == 2 and result["sampling_error"] > 0
+
+
+def test_likelihood_is_scored_in_blocks(folder, tmp_path, tokenizer):
+    """The checkpoint's, those that are asked for, or whole rows; rolled windows hold whole blocks."""
+    model = build(NanoLLaDAForMaskedLM, tokenizer)
+    model.config.block_length = 4
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def score(checkpoint=tmp_path, **options):
+        return evaluate_checkpoint(str(checkpoint), str(folder / "texts.jsonl"), samples=2, **options)["results"][0]
+
+    own, four = score(), score(folder / "diffusion", eval_block_length=4)
+    assert own["block_length"] == four["block_length"] == 4 and own["estimator"].endswith("blocks of 4")
+    assert own["bits_per_byte"] == pytest.approx(four["bits_per_byte"], rel=1e-6)
+    whole = score(eval_block_length=0)
+    assert whole["bits_per_byte"] == pytest.approx(score(folder / "diffusion")["bits_per_byte"], rel=1e-6)
+    assert "block_length" not in whole
+    one = score(eval_block_length=1)
+    assert one["standard_error"] == 0 and one["samples"] is None and one["bound"]
+    rolled = score(eval_block_length=1, rolling_context=200)  # every text fits
+    assert rolled["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
+    assert score(rolling_context=4, max_length=10)["tokens"] == own["tokens"]
+    with pytest.raises(ValueError, match="`context` must .* got 6 with rows of 10 and blocks of 4"):
+        score(rolling_context=6, max_length=10)
+
+
+def test_what_cannot_be_rolled_or_cut_into_blocks(folder, tmp_path):
+    checkpoint = str(folder / "ar")
+    with pytest.raises(ValueError, match="`rolling_context` is for rows that are a plain `text`.*row 1"):
+        evaluate_checkpoint(checkpoint, str(folder / "questions.jsonl"), rolling_context=4)
+    with pytest.raises(ValueError, match="`block_length` is for diffusion models, got 4 with a causal one"):
+        evaluate_checkpoint(checkpoint, str(folder / "texts.jsonl"), eval_block_length=4)
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "The cat"}, {"text": ""}, {"text": "2 <|mask|>"}])
+    (result,) = evaluate_checkpoint(checkpoint, file, rolling_context=4, on_bad_rows="skip")["results"]
+    assert result["documents"] == 1 and sum(result["skipped_rows"].values()) == 2
+
+
 # ---- exact match
 
 
@@ -249,14 +312,17 @@ def test_the_program_writes_what_the_model_card_reads(folder, tmp_path, capsys):
         made = main(
             [*words, "--metrics", "likelihood", "exact_match", "--samples", "2", "--steps", "1", "--seed", "4"]
         )
-        main(["--checkpoint", str(checkpoint), "--data", str(folder / "texts.jsonl"), "--samples", "2"])
+        words = ["--checkpoint", str(checkpoint), "--data", str(folder / "texts.jsonl"), "--samples", "2"]
+        main(words)
+        (rolled,) = main([*words, "--rolling_context", "4", "--eval_block_length", "2"])["results"]
+        assert (rolled["rolling_context"], rolled["block_length"]) == (4, 2)
         written = json.loads((checkpoint / "evaluation.json").read_text())
-        assert [result["metric"] for result in written["results"]] == ["nelbo", "exact_match", "nelbo"]
+        assert [result["metric"] for result in written["results"]] == ["nelbo", "exact_match", "nelbo", "nelbo"]
         assert written["results"][:2] == made["results"]
-        assert [result["seed"] for result in written["results"]] == [4, 4, 0] and written["seed"] == 0
+        assert [result["seed"] for result in written["results"]] == [4, 4, 0, 0] and written["seed"] == 0
         assert all(result["command"] for result in written["results"])
         assert made["results"][1]["settings"]["steps"] == 1
-        assert len(read_facts(checkpoint).evaluation["results"]) == 3
+        assert len(read_facts(checkpoint).evaluation["results"]) == 4
         shown = capsys.readouterr().out
         assert "bits/byte" in shown and "±" in shown and "evaluation.json" in shown
     finally:
@@ -276,6 +342,9 @@ def test_results_are_merged(tmp_path):
     merged = save_evaluation(evaluation("w", result(0.4, settings={"steps": 2})), path)
     assert merged == json.loads(path.read_text())
     assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4]
+    save_evaluation(evaluation("w", result(0.8, rolling_context=8), result(0.9, block_length=4)), path)
+    merged = save_evaluation(evaluation("w", result(1.0, block_length=4)), path)  # other rows, other blocks
+    assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0]
     other = save_evaluation(evaluation("other weights", result(0.5)), path)  # of a model that was trained further
     assert [item["value"] for item in other["results"]] == [0.5]
     save_evaluation(evaluation(None, result(0.6)), path)
@@ -295,6 +364,11 @@ def test_the_table_shows_bounds_and_errors(folder):
         {"data": "[a].jsonl", **bound, "sampling_error": 0.02, "nats_per_token": 2.5, **scored},
         {"data": "b.jsonl", **exact, "sampling_error": None, "nats_per_token": 2.4, **scored},
         {"data": "c.jsonl", **match},
+        {
+            **{"data": "d", **bound, "sampling_error": None, "nats_per_token": 2},
+            "block_length": 4,
+            "rolling_context": 9,
+        },
     ]
     console = Console(width=140, record=True, file=SimpleNamespace(write=lambda text: None, flush=lambda: None))
     console.print(evaluation_table({"checkpoint": "outputs/x", "results": results}))
@@ -307,6 +381,8 @@ def test_the_table_shows_bounds_and_errors(folder):
         "90.00% ± 3.00%",
         "100 rows, 2 answers cut off",
         "1,000 tokens, 4,000 bytes, 7 documents",
+        "blocks of 4",
+        "context of 9",
     ):
         assert part in shown
     assert shown.count("over rows") == 1

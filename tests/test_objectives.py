@@ -7,7 +7,12 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
 from nanollada.trainers.corruption import MASK_COUNTS, corrupt
-from nanollada.trainers.objectives import repetition_unlikelihood, token_cross_entropy, weighted_loss
+from nanollada.trainers.objectives import (
+    confidence_entropy,
+    repetition_unlikelihood,
+    token_cross_entropy,
+    weighted_loss,
+)
 
 VOCABULARY = 41
 CONFIG = NanoLLaDAConfig(
@@ -98,3 +103,45 @@ def test_unlikelihood_never_pushes_a_right_token_down():
     loss = repetition_unlikelihood(logits, torch.tensor([[5, 5, 6]]), torch.tensor([[False, True, True]]))
     loss.backward()
     assert (logits.grad[0] == 0).all() and logits.grad[1, 5] > 0
+
+
+def test_confidence_entropy_is_a_mean_per_row_of_what_is_right():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, VOCABULARY, generator=generator, dtype=torch.double)
+    logits[:, 3] = -torch.inf  # the mask token
+    targets = logits.argmax(-1)
+    targets[[1, 5]] += 1  # two predictions are wrong
+    rows = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    probs = logits.softmax(-1)
+    entropy = torch.special.entr(probs).sum(-1)
+    expected = 10 * (entropy[0] + entropy[2]) / 2 + 4 * (entropy[3] + entropy[4]) / 2 + 6 * entropy[6]
+    row_targets = torch.tensor([10, 4, 6])
+    torch.testing.assert_close(confidence_entropy(logits, targets, rows, row_targets), expected)
+    # however a batch is split
+    parts = [
+        confidence_entropy(logits[p], targets[p], rows[p] - rows[p[0]], row_targets[r])
+        for p, r in ((torch.arange(3), slice(0, 1)), (torch.arange(3, 7), slice(1, 3)))
+    ]
+    torch.testing.assert_close(sum(parts), expected)
+
+
+def test_confidence_entropy_has_no_gradient_for_wrong_tokens():
+    logits = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = logits.argmax(-1)
+    targets[3:] += 1
+    with torch.no_grad():
+        logits[:, 3] = -torch.inf
+    confidence_entropy(logits, targets, torch.zeros(6, dtype=torch.long), torch.tensor([6])).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[3:].any() and (logits.grad[:3].abs().sum(-1) > 1e-4).all()
+    step = (logits - logits.grad).detach().masked_fill(logits.isneginf(), -torch.inf)
+    before, after = (torch.special.entr(x[:3].softmax(-1)).sum() for x in (logits.detach(), step))
+    assert after < before  # it sharpens
+
+
+def test_confidence_entropy_of_nothing_right_is_zero():
+    logits = torch.randn(3, VOCABULARY).requires_grad_()
+    wrong = (logits.argmax(-1) + 1) % VOCABULARY
+    loss = confidence_entropy(logits, wrong, torch.zeros(3, dtype=torch.long), torch.tensor([3]))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()

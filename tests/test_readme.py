@@ -58,7 +58,7 @@ def test_every_command_and_snippet_runs(tmp_path):
     for line in COMMANDS:
         if "quickstart.py" in line or "minimind" in line:
             continue  # run above with few steps; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
-        run(f"{line} --max_steps 2 --eval_steps 2" if line.startswith("accelerate") else line)
+        run(f"{line} --max_steps 6 --eval_steps 2" if line.startswith("accelerate") else line)
     for number, snippet in enumerate(BLOCKS["python"]):
         (tmp_path / f"snippet_{number}.py").write_text(snippet)
         run(f"python snippet_{number}.py")

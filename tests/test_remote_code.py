@@ -20,7 +20,8 @@ from nanollada.hub_upload import verify
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAModel
 
 OLDEST = "5.17.0"
-CODE = {f"{name}_nanollada.py" for name in ("configuration", "modeling", "attention", "generation")}
+ROOMS = ("configuration", "modeling", "layers", "attention", "loss", "generation")
+CODE = {f"{name}_nanollada.py" for name in ROOMS}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VARIANTS = {
     "ar": (NanoLLaDAForCausalLM, {"num_key_value_heads": 2}),

@@ -22,7 +22,10 @@ from nanollada.trainers.setup import last_complete_checkpoint
 KINDS = {
     "causal": (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM),
     "diffusion": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
+    "block": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
 }
+SETTINGS = {"block": {"block_length_schedule": "[[0.2, 1], [0.3, 4], [0.3, 0], [0.2, 4]]"}}
+SCRIPTS = {"causal": "causal.py", "diffusion": "diffusion.py", "block": "diffusion.py"}
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 HERE = Path(__file__).parent
 
@@ -47,7 +50,7 @@ def build_trainer(kind, folder, model=None, rows=None, **settings):
         torch.manual_seed(0)
         model = model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE)).double()
     defaults = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "plot_loss": False, "disable_tqdm": True}
-    args = config_class(output_dir=str(folder), **{**defaults, **settings})
+    args = config_class(output_dir=str(folder), **{**defaults, **SETTINGS.get(kind, {}), **settings})
     probability = settings.get("variable_length_probability", 0.0)
     return trainer_class(model, args, rows or make_rows(), Collator(0, probability, args.seed))
 
@@ -84,6 +87,8 @@ def assert_same_gradients(one, other):
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulation_does_not_change_the_gradient(kind, tmp_path):
     settings = {"variable_length_probability": 0.5} if kind == "diffusion" else {}
+    if kind == "block":
+        settings = {"block_length": 4, "block_length_schedule": None}
     whole, loss = one_step(kind, tmp_path, 8, 1, **settings)
     for batch, accumulation in ((2, 4), (1, 8)):
         split, split_loss = one_step(kind, tmp_path, batch, accumulation, **settings)
@@ -135,9 +140,9 @@ def test_every_row_carries_the_trainers_epoch(workers, tmp_path):
     trainer = build_trainer(
         "diffusion", tmp_path, num_train_epochs=3, per_device_train_batch_size=4, dataloader_num_workers=workers
     )
-    seen, predictions = [], trainer.predictions
-    trainer.predictions = lambda model, inputs: (
-        seen.append((inputs["epoch"], inputs["rank"])) or predictions(model, inputs)
+    seen, loss = [], trainer.micro_batch_loss
+    trainer.micro_batch_loss = lambda model, inputs, num_items: (
+        seen.append((inputs["epoch"], inputs["rank"])) or loss(model, inputs, num_items)
     )
     trainer.train()
     assert [epoch.unique().tolist() for epoch, _ in seen] == [[0], [0], [1], [1], [2], [2]]
@@ -186,7 +191,7 @@ def command_line(settings, **overrides):
 
 
 def run(kind, settings, **overrides):
-    return main(*KINDS[kind], command_line(settings, **overrides))
+    return main(*KINDS[kind], command_line({**settings, **SETTINGS.get(kind, {})}, **overrides))
 
 
 def weights(folder):
@@ -199,10 +204,12 @@ def weights(folder):
 def test_a_killed_run_goes_on_bit_for_bit(kind, job, tmp_path):
     """kill −9 in mid-training, `--resume_from_checkpoint last`: the weights of the unbroken run."""
     job["max_steps"] = 24
-    if kind == "diffusion":
+    if kind != "causal":
         job["variable_length_probability"] = 0.3
+    if kind == "block":  # the run is killed before or after a change of block length
+        job |= {**SETTINGS[kind], "mask_embedding_noise": 0.1, "mask_embedding_noise_steps": 9, "complementary": True}
     run(kind, job, output_dir=tmp_path / "unbroken")
-    script = Path(sys.modules[CausalTrainer.__module__].__file__).parent / f"{kind}.py"
+    script = Path(sys.modules[CausalTrainer.__module__].__file__).parent / SCRIPTS[kind]
     command = [sys.executable, str(script), *command_line(job, output_dir=tmp_path / "killed")]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -337,6 +344,14 @@ def test_repetition_penalty_reaches_the_loss(tmp_path):
         ({"early_stopping_patience": 2}, "`early_stopping_patience` needs `load_best_model_at_end`"),
         ({"mask_count": "many"}, "`mask_count` must be one of"),
         ({"eos_padding": "some"}, "`eos_padding` must be one of none, block, max_length, got 'some'"),
+        ({"block_cut": "token"}, "`block_cut` must be one of document, row, got 'token'"),
+        ({"block_length": -1}, "`block_length` must be >= 0, got -1"),
+        ({"eval_block_length": -1}, "`eval_block_length` must be >= 0, got -1"),
+        ({"confidence_weight": -1.0}, "`confidence_weight` must be >= 0, got -1.0"),
+        ({"mask_rate_band": [0.8, 0.3]}, r"`mask_rate_band` must be two rates.*got \[0.8, 0.3\]"),
+        ({"block_length": 4, "block_length_schedule": "[[1, 4]]"}, "`block_length` must not be given with"),
+        ({"block_length_schedule": "[[0.5, 4]]"}, "must have shares that sum to 1, got 0.5"),
+        ({"mask_embedding_noise": 0.1}, "`mask_embedding_noise_steps` go together, got 0.1 and 0"),
         ({"eos_padding_block": 0}, "`eos_padding_block` must be >= 1, got 0"),
         ({"variable_length_probability": 2.0}, r"`variable_length_probability` must lie in \[0, 1\], got 2.0"),
         ({"repetition_penalty_weight": -1.0}, "`repetition_penalty_weight` must be >= 0, got -1.0"),
@@ -358,6 +373,117 @@ def test_evaluation_needs_rows(tmp_path):
     trainer = build_trainer("diffusion", tmp_path)
     with pytest.raises(ValueError, match="`eval_dataset` must have a row for each of 1 ranks, got None"):
         trainer.evaluate()
+
+
+def test_an_optimizer_step_has_the_phase_of_its_number(tmp_path):
+    """And the model's config, which each checkpoint carries, has it too."""
+    trainer, seen = build_trainer("block", tmp_path, max_steps=10, per_device_train_batch_size=4), []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append((kwargs["block_length"], model.config.block_length)), with_kwargs=True
+    )
+    trainer.train()
+    assert seen == [(1, 1)] * 2 + [(4, 4)] * 3 + [(0, None)] * 3 + [(4, 4)] * 2
+    assert trainer.eval_block_length == 4
+
+
+def test_the_checkpoint_decides_the_block(tmp_path):
+    model = NanoLLaDAForMaskedLM(NanoLLaDAConfig(vocab_size=30, block_length=5, **SHAPE))
+    trainer = build_trainer("diffusion", tmp_path, model=model)
+    assert trainer.schedule.phases == [(1.0, 5)] and trainer.eval_block_length == 5
+    trainer = build_trainer("diffusion", tmp_path, model=model, block_length=0, eval_block_length=3)
+    assert trainer.schedule.phases == [(1.0, 0)] and trainer.eval_block_length == 3
+
+
+def packed_batch(trainer, count=4):
+    """Rows of two documents, six and nine tokens, each behind its context token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        ids = torch.randint(4, 30, (15,), generator=generator).tolist()
+        labels = [-100, *ids[1:6], -100, *ids[7:]]
+        places = {"document_ids": [0] * 6 + [1] * 9, "position_ids": [*range(6), *range(9)]}
+        rows.append({"input_ids": ids, "labels": labels, **places, "index": index, "num_bytes": 1})
+    batch = trainer.data_collator([{**row, "rank": row["index"], "epoch": 0} for row in rows])
+    trainer.state.max_steps = 10
+    return batch
+
+
+@pytest.mark.parametrize("block_cut", ["document", "row"])
+def test_block_loss_is_that_of_the_definition(block_cut, tmp_path):
+    """Σ weight·CE / targets, with every block in a forward of its own behind its document's clean prefix."""
+    settings = {"block_length": 4, "block_length_schedule": None, "block_cut": block_cut}
+    trainer = build_trainer("block", tmp_path, **settings)
+    batch = packed_batch(trainer)
+    loss = trainer.compute_loss(trainer.model.eval(), batch)
+    context = {name: batch[name] for name in ("position_ids", "document_ids")}
+    if block_cut == "row":
+        context.pop("position_ids")
+    noise = trainer.corruption(batch, 4, context)
+    total, model = 0.0, trainer.model
+    for start, end in ((0, 6), (6, 15)):
+        first = start if block_cut == "row" else 0
+        positions = torch.arange(start, end) - start + first
+        for block in (positions // 4).unique():
+            inside = start + (positions // 4 == block).nonzero()[:, 0]
+            before = slice(start, int(inside[0]))
+            row = torch.cat((batch["input_ids"][:, before], noise.noisy_input_ids[:, inside]), 1)
+            place = positions[: row.shape[1]][None].expand(4, -1)
+            logits = model(row, position_ids=place, block_length=4).logits[:, -len(inside) :]
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2),
+                batch["input_ids"][:, inside].masked_fill(row[:, -len(inside) :] != 3, 4),
+                reduction="none",
+            )
+            total = total + (losses * noise.weights[:, inside]).sum()
+    assert loss.item() == pytest.approx(total.item() / (4 * 13), rel=1e-9)
+    assert noise.masked_indices.any(1).all()
+
+
+def test_complements_cost_a_second_copy_and_count_targets_once(tmp_path):
+    settings = {"block_length_schedule": None, "complementary": True}
+    trainer = build_trainer("block", tmp_path, block_length=4, **settings)
+    torch.nn.init.zeros_(trainer.model.lm_head.weight)  # a uniform predictor
+    batch, shapes = packed_batch(trainer), []
+    trainer.model.register_forward_pre_hook(lambda model, args: shapes.append(args[0].shape))
+    losses = []
+    for seed in range(200):
+        trainer.args.seed = seed
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert shapes[0] == (8, 15)
+    mean = torch.tensor(losses).mean().item()
+    assert mean == pytest.approx(torch.tensor(29.0).log().item(), abs=4 * torch.tensor(losses).std().item() / 200**0.5)
+
+
+def test_confidence_loss_reaches_the_loss(tmp_path):
+    losses = []
+    for weight in (0.0, 2.0):
+        trainer = build_trainer(
+            "block", tmp_path, block_length=4, block_length_schedule=None, confidence_weight=weight
+        )
+        torch.nn.init.zeros_(trainer.model.lm_head.weight)
+        batch = packed_batch(trainer)
+        batch["input_ids"][:, 1:6] = batch["labels"][:, 1:6] = 0  # the argmax of equal scores
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_mask_embedding_noise_fades(tmp_path):
+    """Gaussian with the given deviation, at masked places only, and gone after the last of its steps."""
+    trainer = build_trainer("diffusion", tmp_path, mask_embedding_noise=0.5, mask_embedding_noise_steps=4)
+    batch = packed_batch(trainer, 300)
+    noise = trainer.corruption(batch, 0, {})
+    for step, deviation in ((0, 0.5), (2, 0.25)):
+        trainer.state.global_step = step
+        added = trainer.embedding_noise(noise, batch, 1)
+        assert added.shape == (300, 15, 16) and not added[~noise.masked_indices].any()
+        values = added[noise.masked_indices]
+        assert values.std().item() == pytest.approx(deviation, rel=0.02) and abs(values.mean().item()) < 0.01
+        assert (values.abs() > deviation).double().mean().item() == pytest.approx(0.3173, abs=0.01)
+    single = {name: value[7:8] for name, value in batch.items()}
+    alone = trainer.embedding_noise(trainer.corruption(single, 0, {}), single, 1)
+    assert torch.equal(alone[0], added[7])
+    trainer.state.global_step = 4
+    assert trainer.embedding_noise(noise, batch, 1) is None
 
 
 if __name__ == "__main__":  # a rank of `test_ranks_do_not_change_the_gradient`

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
+from nanollada.trainers.averaging import AveragingTrainer, check_averaging
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.data import Collator, DataArguments, prepare_data
 from nanollada.trainers.likelihood import Likelihood, evaluate_likelihood
-from nanollada.trainers.objectives import weighted_loss
 from nanollada.trainers.setup import (
     ModelArguments,
     hardware,
@@ -64,6 +64,12 @@ class NanoLLaDATrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0: never."}
     )
     early_stopping_min_delta: float = field(default=0.0, metadata={"help": "What counts as improvement, in nats."})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of an average of the weights, which is evaluated and saved; 0: none."}
+    )
+    merge_top_k: int = field(
+        default=0, metadata={"help": "Save the mean of the k evaluated states with the lowest eval_loss; 0: the last."}
+    )
     plot_loss: bool = field(default=True, metadata={"help": "Draw loss.png (needs the extra `plots`)."})
 
     def __post_init__(self):
@@ -76,11 +82,12 @@ class NanoLLaDATrainingArguments(TrainingArguments):
             raise ValueError(f"`eval_samples` must be a positive even number, got {self.eval_samples}")
         if self.early_stopping_patience < 0:
             raise ValueError(f"`early_stopping_patience` must be >= 0, got {self.early_stopping_patience}")
-        if self.early_stopping_patience and not self.load_best_model_at_end:
+        if self.early_stopping_patience and not (self.load_best_model_at_end or self.merge_top_k):
             raise ValueError(
-                "`early_stopping_patience` needs `load_best_model_at_end` (the best model is what is kept), "
-                f"got {self.early_stopping_patience} and {self.load_best_model_at_end}"
+                "`early_stopping_patience` needs `load_best_model_at_end` or `merge_top_k` (the best is kept), "
+                f"got {self.early_stopping_patience}, {self.load_best_model_at_end} and {self.merge_top_k}"
             )
+        check_averaging(self)
 
 
 class KeyedRows(Dataset):
@@ -140,11 +147,11 @@ class _EpochCallback(TrainerCallback):
         self.trainer.rows_order.set_epoch(round((state.epoch or 0) * 1e6) // 1_000_000)
 
 
-class NanoLLaDATrainer(Trainer):
+class NanoLLaDATrainer(AveragingTrainer):
     """
     Trainer whose loss is a weighted sum over the target tokens of the whole optimizer step.
 
-    Subclasses implement `predictions`. Rows are those of `prepare_data`. Evaluation scores the held-out rows with
+    Subclasses implement `micro_batch_loss`. Rows are those of `prepare_data`. Evaluation scores the held-out rows with
     `evaluate_likelihood`: always the likelihood (or its bound), whatever the training objective.
 
     Raises:
@@ -173,27 +180,34 @@ class NanoLLaDATrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return self.rows_order
 
-    def predictions(self, model, inputs: dict):
+    def micro_batch_loss(self, model, inputs: dict, num_items_in_batch) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Runs the model on a micro-batch.
 
+        Args:
+            inputs (`dict`): A collated batch.
+            num_items_in_batch (`torch.Tensor` or `int`): Target tokens of the whole optimizer step.
+
         Returns:
-            Logits `(tokens, vocab_size)` at the supervised positions, their targets and their weights `(tokens,)`
-            (`None`: one each), and an additional loss or `None`, a sum over tokens.
+            Σ weight·CE (and additional losses) over `num_items_in_batch`, and how many tokens were supervised.
         """
         raise NotImplementedError
+
+    @property
+    def eval_block_length(self) -> int | None:
+        """The block length at which held-out rows are scored; 0 the whole row, `None` the model's."""
+        return None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Σ weight·CE / target tokens of the step, over accumulation and ranks."""
         targets = (inputs["labels"] != -100).sum()
-        logits, labels, weights, extra = self.predictions(model, inputs)
-        loss = weighted_loss(logits, labels, weights, num_items_in_batch or targets)
-        if extra is not None:
-            loss = loss + extra / (num_items_in_batch or targets)
+        loss, supervised = self.micro_batch_loss(
+            model, inputs, num_items_in_batch if num_items_in_batch is not None else targets
+        )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
         self._window["targets"] += targets
-        self._window["masked"] += len(labels)
+        self._window["masked"] += supervised
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
@@ -237,6 +251,7 @@ class NanoLLaDATrainer(Trainer):
             "bytes": likelihood.bytes,
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.offer_for_merge(likelihood.nats_per_token)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window["seconds"] += time.perf_counter() - started  # evaluation is not throughput
@@ -244,7 +259,7 @@ class NanoLLaDATrainer(Trainer):
 
     def likelihood(self, rows) -> Likelihood:
         """
-        Scores rows over all ranks, each row exactly once.
+        Scores rows over all ranks, each row exactly once, with the averaged weights if there is an average.
 
         Raises:
             `ValueError`: for fewer rows than ranks.
@@ -255,12 +270,13 @@ class NanoLLaDATrainer(Trainer):
         mine = range(rank, len(rows), ranks)
         collate = Collator(self.data_collator.pad_token_id)  # without the training collator's variable length
         batches = (collate([rows[i] for i in mine[at : at + size]]) for at in range(0, len(mine), size))
-        with self.compute_loss_context_manager():
+        with self.averaged_weights(), self.compute_loss_context_manager():
             part = evaluate_likelihood(
                 self.accelerator.unwrap_model(self.model),
                 batches,
                 samples=self.args.eval_samples,
                 seed=self.args.eval_seed,
+                block_length=self.eval_block_length,
             )
         if ranks == 1:
             return part
@@ -310,6 +326,7 @@ def train(
         "objective": trainer.objective(),
         "command": command,
         "seed": args.seed,
+        "ema_decay": args.ema_decay,
         "data": data.report,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -318,7 +335,7 @@ def train(
         "seconds": round(time.perf_counter() - started, 1),
         "hardware": hardware(),
         "versions": versions(),
-        "evaluation": trainer.likelihood(data.eval).to_dict() if data.eval is not None else None,
+        **trainer.final_evaluation(data.eval),
     }
     trainer.save_model(args.output_dir)
     trainer.save_state()

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
 from nanollada.trainers.likelihood import model_inputs
@@ -17,14 +15,18 @@ class CausalConfig(NanoLLaDATrainingArguments):
 class CausalTrainer(NanoLLaDATrainer):
     """Next-token cross-entropy on the target tokens, over the step's number of targets."""
 
-    def predictions(self, model, inputs):
-        # 1. a target at position i + 1 is predicted at position i
-        labels = inputs["labels"]  # [B, L]
-        following = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
-        # 2. logits only where there is a target
-        keep = following != -100
-        outputs = model(inputs["input_ids"], logits_to_keep=keep, use_cache=False, **model_inputs(inputs))
-        return outputs.logits, following[keep], None, None  # [N, V], [N]
+    def micro_batch_loss(self, model, inputs, num_items_in_batch):
+        labels = inputs["labels"]  # [B, L]; a target at position i + 1 is predicted at position i, by the model
+        weights = (labels != -100).float()
+        outputs = model(
+            inputs["input_ids"],
+            labels=labels,
+            loss_weights=weights,
+            num_items_in_batch=num_items_in_batch,
+            use_cache=False,
+            **model_inputs(inputs),
+        )
+        return outputs.loss, weights.sum()
 
     def objective(self) -> dict:
         """What `run.json` says of the objective."""

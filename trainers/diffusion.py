@@ -1,31 +1,60 @@
 """Trains the masked-diffusion model: `accelerate launch trainers/diffusion.py --config scripts/recipes/<recipe>.yaml`.
 
-`--model_name_or_path` with an AR checkpoint is the AR→diffusion initialisation: same parameters, same names.
+Full rows (LLaDA 1.0, MDLM), blocks of any length (BD3-LM, LLaDA 2.0) and schedules of block lengths are settings of
+one objective. `--model_name_or_path` with an AR checkpoint is the AR→diffusion initialisation: same parameters, same
+names.
 """
 
 from dataclasses import dataclass, field
 
+import torch
+
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
-from nanollada.trainers.corruption import NOISE_SCHEDULES, check_settings, corrupt
+from nanollada.trainers.corruption import (
+    NOISE_SCHEDULES,
+    STREAM_EMBEDDING,
+    Corruption,
+    block_ids_of,
+    check_settings,
+    corrupt,
+    keyed_uniform,
+)
 from nanollada.trainers.likelihood import model_inputs
-from nanollada.trainers.objectives import repetition_unlikelihood
+from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
+from nanollada.trainers.schedule import BlockLengthSchedule
 
 EOS_PADDINGS = ("none", "block", "max_length")
+BLOCK_CUTS = ("document", "row")
+NOISE = ("mask_count", "noise_schedule", "weighting", "time_epsilon", "mask_rate_band", "complementary")
 
 
 @dataclass
 class DiffusionConfig(NanoLLaDATrainingArguments):
     """
     Settings of masked-diffusion pretraining and SFT (the rows decide which). The defaults are LLaDA 1.0's objective
-    with its low-variance estimator.
+    with its low-variance estimator; `block_length` makes it BD3-LM's.
 
     Raises:
         `ValueError`: for unknown names and values out of range.
     """
 
+    block_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a block; 0: the whole row. Default: the checkpoint's."}
+    )
+    block_length_schedule: str | None = field(
+        default=None,
+        metadata={"help": "Pairs (share of the run's tokens, block length), e.g. [[0.2, 4], [0.5, 0], [0.3, 32]]."},
+    )
+    block_cut: str = field(
+        default="document",
+        metadata={"help": "Where blocks begin: at each document's start, or on the packed row, whatever it holds."},
+    )
+    eval_block_length: int | None = field(
+        default=None, metadata={"help": "Block length of the evaluation; default: the one that the run ends with."}
+    )
     mask_count: str = field(
-        default="exact", metadata={"help": "exact: k of L masked, k uniform (less noise); bernoulli: the paper's."}
+        default="exact", metadata={"help": "exact: k of n masked, k uniform (less noise); bernoulli: the papers'."}
     )
     noise_schedule: str = field(
         default="linear",
@@ -36,6 +65,25 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
         metadata={"help": "elbo: the likelihood bound; unweighted: every masked token alike (a `random` mask rate)."},
     )
     time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest time of the bernoulli masks (LLaDA's eps)."})
+    mask_rate_band: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={
+            "help": "Lowest and highest mask rate of training (BD3-LM's clipped schedules); not of evaluation."
+        },
+    )
+    complementary: bool = field(
+        default=False, metadata={"help": "Train each row twice, with a mask and its complement (LLaDA 2.0's SFT)."}
+    )
+    confidence_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the entropy of right predictions (LLaDA 2.0's CAP, λ)."}
+    )
+    mask_embedding_noise: float = field(
+        default=0.0,
+        metadata={"help": "S.d. of Gaussian noise on mask embeddings in the first steps, e.g. after an AR start."},
+    )
+    mask_embedding_noise_steps: int = field(
+        default=0, metadata={"help": "The steps in which that noise falls linearly to nothing."}
+    )
     variable_length_probability: float = field(
         default=0.01, metadata={"help": "Pretraining: share of rows cut to a random length (LLaDA: 1 %)."}
     )
@@ -51,67 +99,154 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_settings(self.mask_count, self.noise_schedule, self.weighting, self.time_epsilon)
-        if self.eos_padding not in EOS_PADDINGS:
-            raise ValueError(f"`eos_padding` must be one of {', '.join(EOS_PADDINGS)}, got {self.eos_padding!r}")
+        check_settings(self.mask_count, self.noise_schedule, self.weighting, self.time_epsilon, self.mask_rate_band)
+        for name, allowed in (("eos_padding", EOS_PADDINGS), ("block_cut", BLOCK_CUTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.variable_length_probability <= 1:
             raise ValueError(
                 f"`variable_length_probability` must lie in [0, 1], got {self.variable_length_probability}"
             )
         for name, least in (
+            ("block_length", 0),
+            ("eval_block_length", 0),
+            ("confidence_weight", 0),
+            ("mask_embedding_noise", 0),
+            ("mask_embedding_noise_steps", 0),
             ("eos_padding_block", 1),
             ("repetition_penalty_weight", 0),
             ("repetition_penalty_min_run", 2),
         ):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
+        if (self.mask_embedding_noise > 0) != (self.mask_embedding_noise_steps > 0):
+            raise ValueError(
+                "`mask_embedding_noise` and `mask_embedding_noise_steps` go together, got "
+                f"{self.mask_embedding_noise} and {self.mask_embedding_noise_steps}"
+            )
+        if self.block_length_schedule is not None:
+            if self.block_length is not None:
+                raise ValueError(
+                    "`block_length` must not be given with `block_length_schedule`, got "
+                    f"{self.block_length} and {self.block_length_schedule}"
+                )
+            BlockLengthSchedule(self.block_length_schedule)
 
 
 class DiffusionTrainer(NanoLLaDATrainer):
-    """LLaDA's bound (Eq. 3, and Eq. 5 for SFT): weighted cross-entropy of the masked targets, labels unshifted."""
+    """
+    The bound of LLaDA (2502.09992, Eq. 3, and Eq. 5 for SFT) and, with blocks, of BD3-LM and LLaDA 2.0 (2512.15745,
+    Eq. 1): weighted cross-entropy of the masked targets, labels unshifted.
+
+    The model's config holds the block length in force, so every checkpoint carries its own.
+    """
 
     masks = True
 
-    def predictions(self, model, inputs):
-        # 1. what may be masked: targets, never a prompt or padding
-        targets = inputs["labels"] != -100  # [B, L]
-        # 2. noise that belongs to the row, with its weights
-        noise = corrupt(
-            inputs["input_ids"],
-            targets,
+    def __init__(self, model, args: DiffusionConfig, *rest, **kwargs):
+        super().__init__(model, args, *rest, **kwargs)
+        block_length = args.block_length if args.block_length is not None else model.config.block_length or 0
+        self.schedule = BlockLengthSchedule(args.block_length_schedule or [[1.0, block_length]])
+
+    @property
+    def eval_block_length(self) -> int:
+        """The block length at which held-out rows are scored, the same in every phase; 0 is the whole row."""
+        return self.schedule.last if self.args.eval_block_length is None else self.args.eval_block_length
+
+    def current_block_length(self, row_length: int) -> int:
+        """The phase's block length, noted in the model's config; 0 where it covers the rows."""
+        block_length = self.schedule.at(self.state.global_step, self.state.max_steps)
+        self.model.config.block_length = block_length or None
+        return block_length if block_length < row_length else 0
+
+    def micro_batch_loss(self, model, inputs, num_items_in_batch):
+        # 1. noise that belongs to the row, with its weights
+        clean, shape = inputs["input_ids"], inputs["input_ids"].shape
+        block_length = self.current_block_length(shape[1])
+        context = model_inputs(inputs)
+        if self.args.block_cut == "row":
+            context.pop("position_ids", None)  # positions run over the row then, and blocks with them
+        noise = self.corruption(inputs, self.model.config.block_length, context)
+        copies = len(noise.masked_indices) // shape[0]  # 2 with complements
+        clean = clean.repeat(copies, 1)  # [B, L]
+        context = {name: value.repeat(copies, 1) for name, value in context.items()}
+        # 2. every block from itself and the clean ones before it; logits only where something is hidden
+        context |= {"block_length": block_length, "clean_input_ids": clean if block_length else None}
+        context["embedding_noise"] = self.embedding_noise(noise, inputs, copies)
+        masked = noise.masked_indices
+        if not (self.args.confidence_weight or self.args.repetition_penalty_weight):
+            outputs = model(
+                noise.noisy_input_ids,
+                labels=clean.masked_fill(~masked, -100),
+                loss_weights=noise.weights,
+                num_items_in_batch=num_items_in_batch,
+                **context,
+            )
+            return outputs.loss, masked.sum()
+        # 3. the losses that need logits
+        logits = model(noise.noisy_input_ids, logits_to_keep=masked, **context).logits  # [N, V]
+        loss = weighted_loss(logits, clean[masked], noise.weights[masked], num_items_in_batch)
+        extra = self.additional_loss(logits, clean, masked, (inputs["labels"] != -100).sum(-1))
+        return loss + extra / num_items_in_batch, masked.sum()
+
+    def corruption(self, inputs: dict, block_length: int | None, context: dict) -> Corruption:
+        """What of a micro-batch is hidden, and with which weights."""
+        clean = inputs["input_ids"]
+        blocks = block_ids_of(
+            block_length, context.get("position_ids"), context.get("document_ids"), clean.shape, clean.device
+        )
+        return corrupt(
+            clean,
+            inputs["labels"] != -100,  # what may be masked: targets, never a prompt or padding
             self.model.config.mask_token_id,
             seed=self.args.seed,
             index=inputs["index"],
             rank=inputs["rank"],
             epoch=inputs["epoch"],
-            mask_count=self.args.mask_count,
-            noise_schedule=self.args.noise_schedule,
-            weighting=self.args.weighting,
-            time_epsilon=self.args.time_epsilon,
+            block_ids=blocks,
+            **{name: getattr(self.args, name) for name in NOISE},
         )
-        masked = noise.masked_indices
-        # 3. logits only where something is hidden
-        logits = model(noise.noisy_input_ids, logits_to_keep=masked, **model_inputs(inputs)).logits  # [N, V]
-        # 4. the option against stuttering
-        extra = None
+
+    def embedding_noise(self, noise: Corruption, inputs: dict, copies: int) -> torch.Tensor | None:
+        """`[B, L, hidden]`: Gaussian noise at the masked places (LLaDA 2.0, §3.3), in the run's first steps."""
+        steps = self.args.mask_embedding_noise_steps
+        if self.state.global_step >= steps:
+            return None
+        deviation = self.args.mask_embedding_noise * (1 - self.state.global_step / steps)
+        length, hidden_size = inputs["input_ids"].shape[1], self.model.config.hidden_size
+        uniform = keyed_uniform(
+            self.args.seed, inputs["index"], inputs["epoch"], STREAM_EMBEDDING, length * hidden_size
+        )
+        normal = torch.special.ndtri(uniform.clamp(min=2.0**-54)).float().view(-1, length, hidden_size)
+        return deviation * normal.repeat(copies, 1, 1) * noise.masked_indices[..., None]
+
+    def additional_loss(self, logits, clean, masked, row_targets) -> torch.Tensor:
+        """What the options add to the bound, as a sum over tokens."""
+        extra = logits.new_zeros((), dtype=torch.float32)
+        if self.args.confidence_weight:
+            copies = len(clean) // len(row_targets)
+            rows = masked.nonzero()[:, 0]
+            entropy = confidence_entropy(logits, clean[masked], rows, row_targets.repeat(copies))
+            extra = extra + self.args.confidence_weight * entropy / copies
         if self.args.repetition_penalty_weight:
-            extra = self.args.repetition_penalty_weight * repetition_unlikelihood(
-                logits, inputs["input_ids"], masked, self.args.repetition_penalty_min_run
-            )
-        return logits, inputs["input_ids"][masked], noise.weights[masked], extra
+            penalty = repetition_unlikelihood(logits, clean, masked, self.args.repetition_penalty_min_run)
+            extra = extra + self.args.repetition_penalty_weight * penalty
+        return extra
 
     def objective(self) -> dict:
         """What `run.json` says of the objective."""
         names = (
-            "mask_count",
-            "noise_schedule",
-            "weighting",
-            "time_epsilon",
+            *NOISE,
+            "block_cut",
+            "confidence_weight",
+            "mask_embedding_noise",
+            "mask_embedding_noise_steps",
             "variable_length_probability",
             "eos_padding",
             "repetition_penalty_weight",
         )
-        return {"name": "masked diffusion bound", **{name: getattr(self.args, name) for name in names}}
+        settings = {name: getattr(self.args, name) for name in names}
+        return {"name": "masked diffusion bound", "block_lengths": self.schedule.phases, **settings}
 
     @staticmethod
     def data_settings(args) -> dict:

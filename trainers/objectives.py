@@ -42,6 +42,37 @@ def weighted_loss(
     return losses.sum() / num_items_in_batch
 
 
+def confidence_entropy(
+    logits: torch.Tensor, targets: torch.LongTensor, rows: torch.LongTensor, row_targets: torch.Tensor
+) -> torch.Tensor:
+    """
+    Entropy of what is predicted rightly: the confidence-aware loss (CAP) of LLaDA 2.0 (2512.15745, §4.2).
+
+    In each row the mean entropy, in nats, over the masked tokens whose argmax is right; others have no gradient, and
+    neither has the choice itself. A row without one gives 0. Rows count by their targets, so that the loss does not
+    depend on how an optimizer step was split.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores at the masked positions.
+        targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens.
+        rows (`torch.LongTensor` of shape `(tokens,)`): The row of each.
+        row_targets (`torch.Tensor` of shape `(rows,)`): Target tokens of each row.
+
+    Returns:
+        `torch.Tensor`: the sum over rows, to be divided by the step's targets like every loss.
+    """
+    right = logits.argmax(-1) == targets
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    log_probs = logits[right].log_softmax(-1)  # [C, V]
+    log_probs = log_probs.masked_fill(log_probs.isneginf(), 0)  # what can't be predicted adds no entropy
+    probs = logits[right].softmax(-1)
+    entropy = -(probs * log_probs).sum(-1)  # [C]
+    count = torch.zeros_like(row_targets, dtype=entropy.dtype).index_add_(0, rows[right], torch.ones_like(entropy))
+    weight = row_targets.to(entropy.dtype) / count.clamp(min=1)
+    return (entropy * weight[rows[right]]).sum()
+
+
 def repetition_unlikelihood(
     logits: torch.Tensor,
     input_ids: torch.LongTensor,

@@ -1,0 +1,30 @@
+"""The parameter mean of checkpoints of one model, as a checkpoint (LLaDA2.0's checkpoint merge).
+
+python scripts/merge_checkpoints.py --checkpoints outputs/run/checkpoint-800 outputs/run/checkpoint-1000 \
+    --output_dir outputs/merged
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MergeArguments:
+    """What is merged, and where it goes."""
+
+    checkpoints: list[str] = field(metadata={"help": "Folders with model.safetensors and config.json, two or more."})
+    output_dir: str = field(metadata={"help": "New folder for the merged checkpoint."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses arguments (or `--config file.yaml`), merges, saves, and says what was made."""
+    from trl import TrlParser
+
+    from nanollada.trainers.averaging import merge_checkpoints
+
+    (args,) = TrlParser(MergeArguments).parse_args_and_config(argv)
+    merge_checkpoints(args.checkpoints, args.output_dir)
+    print(f"mean of {len(args.checkpoints)} checkpoints: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
