@@ -281,3 +281,15 @@ def test_embedding_noise_moves_the_noisy_half_alone():
     noise[:, 5] = 1.0
     moved = (model(NOISY, embedding_noise=noise, **inputs).logits - plain)[..., 4:].abs().amax(-1) > 0
     assert torch.equal(moved, (torch.arange(LENGTH) // 4 == 1).expand(2, -1))
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_is_taken_as_it_is():
+    """Here one that hides nothing, so that the clean half sees the noisy one; it need not have a row per query."""
+    model = build().float()
+    inputs = {"clean_input_ids": CLEAN, "block_length": 4}
+    visible = torch.ones(1, 1, 1, 2 * LENGTH, dtype=torch.bool)
+    logits = model(NOISY, attention_mask=visible, **inputs).logits
+    model.set_attn_implementation("eager")
+    expected = model(NOISY, attention_mask=torch.zeros(1, 1, 1, 2 * LENGTH), **inputs).logits
+    torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-5)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
@@ -177,6 +178,15 @@ class NanoLLaDATrainer(AveragingTrainer):
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_min_delta))
 
+    def create_accelerator_and_postprocess(self):
+        """FSDP2 in bf16: weights and activations only. By default the loss and its weights would be rounded, too."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and self.args.bf16:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+
     def _get_train_sampler(self, train_dataset=None):
         return self.rows_order
 
@@ -267,6 +277,8 @@ class NanoLLaDATrainer(AveragingTrainer):
         size, rank, ranks = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
         if rows is None or len(rows) < ranks:
             raise ValueError(f"`eval_dataset` must have a row for each of {ranks} ranks, got {rows and len(rows)}")
+        if self.is_fsdp_enabled:  # a forward takes weights from every rank: all ranks run the same ones, on all rows
+            rank, ranks = 0, 1
         mine = range(rank, len(rows), ranks)
         collate = Collator(self.data_collator.pad_token_id)  # without the training collator's variable length
         batches = (collate([rows[i] for i in mine[at : at + size]]) for at in range(0, len(mine), size))

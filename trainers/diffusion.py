@@ -67,9 +67,7 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
     time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest time of the bernoulli masks (LLaDA's eps)."})
     mask_rate_band: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={
-            "help": "Lowest and highest mask rate of training (BD3-LM's clipped schedules); not of evaluation."
-        },
+        metadata={"help": "Lowest and highest mask rate of training (BD3-LM's clipped schedules); not of evaluation."},
     )
     complementary: bool = field(
         default=False, metadata={"help": "Train each row twice, with a mask and its complement (LLaDA 2.0's SFT)."}
