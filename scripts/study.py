@@ -78,6 +78,7 @@ VARIANTS = {
     "ar": Variant("AR", "ar", init="ar_half", rows="second"),
     "ar_unbroken": Variant("AR, in one go", "ar"),
     "mdlm": Variant("MDLM from scratch", "diffusion", {"block_length": 0}),
+    "block1": Variant("block 1 (AR order) from scratch", "diffusion", {"block_length": 1}),
     "block4": Variant("block 4 from scratch", "diffusion", {"block_length": 4}),
     "block16": Variant("block 16 from scratch", "diffusion", {"block_length": 16}),
     "block32": Variant("block 32 from scratch", "diffusion", {"block_length": 32}),
@@ -100,7 +101,11 @@ PARTS = {
     "b": ("mdlm", "mdlm_bernoulli", "block4", "block4_bernoulli", "noise_mdlm", "noise_block4"),
     "c": ("small_ar", "small_ar_dropout", "small_mdlm"),
 }
-OPTIONAL = {"a": ("ar_unbroken",), "b": ("block32", "block32_bernoulli", "noise_block32"), "c": ()}  # named by `runs`
+OPTIONAL = {
+    "a": ("ar_unbroken", "block1"),
+    "b": ("block32", "block32_bernoulli", "noise_block32"),
+    "c": (),
+}  # named by `runs`
 
 
 @dataclass
