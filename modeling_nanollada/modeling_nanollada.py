@@ -374,6 +374,7 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
         )
 
 
+@torch.compiler.disable  # how many positions have a weight depends on the data: one known graph break
 def weighted_head_loss(
     head: nn.Module,
     hidden_states: torch.Tensor,
