@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_trainers import KINDS, SHAPE, command_line, corpus, make_rows
+from test_trainers import KINDS, SHAPE, command_line, fresh_model_and_rows, make_rows
 from transformers import TrainerCallback
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig
@@ -285,13 +285,8 @@ def test_the_merge_is_the_mean_of_the_best_states(ema_decay, tmp_path):
 
 
 def test_a_run_from_the_command_line_merges(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
     settings = {
-        "data": corpus(tmp_path / "data.jsonl"),
-        "held_out_fraction": 0.1,
-        "max_length": 32,
-        "tokenizer_name_or_path": tmp_path / "tokenizer",
-        **SHAPE,
+        **fresh_model_and_rows(tmp_path, tokenizer),
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "max_steps": 6,

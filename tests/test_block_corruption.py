@@ -196,7 +196,8 @@ def test_choose_smallest_in_blocks():
     blocks = torch.tensor([[0, 0, 0, 1, 1, 1]])
     counts = torch.tensor([[1, 1, 1, 2, 2, 2]])
     assert choose_smallest(keys, candidates, counts, blocks).tolist() == [[False, True, False, True, True, False]]
-    assert choose_smallest(keys, candidates, counts[:, :1]).tolist() == [[False, True] + [False] * 4]
+    one = torch.zeros_like(blocks)
+    assert choose_smallest(keys, candidates, one + 1, one).tolist() == [[False, True] + [False] * 4]
 
 
 @pytest.mark.parametrize("band", [(0.5,), (0.8, 0.3), (-0.1, 1.0), (0.0, 1.1), (0.5, 0.5)])

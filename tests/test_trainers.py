@@ -160,16 +160,18 @@ def corpus(path, count=60):
     return path
 
 
+def fresh_model_and_rows(folder, tokenizer):
+    """The part of a run's settings that names its rows and its untrained model."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = {"data": corpus(folder / "data.jsonl"), "held_out_fraction": 0.1, "max_length": 32}
+    return {**rows, "tokenizer_name_or_path": folder / "tokenizer", **SHAPE}
+
+
 @pytest.fixture
 def job(tmp_path, tokenizer):
     """A recipe's settings as a command line, without `output_dir`."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
     settings = {
-        "data": corpus(tmp_path / "data.jsonl"),
-        "held_out_fraction": 0.1,
-        "max_length": 32,
-        "tokenizer_name_or_path": tmp_path / "tokenizer",
-        **SHAPE,
+        **fresh_model_and_rows(tmp_path, tokenizer),
         "hidden_dropout": 0.1,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,

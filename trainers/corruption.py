@@ -131,7 +131,7 @@ def row_positions(seed: int, rank: torch.Tensor, epoch: torch.Tensor) -> torch.T
 
 
 def choose_smallest(
-    keys: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor | None = None
+    keys: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor
 ) -> torch.Tensor:
     """
     The `counts` candidates with the smallest keys of each block: a uniform subset of that size.
@@ -139,23 +139,17 @@ def choose_smallest(
     Args:
         keys (`torch.Tensor` of shape `(batch, length)`): Uniform numbers in [0, 1).
         candidates (`torch.BoolTensor` of shape `(batch, length)`): What may be chosen.
-        counts (`torch.LongTensor` of shape `(batch, length)` or `(batch, 1)`): At each place, how many its block gets.
-        blocks (`torch.LongTensor` of shape `(batch, length)`, *optional*): The places' blocks, non-decreasing in a
-            row. By default a row is one block.
+        counts (`torch.LongTensor` of shape `(batch, length)`): At each place, how many its block gets.
+        blocks (`torch.LongTensor` of shape `(batch, length)`): The places' blocks, non-decreasing in a row.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, length)`.
     """
-    keys = torch.where(candidates, keys, 1.5)
-    places = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
-    if blocks is None:
-        first = torch.zeros_like(places)
-    else:
-        keys = keys + 2 * blocks  # blocks keep their order, and so their places
-        start = torch.ones_like(candidates)
-        start[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
-        first = torch.where(start, places, 0).cummax(-1).values  # [B, L]
-    order = keys.argsort(-1)
+    order = (torch.where(candidates, keys, 1.5) + 2 * blocks).argsort(-1)  # blocks keep their order and their places
+    places = torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
+    start = torch.ones_like(candidates)
+    start[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
+    first = torch.where(start, places, 0).cummax(-1).values  # [B, L]
     place = torch.empty_like(order).scatter_(-1, order, places)
     return candidates & (place - first < counts)
 
