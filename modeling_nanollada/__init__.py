@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_nanollada import NanoLLaDAConfig
-from .generation_nanollada import NanoLLaDAGenerationConfig, NanoLLaDAGenerationOutput
+from .generation_config_nanollada import NanoLLaDAGenerationConfig
+from .generation_nanollada import NanoLLaDAGenerationOutput
 from .modeling_nanollada import (
     NanoLLaDAForCausalLM,
     NanoLLaDAForMaskedLM,

@@ -65,8 +65,11 @@ def create_attention_mask(
             )
         rules.append(_same_document(document_ids))
     if not is_causal and block_length is not None:
-        positions = _key_positions(inputs_embeds, attention_mask, position_ids, past_length, clean_half)  # [B, K]
-        rules.append((_noisy_and_clean if clean_half else _block_causal)(positions // block_length))
+        # A block without padding behind whole cached blocks sees every key.
+        offset = past_length % block_length if past_length and attention_mask is None else block_length
+        if offset + inputs_embeds.shape[1] > block_length:
+            positions = _key_positions(inputs_embeds, attention_mask, position_ids, past_length, clean_half)  # [B, K]
+            rules.append((_noisy_and_clean if clean_half else _block_causal)(positions // block_length))
     if rules and config._attn_implementation.startswith(("flash", "kernels-community")):
         raise ValueError(
             "`attn_implementation` must be 'sdpa', 'eager' or 'flex_attention' for packed documents and for blocks, "
@@ -75,7 +78,10 @@ def create_attention_mask(
     if rules and config._attn_implementation != "flex_attention":
         rules += [_causal] if is_causal else []
         rules += [_no_padding(attention_mask)] if attention_mask is not None else []
-        return _dense(and_masks(*rules), inputs_embeds, past_length, config._attn_implementation)
+        keys = past_length + inputs_embeds.shape[1]
+        if attention_mask is not None and past_key_values is not None:
+            keys = max(keys, attention_mask.shape[1])  # a static cache has room behind the queries
+        return _dense(and_masks(*rules), inputs_embeds, past_length, keys, config._attn_implementation)
     if clean_half and attention_mask is not None:
         attention_mask = attention_mask.repeat(1, 2)  # [B, 2L]
     build = create_causal_mask if is_causal else create_bidirectional_mask
@@ -88,11 +94,11 @@ def create_attention_mask(
     )
 
 
-def _dense(rule, inputs_embeds, past_length, implementation):
+def _dense(rule, inputs_embeds, past_length, keys, implementation):
     """`[B, 1, Q, K]`: the rule on all indices. Every query sees itself at least, or padding would give NaN."""
     batch, length, _ = inputs_embeds.shape
     query = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None, None, :, None]
-    key = torch.arange(past_length + length, device=inputs_embeds.device)[None, None, None]
+    key = torch.arange(keys, device=inputs_embeds.device)[None, None, None]
     rows = torch.arange(batch, device=inputs_embeds.device)[:, None, None, None]
     visible = rule(rows, 0, query, key) | (query == key)
     if implementation != "eager":
@@ -103,7 +109,8 @@ def _dense(rule, inputs_embeds, past_length, implementation):
 
 def _key_positions(inputs_embeds, attention_mask, position_ids, past_length, clean_half):
     """`[B, K]` (or `[1, K]`): every key's position in its document, cached ones included; padding counts as 0."""
-    if past_length == 0 and position_ids is not None:
+    keys = 0 if attention_mask is None else attention_mask.shape[1]
+    if past_length == 0 and position_ids is not None and keys <= position_ids.shape[1]:
         return position_ids
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -15,7 +15,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nanollada import create_attention_mask
 from .configuration_nanollada import NanoLLaDAConfig
-from .generation_nanollada import NanoLLaDAGenerationConfig, NanoLLaDAGenerationMixin
+from .generation_config_nanollada import NanoLLaDAGenerationConfig
+from .generation_nanollada import NanoLLaDAGenerationMixin
 from .layers_nanollada import NanoLLaDAAttention, NanoLLaDADecoderLayer, NanoLLaDARMSNorm, NanoLLaDARotaryEmbedding
 from .loss_nanollada import linear_cross_entropy
 

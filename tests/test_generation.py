@@ -31,7 +31,7 @@ from transformers import (
 from nanollada.modeling_nanollada import (
     NanoLLaDAConfig,
 )
-from nanollada.modeling_nanollada.generation_nanollada import commit_quota
+from nanollada.modeling_nanollada.commit_nanollada import commit_quota
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_partial_last_block_is_seen_whole(block_model):
     handle = block_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    out = block_model.generate(PROMPT, max_new_tokens=2)
+    out = block_model.generate(PROMPT, max_new_tokens=2, use_cache=False)
     handle.remove()
     assert set(seen) == {8} and out.shape[1] == 7
 

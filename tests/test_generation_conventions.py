@@ -327,7 +327,7 @@ CACHE = DynamicCache()
         ({"no_repeat_ngram_size": 2}, "`no_repeat_ngram_size` is not supported"),
         ({"bad_words_ids": [[5]]}, "`bad_words_ids` is not supported"),
         ({"forced_eos_token_id": 2}, "`forced_eos_token_id` is not supported"),
-        ({"cache_implementation": "static"}, "`cache_implementation` is not supported .*got static"),
+        ({"cache_implementation": "offloaded"}, "`cache_implementation` must be one of .* got 'offloaded'"),
         ({"output_scores": True, "return_dict_in_generate": True}, "`output_scores` is not supported"),
         ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits` is not supported"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions` is not supported"),

@@ -20,7 +20,10 @@ from nanollada.hub_upload import verify
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAModel
 
 OLDEST = "5.17.0"
-ROOMS = ("configuration", "modeling", "layers", "attention", "loss", "generation")
+ROOMS = (
+    *("configuration", "modeling", "layers", "attention", "loss", "generation", "generation_config", "canvas"),
+    *("sampling", "commit", "prediction", "cache"),
+)
 CODE = {f"{name}_nanollada.py" for name in ROOMS}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VARIANTS = {

@@ -1,0 +1,136 @@
+"""The rows in the making: what is decided, what is open, where rows end."""
+
+import torch
+from torch.nn.functional import pad
+from transformers import StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from .generation_config_nanollada import require
+
+
+class Canvas:
+    """
+    The rows in the making, `[B, W]`: the prompt, then masks, then, for a model with `config.block_length`, what its
+    last block lacks: masks that are seen and never decoded, so that the block looks as it did in training.
+    """
+
+    def __init__(self, input_ids, attention_mask, settings, config):
+        rows, self.prompt_length = input_ids.shape
+        self.length = settings.max_length
+        new_tokens = self.length - self.prompt_length
+        whole, name = config.block_length, "the model's `config.block_length`"
+        if whole is None:
+            whole, name = new_tokens, "`max_new_tokens`"
+        block_length = settings.block_length or whole or 1
+        require(whole % block_length == 0, f"`block_length` must divide {name}, got {block_length} and {whole}")
+        visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        visible = pad(visible.bool(), (0, new_tokens), value=True)
+        lacking = -visible.sum(1) % (config.block_length or 1)  # [B]
+        width = int(lacking.max())
+        self.ids = pad(input_ids, (0, new_tokens + width), value=config.mask_token_id)  # [B, W]
+        self.visible = torch.cat((visible, torch.arange(width, device=input_ids.device) < lacking[:, None]), dim=1)
+        self.all_visible = bool(self.visible.all())
+        self.undecided = (self.ids == config.mask_token_id) & self.visible
+        self.undecided[:, self.length :] = False
+        message = f"`max_new_tokens` must be > 0 for a prompt without mask tokens, got {new_tokens}"
+        require(bool(self.undecided.any()), message)
+        self.given = self.visible & (self.ids != config.mask_token_id)  # the prompt, for guidance
+        self.columns = torch.arange(self.length, device=input_ids.device)
+        positions = torch.arange(self.ids.shape[1], device=input_ids.device) - self.prompt_length
+        if config.block_length is not None:  # the grid of training, from the row's first token
+            positions = self.visible.long().cumsum(1) - 1
+        self.blocks = (positions.clamp(min=0) // block_length).expand_as(self.ids)
+        self.ended = torch.zeros_like(self.undecided[:, 0])  # [B], rows that were stopped
+        pad_token_id = settings._pad_token_tensor
+        self.pad_token_id = None if pad_token_id is None else pad_token_id.to(input_ids.device)
+        self.mask_token_id = config.mask_token_id
+        self.committed = torch.zeros_like(self.undecided)
+        self.forwards = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
+        self.last = torch.full_like(self.forwards, self.length - 1)  # [B], the last column that is kept
+        self.checked = torch.full_like(self.forwards, self.prompt_length)  # [B], columns the criteria have seen
+        self.put = int(self.decided_columns().min())  # columns that the streamer has
+
+    def next_block(self):
+        """Each row's first block that holds undecided positions: these positions, `[B, W]`."""
+        first = self.blocks.masked_fill(~self.undecided, self.ids.shape[1]).amin(1, keepdim=True)
+        return self.undecided & (self.blocks == first)
+
+    def commit(self, rows, columns, selected, tokens):
+        """Decides the positions `selected`, `[R, w]`, of `rows` in the slice `columns`; after one forward pass."""
+        committed = torch.zeros_like(self.undecided)
+        committed[rows, columns] = selected
+        self.ids.masked_scatter_(committed, tokens)
+        self.undecided &= ~committed
+        self.committed |= committed
+        self.forwards[rows] += 1
+
+    def reopen(self, rows, columns, again):
+        """Masks the decided positions `again`, `[R, w]`, once more."""
+        reopened = torch.zeros_like(self.undecided)
+        reopened[rows, columns] = again
+        self.ids.masked_fill_(reopened, self.mask_token_id)
+        self.undecided |= reopened
+        self.committed &= ~reopened
+
+    def end(self, rows):
+        """No more work on these rows, a mask `[B]`."""
+        self.ended |= rows
+        self.undecided &= ~rows[:, None]
+
+    def decided_columns(self):
+        """`[B]`: columns before the first undecided one."""
+        return first_column(self.undecided[:, : self.length])
+
+    def stop_at_eos(self, eos_ids, release):
+        """Ends rows at their first generated EOS, if nothing is masked before it; `release`: their work, too."""
+        if len(eos_ids) == 0:
+            return
+        is_eos = torch.isin(self.ids[:, : self.length], eos_ids) & (self.columns >= self.prompt_length)
+        first = first_column(is_eos)  # [B]
+        ended = first < self.decided_columns()
+        self.last = torch.where(ended, torch.minimum(first, self.last), self.last)
+        if release:
+            self.end(ended)
+
+    def stop_by(self, criteria):
+        """Asks the stopping criteria about the columns decided since the last call, one after the other."""
+        done_here = (EosTokenCriteria, MaxLengthCriteria if criteria.max_length == self.length else EosTokenCriteria)
+        criteria = [item for item in criteria if not isinstance(item, done_here)]
+        decided = torch.minimum(self.decided_columns(), self.last + 1)  # [B]
+        if not criteria or int(decided.min()) < self.prompt_length:
+            return
+        require(self.pad_token_id is not None, "`pad_token_id` must be set for `stopping_criteria`, got None")
+        timers = StoppingCriteriaList(item for item in criteria if isinstance(item, MaxTimeCriteria))
+        others = StoppingCriteriaList(item for item in criteria if not isinstance(item, MaxTimeCriteria))
+        stopped = torch.zeros_like(decided, dtype=torch.bool)
+        for offset in range(int((decided - self.checked).max()) if others else 0):
+            end = torch.minimum(self.checked + offset, decided - 1)  # [B], the prefix's last column
+            width = int(end.max()) + 1
+            index = self.columns[:width] - (width - 1 - end)[:, None]
+            prefixes = self.ids.gather(1, index.clamp(min=0)).where(index >= 0, self.pad_token_id)  # flush right
+            done = others(prefixes, None) & (self.checked + offset < decided) & ~stopped
+            self.last = torch.where(done, torch.minimum(end, self.last), self.last)
+            stopped |= done
+        out_of_time = timers(self.ids, None)
+        self.last = torch.where(out_of_time, torch.minimum(decided - 1, self.last), self.last)
+        self.end(stopped | out_of_time)
+        self.checked = decided
+
+    def take_finished_columns(self):
+        """`[B, n]`: columns final in all rows and new to the streamer; none after the last row's end."""
+        final = torch.where(self.undecided.any(1), self.decided_columns(), self.length).amin()
+        start, self.put = self.put, max(self.put, int(torch.minimum(final, self.last.amax() + 1)))
+        return self.output()[:, start : self.put]
+
+    def output(self):
+        ids, after = self.ids[:, : self.length], self.columns > self.last[:, None]
+        return ids if self.pad_token_id is None else ids.where(~after, self.pad_token_id)
+
+    def tokens_per_forward(self):
+        kept = self.committed[:, : self.length] & (self.columns <= self.last[:, None])
+        return kept.sum(1) / self.forwards.clamp(min=1)
+
+
+def first_column(mask):
+    """`[B]`: the first True column of each row, or the number of columns."""
+    return torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1])

@@ -1,0 +1,234 @@
+"""The settings of the diffusion `generate`."""
+
+import copy
+import math
+
+from transformers import GenerationConfig
+
+_OWN_FIELDS = (
+    "block_length steps remasking position_score threshold low_threshold kl_threshold factor entropy_bound "
+    "commit_schedule ramp_start ramp_end max_commits remdm remdm_eta cfg_scale eos_policy early_stop grow_length "
+    "approximate_cache"
+).split()
+_DEFAULTS = {
+    "remasking": "low_confidence",
+    "position_score": "max_prob",
+    "commit_schedule": "equal",
+    "ramp_start": 0.08,
+    "ramp_end": 0.5,
+    "remdm_eta": 0.02,
+    "cfg_scale": 0.0,
+    "eos_policy": "none",
+    "early_stop": True,
+    "grow_length": False,
+    "use_cache": True,
+}
+_CHOICES = {
+    "remasking": ("low_confidence", "random"),
+    "position_score": ("max_prob", "margin", "entropy", "sampled_prob"),
+    "commit_schedule": ("equal", "ratio", "ramp"),
+    "remdm": ("cap", "rescale"),
+    "eos_policy": ("none", "last", "forbid"),
+    "approximate_cache": ("prefix", "dual"),
+    "cache_implementation": ("dynamic", "static"),
+}
+_SWITCHES = ("early_stop", "do_sample", "grow_length", "use_cache")
+_NUMBERS = (
+    ("temperature", ">= 0", lambda x: 0 <= x < math.inf),
+    ("cfg_scale", ">= 0", lambda x: 0 <= x < math.inf),
+    ("repetition_penalty", "> 0", lambda x: 0 < x < math.inf),
+    ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("threshold", ">= 0", lambda x: 0 <= x < math.inf),
+    ("low_threshold", ">= 0", lambda x: 0 <= x < math.inf),
+    ("kl_threshold", "> 0", lambda x: 0 < x <= math.inf),
+    ("factor", "> 0", lambda x: 0 < x < math.inf),
+    ("entropy_bound", ">= 0", lambda x: 0 <= x < math.inf),
+    ("ramp_start", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("ramp_end", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("remdm_eta", "in [0, 1]", lambda x: 0 <= x <= 1),
+)
+
+
+class NanoLLaDAGenerationConfig(GenerationConfig):
+    r"""
+    Settings of the diffusion `generate`; also accepted as its keyword arguments. Saved as `generation_config.json`.
+
+    Args:
+        max_new_tokens (`int`, *optional*): Mask tokens appended to the prompt; with 0 only the prompt's own masks are
+            filled. As in transformers, `max_length` is the alternative and 20 new tokens are the default.
+        block_length (`int`, *optional*): Tokens per block; blocks are decoded left to right. Defaults to the model's
+            `config.block_length`, else to `max_new_tokens` (one block: pure diffusion). Without
+            `config.block_length` it must divide `max_new_tokens`. With it, blocks are cut at multiples of
+            `block_length` from the row's first token, as in training, so the first and the last block may be partial;
+            it must divide `config.block_length`, since a longer one would show the model half-decoded context.
+        steps (`int`, *optional*): Denoising steps *per block*; a block of m masks commits ⌊m/steps⌋ tokens a step and
+            one more in the first m mod `steps`. More steps than masks, and `None`, mean one token per step. LLaDA
+            counts the steps of all blocks: its `steps=S, gen_length=G, block_length=b` is `steps=S * b // G` here.
+        temperature (`float`, *optional*): 0 is greedy, as is leaving both `temperature` and `do_sample` unset. With
+            `do_sample=True` the default is 1.0. Tokens are drawn by Gumbel-max in float64 (arXiv 2409.02908).
+        do_sample (`bool`, *optional*): `False` is the same as `temperature=0`. Unset, the temperature decides.
+        top_k (`int`, *optional*), top_p (`float`, *optional*): Truncate each draw's distribution. Off by default.
+        remasking (`str`, *optional*, defaults to `"low_confidence"`): Which positions to commit: those with the best
+            `position_score`, or `"random"` ones (the reverse process of LLaDA's eq. 3; `position_score` is not used).
+        position_score (`str`, *optional*, defaults to `"max_prob"`): `"max_prob"`: the largest probability;
+            `"margin"`: its distance to the second; `"entropy"`: the lowest entropy first; `"sampled_prob"`: the
+            probability of the drawn token, LLaDA's rule, which at temperatures above 0 distorts the samples towards
+            likely tokens. Scores come from the distribution before temperature, `top_k` and `top_p` (and after all
+            else), as in LLaDA. Ties go to the leftmost position.
+        threshold (`float`, *optional*): Commit every position whose score exceeds it, and never fewer than the quota
+            of `steps` (Fast-dLLM; LLaDA 2.0). Needs a score that is a probability.
+        low_threshold (`float`, *optional*): Beside `threshold`, also the best position of every run of neighbouring
+            masks, if above this (hierarchical decoding of dInfer).
+        kl_threshold (`float`, *optional*): Of the positions above `threshold`, only those whose distribution moved by
+            less than this since the step before: KL in nats (KLASS, with a history of one step).
+        factor (`float`, *optional*): Commit the n best positions for the largest n with (n + 1)(1 − c₍ₙ₎) < `factor`,
+            c₍ₙ₎ the score of the n-th (Fast-dLLM).
+        entropy_bound (`float`, *optional*): Commit the largest set of lowest entropies with Σ H − max H ≤ this, in
+            nats (EB-Sampler).
+        commit_schedule (`str`, *optional*, defaults to `"equal"`): How many tokens a step commits at least (with the
+            rules above) or exactly (without): `"equal"` shares of `steps`; `"ratio"`: of n masks round(n·s/t) stay
+            masked; `"ramp"`: a growing share of the open masks, and with the rules above the most that they may take.
+        ramp_start (`float`, *optional*, defaults to 0.08), ramp_end (`float`, *optional*, defaults to 0.5): The ramp's
+            share for a block without and with nearly all positions decided.
+        max_commits (`int`, *optional*): Never more tokens per step and row; a block takes as many steps as it needs.
+        remdm (`str`, *optional*): ReMDM: each of a block's `steps` masks decided tokens again with probability σ
+            and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max); `"rescale"`: `remdm_eta`·σ_max.
+        remdm_eta (`float`, *optional*, defaults to 0.02): See `remdm`.
+        cfg_scale (`float`, *optional*, defaults to 0.0): Classifier-free guidance w: logits become
+            z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off.
+        repetition_penalty (`float`, *optional*): As in transformers; counts the tokens visible in the row.
+        eos_policy (`str`, *optional*, defaults to `"none"`): `"last"`: positions whose likeliest token (drawn token,
+            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"forbid"`: never an EOS.
+        early_stop (`bool`, *optional*, defaults to `True`): Stop working on a row once an EOS has nothing masked
+            before it. What comes after is padded in any case, so this saves time and changes no token that is kept.
+        grow_length (`bool`, *optional*, defaults to `False`): Show the model no masks behind the current block ("block
+            diffusion LLaDA"). A model with `config.block_length` never sees them.
+        use_cache (`bool`, *optional*, defaults to `True`): Keep keys and values of finished blocks where that is
+            exact: in models with `config.block_length`.
+        approximate_cache (`str`, *optional*): For models without: freeze keys and values outside the current block
+            while it is decoded, those before it (`"prefix"`) or all (`"dual"`; Fast-dLLM). Changes results.
+        cache_implementation (`str`, *optional*): `"dynamic"` (default): the cache grows. `"static"`: it has its final
+            size at once, so that a compiled forward sees one shape.
+
+    Raises:
+        `ValueError`: for values out of range, for `do_sample` and `temperature` that contradict each other, and for
+            commit rules that exclude each other.
+    """
+
+    def __init__(self, **kwargs):
+        for name in _OWN_FIELDS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, config: GenerationConfig) -> "NanoLLaDAGenerationConfig":
+        """The same settings as this class. A plain config's `_from_model_config` would drop our fields on reload."""
+        return cls(**{key: value for key, value in config.to_dict().items() if not key.startswith("_")})
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "NanoLLaDAGenerationConfig":
+        """As in transformers: the special tokens. The base method fails for subclasses with fields of their own."""
+        return cls.from_config(GenerationConfig.from_model_config(model_config))
+
+    @staticmethod
+    def _get_default_generation_params() -> dict:
+        defaults = GenerationConfig._get_default_generation_params()
+        for name in ("do_sample", "temperature", "top_k", "top_p"):  # unset means greedy, and no truncation
+            del defaults[name]
+        return {**defaults, **_DEFAULTS}
+
+    def get_temperature(self) -> float:
+        """The temperature that `temperature` and `do_sample` mean together; 0.0 is greedy."""
+        return float(bool(self.do_sample) if self.temperature is None else self.temperature)
+
+    def to_diff_dict(self) -> dict:
+        settings = {name: value for name, value in super().to_diff_dict().items() if value is not None}
+        if self.temperature is not None:
+            settings["do_sample"] = self.get_temperature() > 0  # or pipelines would add their own
+        return settings
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs) -> dict:
+        """As in transformers. Of `do_sample` and `temperature`, what the new value contradicts goes."""
+        for name, other in (("do_sample", "temperature"), ("temperature", "do_sample")):
+            if not contradict(**{name: kwargs.get(name), other: getattr(self, other)}):
+                continue
+            if defaults_only:
+                del kwargs[name]  # what is set stays
+            elif kwargs.get(other) is None:
+                setattr(self, other, None)  # the later word counts
+        return super().update(defaults_only, allow_custom_entries, **kwargs)
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        self._validate_values()
+        self._validate_rule()
+        rule = "`do_sample` must be False where `temperature` is 0 and True where it is not"
+        message = f"{rule}, got {self.do_sample} and {self.temperature}"
+        require(not contradict(self.do_sample, self.temperature), message)
+        # The base class takes an unset `do_sample` for greedy, and knows no prompt that holds masks.
+        view = copy.copy(self)
+        view.do_sample = self.get_temperature() > 0
+        view.temperature = self.temperature if view.do_sample else None
+        view.max_new_tokens = self.max_new_tokens or None
+        super(NanoLLaDAGenerationConfig, view).validate(strict=strict, user_set_attributes=user_set_attributes)
+
+    def _validate_values(self) -> None:
+        """Each setting for itself."""
+        integers = ("max_new_tokens", 0), ("block_length", 1), ("steps", 1), ("top_k", 0), ("max_commits", 1)
+        for name, low in integers:
+            value = getattr(self, name)
+            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low)
+            require(good, f"`{name}` must be an integer >= {low}, got {value!r}")
+        for name, rule, test in _NUMBERS:
+            value = getattr(self, name)
+            good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and test(value))
+            require(good, f"`{name}` must be a number {rule}, got {value!r}")
+        for name, choices in (*_CHOICES.items(), *((name, (True, False)) for name in _SWITCHES)):
+            value = getattr(self, name)
+            require(value is None or value in choices, f"`{name}` must be one of {choices}, got {value!r}")
+
+    def commit_rule(self) -> str:
+        """What the settings mean: "quota", "threshold", "hierarchical", "klass", "factor" or "entropy_bound"."""
+        if self.factor is not None:
+            return "factor"
+        if self.entropy_bound is not None:
+            return "entropy_bound"
+        if self.threshold is None:
+            return "quota"
+        if self.low_threshold is not None:
+            return "hierarchical"
+        return "threshold" if self.kl_threshold is None else "klass"
+
+    def _validate_rule(self) -> None:
+        """One commit rule at a time, with all that it needs."""
+        named = [name for name in ("threshold", "factor", "entropy_bound", "remdm") if getattr(self, name) is not None]
+        require(len(named) < 2, f"Only one of `threshold`, `factor`, `entropy_bound`, `remdm` may be set, got {named}")
+        for name in ("low_threshold", "kl_threshold"):
+            alone = getattr(self, name) is not None and self.threshold is None
+            require(not alone, f"`{name}` refines `threshold`, which must be set, got None")
+        both = self.low_threshold is not None and self.kl_threshold is not None
+        message = f"may be set, got {self.low_threshold} and {self.kl_threshold}"
+        require(not both, f"Only one of `low_threshold` and `kl_threshold` {message}")
+        if self.low_threshold is not None:
+            message = f"`low_threshold` must not exceed `threshold`, got {self.low_threshold} and {self.threshold}"
+            require(self.low_threshold <= self.threshold, message)
+        probability = self.remasking != "random" and self.position_score != "entropy"
+        if self.threshold is not None or self.factor is not None:
+            message = "`threshold` and `factor` need probabilities: `remasking` must not be 'random', nor"
+            found = f"got {self.remasking!r} and {self.position_score!r}"
+            require(probability, f"{message} `position_score` 'entropy', {found}")
+        scheduled = self.commit_schedule not in (None, "equal") or self.max_commits is not None
+        message = "`remdm` decides itself what a step commits: `commit_schedule` and `max_commits` must be unset, got "
+        require(self.remdm is None or not scheduled, f"{message}{self.commit_schedule!r} and {self.max_commits}")
+        ramp = self.commit_schedule == "ramp" and self.steps is not None
+        require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
+
+
+def contradict(do_sample, temperature) -> bool:
+    """Whether the two can't both be meant."""
+    return do_sample is not None and isinstance(temperature, (int, float)) and bool(do_sample) != (temperature > 0)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
