@@ -119,4 +119,5 @@ def remdm_rates(steps: torch.Tensor, step: int, schedule: str, eta: float) -> tu
     visible = 1 - masked_now
     largest = torch.where(visible > 0, (masked_next / visible.clamp(min=1e-300)).clamp(max=1), 0)
     sigma = largest.clamp(max=eta) if schedule == "cap" else eta * largest
-    return sigma, (1 - masked_next - (1 - sigma) * visible) / masked_now
+    decide = (1 - masked_next - (1 - sigma) * visible) / masked_now
+    return sigma, torch.where(left > 1, decide.clamp(max=1), 1)  # the last step's rounding would leave a mask

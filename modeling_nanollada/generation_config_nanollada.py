@@ -91,8 +91,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         ramp_start (`float`, *optional*, defaults to 0.08), ramp_end (`float`, *optional*, defaults to 0.5): The ramp's
             share for a block without and with nearly all positions decided.
         max_commits (`int`, *optional*): Never more tokens per step and row; a block takes as many steps as it needs.
-        remdm (`str`, *optional*): ReMDM: each of a block's `steps` masks decided tokens again with probability σ
-            and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max); `"rescale"`: `remdm_eta`·σ_max.
+        remdm (`str`, *optional*): ReMDM: each of a block's `steps`, which may be more than its masks, masks decided
+            tokens again with probability σ and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max);
+            `"rescale"`: `remdm_eta`·σ_max.
         remdm_eta (`float`, *optional*, defaults to 0.02): See `remdm`.
         cfg_scale (`float`, *optional*, defaults to 0.0): Classifier-free guidance w: logits become
             z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off.

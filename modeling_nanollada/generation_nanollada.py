@@ -146,6 +146,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         """Decodes the positions `block`, `[B, W]`, of all rows; each row has its own masks, steps and quota."""
         masked = block.sum(1)  # [B]
         steps = masked if settings.steps is None else masked.clamp(max=settings.steps)
+        if settings.remdm is not None and settings.steps is not None:
+            steps = torch.full_like(masked, settings.steps)  # more steps than masks have a use
         begin, end = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
         columns = slice(begin, end + 1)
         reader.start_block(block, columns)

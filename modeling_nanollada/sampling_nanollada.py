@@ -121,7 +121,8 @@ class Sampler:
             share = commit_ratio(still_open, step.steps, step.index)
         else:
             share = commit_quota(step.masked, step.steps, step.index)
-        share = share.clamp(min=1)  # what a limit or a rounding left over still comes
+        if settings.commit_schedule != "ramp":  # what `max_commits` left over is owed after the last step
+            share = torch.where(step.steps > step.index, share.clamp(min=1), still_open)
         if settings.commit_rule() == "quota":
             return best(ranked, share.clamp(max=limit))
         chosen = self.confident(ranked, logits, active, step) | best(ranked, share)
