@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-DIFFUSION_ONLY = ("block_length", "steps", "remasking", "position_score", "cfg_scale", "eos_policy", "early_stop")
+DIFFUSION_ONLY = tuple(
+    "block_length steps remasking position_score threshold low_threshold kl_threshold factor entropy_bound "
+    "commit_schedule ramp_start ramp_end max_commits remdm remdm_eta cfg_scale eos_policy early_stop grow_length "
+    "approximate_cache".split()
+)
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
 
 
@@ -54,6 +58,35 @@ class DecodingArguments:
     )
     early_stop: bool | None = field(
         default=None, metadata={"help": "Diffusion: stop at an end of text with nothing undecided before it."}
+    )
+
+    threshold: float | None = field(
+        default=None, metadata={"help": "Diffusion: decide all that is surer than this, at least one token a step."}
+    )
+    low_threshold: float | None = field(
+        default=None, metadata={"help": "Diffusion: with `threshold`, also the surest of every gap above this."}
+    )
+    kl_threshold: float | None = field(
+        default=None, metadata={"help": "Diffusion: with `threshold`, only what moved by less than this, KL in nats."}
+    )
+    factor: float | None = field(default=None, metadata={"help": "Diffusion: Fast-dLLM's factor rule."})
+    entropy_bound: float | None = field(default=None, metadata={"help": "Diffusion: EB-Sampler's bound, in nats."})
+    commit_schedule: Literal["equal", "ratio", "ramp"] | None = field(
+        default=None, metadata={"help": "Diffusion: how many tokens each step decides."}
+    )
+    ramp_start: float | None = field(default=None, metadata={"help": "Diffusion: first share of the ramp."})
+    ramp_end: float | None = field(default=None, metadata={"help": "Diffusion: last share of the ramp."})
+    max_commits: int | None = field(default=None, metadata={"help": "Diffusion: at most so many tokens a step."})
+    remdm: Literal["cap", "rescale"] | None = field(
+        default=None, metadata={"help": "Diffusion: ReMDM, which hides decided tokens again."}
+    )
+    remdm_eta: float | None = field(default=None, metadata={"help": "Diffusion: how much of that."})
+    grow_length: bool | None = field(default=None, metadata={"help": "Diffusion: no masks behind the block."})
+    use_cache: bool | None = field(
+        default=None, metadata={"help": "Keep keys and values where that is exact (default)."}
+    )
+    approximate_cache: Literal["prefix", "dual"] | None = field(
+        default=None, metadata={"help": "Diffusion: freeze what surrounds a block (Fast-dLLM); changes results."}
     )
 
     def given(self) -> dict:
@@ -204,7 +237,7 @@ def generation_settings(model, **given) -> dict:
 
 def effective_settings(model, **given) -> dict:
     """What decides the text, to be reported: the options that were given, and the checkpoint's own."""
-    names = [item.name for item in fields(DecodingArguments)]
+    names = [item.name for item in fields(DecodingArguments) if item.name != "use_cache"]  # changes no text
     own = {name: getattr(model.generation_config, name, None) for name in names}
     settings = {**own, **generation_settings(model, **given)}
     return {name: value for name, value in settings.items() if value is not None}

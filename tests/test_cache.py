@@ -159,9 +159,11 @@ def test_an_approximate_cache_freezes_what_it_says(steps, name, cfg_scale):
     """The plain way: one layer's keys depend on the embeddings alone, so that frozen ones are those of older ids."""
     model = build(num_hidden_layers=1)
     prompt = torch.tensor([[5, 6, 7, 8]])
-    model.generate(prompt, max_new_tokens=4, block_length=4, cfg_scale=cfg_scale, approximate_cache=name)
+    run = {"max_new_tokens": 8, "block_length": 4, "cfg_scale": cfg_scale, "eos_policy": "forbid"}
+    model.generate(prompt, **run, approximate_cache=name)
     # one layer: outside the block nothing changed since its first step, so frozen equals fresh
-    model.generate(prompt, max_new_tokens=4, block_length=4, cfg_scale=cfg_scale)
+    model.generate(prompt, **run)
+    assert len(steps["FrozenContext"]) == 8
     for expected, found in zip(steps["WholeRows"], steps["FrozenContext"], strict=True):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
