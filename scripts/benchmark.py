@@ -1,6 +1,7 @@
 """Measures what this machine makes of the package; every figure with its spread, beside what the hardware can do.
 
 python scripts/benchmark.py train --data rows.jsonl --size 32m --max_length 256
+python scripts/benchmark.py generate --model checkpoint --ar_model its_twin --score_data answers.jsonl
 
 `--help` after the command lists its options.
 """
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMANDS = {"train": "nanollada.scripts.benchmark_train"}
+COMMANDS = {"train": "nanollada.scripts.benchmark_train", "generate": "nanollada.scripts.benchmark_generate"}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 

@@ -1,0 +1,505 @@
+"""`benchmark.py generate`: what each way of decoding costs, and what it is worth.
+
+Decoders are measured in one run, round by round: `generate` under each commit rule; `llada`, LLaDA's published
+sampler as a plain loop (the whole canvas through the model, all logits, one token a step; `llada/2` commits two); and
+`ar`, the AR twin under transformers' `generate` with its cache. Timed calls forbid EOS, so that all emit the same
+number of tokens. Scores (exact match on answers, `--score_data`) have the normal EOS. Without a checkpoint the weights
+are random: speed only.
+
+A pass of Q queries over K keys needs Q · (2 · weights of layers and head + 4 · layers · heads · head_dim · K) FLOPs.
+"""
+
+import itertools
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nanollada.scripts.benchmark import device_name, in_fresh_process, peak_memory, spread, synchronize
+from nanollada.scripts.benchmark_measure import SIZES
+
+DECODERS = {
+    "llada": None,
+    "llada/2": None,
+    "ar": None,
+    "quota": {},
+    "quota, no cache": {"use_cache": False},
+    "2 a step": {"tokens_per_step": 2},
+    "4 a step": {"tokens_per_step": 4},
+    "8 a step": {"tokens_per_step": 8},
+    "threshold 0.5": {"threshold": 0.5},
+    "threshold 0.7": {"threshold": 0.7},
+    "threshold 0.9": {"threshold": 0.9},
+    "hierarchical": {"threshold": 0.9, "low_threshold": 0.4},
+    "klass": {"threshold": 0.9, "kl_threshold": 0.01},
+    "factor 1": {"factor": 1.0},
+    "entropy bound 0.5": {"entropy_bound": 0.5},
+    "prefix": {"approximate_cache": "prefix"},
+    "dual": {"approximate_cache": "dual"},
+    "dual, threshold 0.9": {"approximate_cache": "dual", "threshold": 0.9},
+}
+PLAIN = ("llada", "llada/2", "ar")
+MEASURE = "nanollada.scripts.benchmark_generate:measure"
+SCORE = "nanollada.scripts.benchmark_generate:score"
+run = in_fresh_process
+
+
+@dataclass
+class GenerateBenchmarkArguments:
+    """
+    What is decoded, and how.
+
+    Raises:
+        `ValueError`: for unknown decoders and values out of range.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Diffusion checkpoint. Default: random weights."})
+    ar_model: str | None = field(default=None, metadata={"help": "Its AR twin, for the decoder `ar`."})
+    size: str = field(default="32m", metadata={"help": f"Shape of random weights: {', '.join(SIZES)}."})
+    model_block_length: int = field(default=32, metadata={"help": "Its blocks; 0: the whole row."})
+    decoders: list[str] = field(
+        default_factory=lambda: ["llada", "llada/2", "ar", "quota", "threshold 0.9"],
+        metadata={"help": f"Of {', '.join(DECODERS)}; or settings of `generate` as JSON."},
+    )
+    prompt_lengths: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Tokens of the prompt, questions and answers of `score_data` in a row. 0: one question."},
+    )
+    new_tokens: list[int] = field(default_factory=lambda: [128], metadata={"help": "Tokens to decode."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Rows at once."})
+    block_length: int | None = field(default=None, metadata={"help": "`block_length` of `generate`, and of `llada`."})
+    score_data: str | None = field(default=None, metadata={"help": "Rows with answers, for prompts and scores."})
+    score_rows: int = field(default=100, metadata={"help": "How many of them are scored; 0: none."})
+    score_batch_size: int = field(default=16, metadata={"help": "Rows at once in scoring."})
+    repeats: int = field(default=3, metadata={"help": "Processes for each measurement."})
+    calls: int = field(default=3, metadata={"help": "Timed calls in each, after one that is not timed."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
+    seed: int = field(default=0, metadata={"help": "Of random weights and prompts."})
+    output: str | None = field(default=None, metadata={"help": "JSON file; a plot goes beside it."})
+
+    def __post_init__(self):
+        for name in self.decoders:
+            decoder_settings(name)
+        for name, low in (("prompt_lengths", 0), ("new_tokens", 1), ("batch_sizes", 1)):
+            values = getattr(self, name)
+            if not values or min(values) < low:
+                raise ValueError(f"`{name}` must hold numbers >= {low}, got {values}")
+        for name, low in (("repeats", 1), ("calls", 1), ("score_rows", 0), ("model_block_length", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"`{name}` must be >= {low}, got {getattr(self, name)}")
+        if self.size not in SIZES:
+            raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {self.size!r}")
+        if "ar" in self.decoders and self.model is not None and self.ar_model is None:
+            raise ValueError("`ar_model` must be set for the decoder 'ar' beside a `model`, got None")
+
+
+def decoder_settings(name: str) -> dict | None:
+    """The settings of a decoder: a name of `DECODERS`, or JSON. `None` for the plain ones."""
+    if name in DECODERS:
+        return DECODERS[name]
+    try:
+        settings = json.loads(name)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"`decoders` must be among {', '.join(DECODERS)}, or settings as JSON, got {name!r}")
+    return settings
+
+
+# ---- one process
+
+
+def load(model: str | None, size: str, block_length: int, seed: int, causal: bool):
+    """A checkpoint with its tokenizer, or random weights without one."""
+    import torch
+
+    from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+    from nanollada.scripts.generate import load_checkpoint
+
+    if model is not None:
+        return load_checkpoint(model)
+    torch.manual_seed(seed)
+    config = NanoLLaDAConfig(**SIZES[size], block_length=None if causal else block_length or None)
+    built = (NanoLLaDAForCausalLM if causal else NanoLLaDAForMaskedLM)(config)
+    return built.to(device_name()).eval(), None
+
+
+def prompts(tokenizer, data: str | None, rows: int, length: int, vocab_size: int, seed: int):
+    """`input_ids` and `attention_mask`, left-padded: questions, or texts of `length` tokens."""
+    import torch
+
+    if tokenizer is None or data is None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(8, vocab_size, (rows, length or 16), generator=generator)
+        return ids, torch.ones_like(ids)
+    found = [list(question) + list(answer) * bool(length) for question, answer in questions(tokenizer, data)]
+    if length:
+        stream = list(itertools.chain.from_iterable(found))
+        stream *= -(-(rows * length) // len(stream))
+        found = [stream[row * length : (row + 1) * length] for row in range(rows)]
+    found = [found[row % len(found)] for row in range(rows)]
+    width = max(map(len, found))
+    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in found]
+    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in found])
+
+
+def questions(tokenizer, data: str) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) ids of the rows."""
+    from nanollada.scripts.evaluate import _questions
+
+    return _questions(tokenizer, _rows(data))
+
+
+def _rows(data: str):
+    from nanollada.trainers.rows import RowPolicy, SourceArguments, read_examples, resolve_source
+
+    return read_examples(resolve_source(data, SourceArguments()), RowPolicy("stop"))
+
+
+def measure(
+    decoder: str,
+    model: str | None,
+    *,
+    size: str,
+    model_block_length: int,
+    data: str | None,
+    prompt_length: int,
+    new_tokens: int,
+    batch_size: int,
+    block_length: int | None,
+    calls: int,
+    threads: int | None,
+    seed: int,
+) -> dict:
+    """
+    Decodes `calls` times after one warm-up call.
+
+    Returns:
+        `dict`: `seconds` of each call, `tokens` (new ones, all rows), `tokens_per_forward`, `peak_bytes`,
+            `prompt_tokens`, and `parameters` (those of layers and head) with the shape, for the FLOPs.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = device_name()
+    network, tokenizer = load(model, size, model_block_length, seed, decoder == "ar")
+    config = network.config
+    ids, mask = prompts(tokenizer, data, batch_size, prompt_length, config.vocab_size, seed)
+    ids, mask = ids.to(device), mask.to(device)
+    decode = decoder_of(decoder, network, new_tokens, block_length)
+    found, seconds = decode(ids, mask), []
+    for _ in range(calls):
+        synchronize(device)
+        start = time.perf_counter()
+        found = decode(ids, mask)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    layers = sum(value.numel() for name, value in network.named_parameters() if "embed_tokens" not in name)
+    tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return {
+        "seconds": seconds,
+        "tokens": new_tokens * batch_size,
+        "tokens_per_forward": found[1],
+        "peak_bytes": peak_memory(device),
+        "prompt_tokens": ids.shape[1],
+        "parameters": layers + tied,
+        "attention_width": width,
+        "block_length": config.block_length,
+    }
+
+
+def decoder_of(name: str, network, new_tokens: int, block_length: int | None):
+    """A function of ids and mask that returns the whole rows and the new tokens per forward pass."""
+    if name == "ar":
+        return lambda ids, mask: (ar_tokens(network, ids, mask, new_tokens), 1.0)
+    if name in PLAIN:
+        per_step = 2 if name == "llada/2" else 1
+        return lambda ids, mask: (plain_llada(network, ids, mask, new_tokens, block_length, per_step), float(per_step))
+    settings = generate_settings(decoder_settings(name), network.config, new_tokens, block_length)
+
+    def decode(ids, mask):
+        found = network.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            temperature=0.0,
+            eos_policy="forbid",
+            return_dict_in_generate=True,
+            **no_eos(network),
+            **settings,
+        )
+        return found.sequences, float(found.tokens_per_forward.mean())
+
+    return decode
+
+
+def generate_settings(settings: dict, config, new_tokens: int, block_length: int | None) -> dict:
+    """A decoder's settings for `generate`; `tokens_per_step` becomes `steps` of a block."""
+    settings = dict(settings)
+    if block_length is not None:
+        settings.setdefault("block_length", block_length)
+    per_step = settings.pop("tokens_per_step", None)
+    if per_step is not None:
+        size = settings.get("block_length") or config.block_length or new_tokens
+        settings["steps"] = -(-size // per_step)
+    return settings
+
+
+def no_eos(network) -> dict:
+    """An EOS to forbid and a pad token, for models whose generation config has none."""
+    own = network.generation_config
+    eos = network.config.vocab_size - 1 if own.eos_token_id is None else own.eos_token_id
+    return {"eos_token_id": eos, "pad_token_id": own.pad_token_id or 0}
+
+
+def ar_tokens(network, ids, mask, new_tokens: int):
+    """transformers' greedy `generate` with its cache; it can't stop early."""
+    return network.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        **no_eos(network),
+    )
+
+
+def plain_llada(network, ids, mask, new_tokens: int, block_length: int | None, per_step: int):
+    """
+    LLaDA's sampler at temperature 0 (arXiv 2502.09992, appendix B.4), as its authors publish it: the whole canvas and
+    all logits in every step, block by block, the most certain tokens first. EOS is forbidden.
+    """
+    import torch
+
+    mask_id, size = network.config.mask_token_id, block_length or network.config.block_length or new_tokens
+    never = torch.tensor(no_eos(network)["eos_token_id"], device=ids.device).flatten()
+    canvas = torch.nn.functional.pad(ids, (0, new_tokens), value=mask_id)  # [B, L]
+    visible = torch.nn.functional.pad(mask, (0, new_tokens), value=1)
+    with torch.no_grad():
+        for begin in range(ids.shape[1], canvas.shape[1], size):
+            end = min(begin + size, canvas.shape[1])
+            while bool((canvas[:, begin:end] == mask_id).any()):
+                logits = network(canvas, attention_mask=visible).logits.float()  # [B, L, V]
+                logits[..., never] = -torch.inf
+                confidence, tokens = logits.softmax(-1, dtype=torch.double).max(-1)
+                confidence[canvas != mask_id] = -torch.inf
+                confidence[:, end:] = -torch.inf
+                count = min(per_step, int((canvas[0, begin:end] == mask_id).sum()))
+                chosen = confidence.topk(count, dim=1).indices
+                canvas.scatter_(1, chosen, tokens.gather(1, chosen))
+    return canvas
+
+
+def score(
+    decoder: str, model: str, *, data: str, rows: int, batch_size: int, block_length: int | None, threads: int | None
+) -> dict:
+    """Exact match with the normal EOS: `value`, `standard_error`, `rows`. LLaDA's loops decode as a quota does."""
+    import torch
+
+    from nanollada.scripts.evaluate import exact_match
+
+    if threads:
+        torch.set_num_threads(threads)
+    network, tokenizer = load(model, "", 0, 0, False)
+    settings = {"llada": {"use_cache": False}, "llada/2": {"use_cache": False, "tokens_per_step": 2}, "ar": {}}
+    settings = settings[decoder] if decoder in PLAIN else decoder_settings(decoder)
+    answers = [answer for _, answer in itertools.islice(questions(tokenizer, data), rows)]
+    if decoder != "ar":
+        settings = generate_settings(settings, network.config, max(map(len, answers)), block_length)
+    found = exact_match(
+        network, tokenizer, list(itertools.islice(_rows(data), rows)), batch_size=batch_size, **settings
+    )
+    return {name: found[name] for name in ("value", "standard_error", "rows", "truncated")}
+
+
+# ---- all of them
+
+
+def benchmark(args: GenerateBenchmarkArguments) -> dict:
+    """
+    Returns:
+        `dict`: `results`, a record for each decoder, prompt length, number of new tokens and batch size ([`summary`]);
+            `scores` by decoder; `slopes` ([`slopes`]); and `runs` (what `measure` returned).
+    """
+    from tqdm.auto import tqdm
+
+    grid = list(itertools.product(args.prompt_lengths, args.new_tokens, args.batch_sizes, args.decoders))
+    shared = {name: getattr(args, name) for name in ("size", "model_block_length", "block_length", "calls", "threads")}
+    shared |= {"seed": args.seed, "data": args.score_data}
+    runs, scores = [], {}
+    for repeat, cell in tqdm(list(itertools.product(range(args.repeats), grid)), desc="Measuring", unit=" runs"):
+        names = dict(zip(("prompt_length", "new_tokens", "batch_size", "decoder"), cell, strict=True))
+        model = args.ar_model if names["decoder"] == "ar" else args.model
+        runs.append({**names, "repeat": repeat, **run(MEASURE, model=model, **names, **shared)})
+    if args.model is not None and args.score_data is not None and args.score_rows:
+        options = {"data": args.score_data, "rows": args.score_rows, "batch_size": args.score_batch_size}
+        options |= {"block_length": args.block_length, "threads": args.threads}
+        for name in tqdm(args.decoders, desc="Scoring", unit=" decoders"):
+            model = args.ar_model if name == "ar" else args.model
+            scores[name] = run(SCORE, decoder=name, model=model, **options)
+    results = [summary(runs, *cell) for cell in grid]
+    return {"results": results, "scores": scores, "slopes": slopes(results), "runs": runs}
+
+
+def summary(runs: list[dict], prompt_length: int, new_tokens: int, batch_size: int, decoder: str) -> dict:
+    """Medians over repeats (of each process's fastest call), and ratios to the plain decoders of the same repeat."""
+    cell = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size}
+    here = [found for found in runs if all(found[name] == value for name, value in cell.items())]
+    times = {}
+    for found in here:
+        times.setdefault(found["decoder"], []).append(min(found["seconds"]))
+    mine = next(found for found in here if found["decoder"] == decoder)
+    speed = spread([mine["tokens"] / seconds for seconds in times[decoder]])
+    found = {**cell, "decoder": decoder, "seconds": spread(times[decoder]), "tokens_per_second": speed}
+    for name in PLAIN:
+        pairs = list(zip(times.get(name, []), times[decoder], strict=False))
+        found[f"times_{name}"] = spread([base / seconds for base, seconds in pairs]) if pairs else None
+    names = ("tokens_per_forward", "peak_bytes", "prompt_tokens")
+    return {**found, **{name: mine[name] for name in names}, "flops": flops(mine, decoder, new_tokens, batch_size)}
+
+
+def flops(run: dict, decoder: str, new_tokens: int, batch_size: int) -> float:
+    """FLOPs that the decoder's passes need, by the formula at the top."""
+    prompt, steps = run["prompt_tokens"], new_tokens / run["tokens_per_forward"]
+    total = prompt + new_tokens
+
+    def passes(queries, keys):
+        return queries * (2 * run["parameters"] + 4 * run["attention_width"] * keys)
+
+    if decoder == "ar":
+        need = passes(prompt, prompt / 2) + new_tokens * passes(1, prompt + new_tokens / 2)
+    elif decoder in PLAIN or not run["block_length"]:
+        need = steps * passes(total, total)
+    elif (decoder_settings(decoder) or {}).get("use_cache") is False:  # rows up to the block at work
+        need = steps * passes(prompt + new_tokens / 2, prompt + new_tokens / 2)
+    else:  # each step a block, and each finished block once more
+        block = run["block_length"]
+        need = passes(prompt, prompt / 2) + (steps + new_tokens / block) * passes(block, prompt + new_tokens / 2)
+    return need * batch_size
+
+
+def slopes(results: list[dict]) -> list[dict]:
+    """For decoders measured at several lengths: d log(seconds) / d log(new tokens), and that of the FLOPs."""
+    found = []
+    for key, group in itertools.groupby(sorted(results, key=_not_length), key=lambda item: _not_length(item)):
+        group = list(group)
+        if len(group) > 1:
+            lengths = [math.log(item["new_tokens"]) for item in group]
+            cells = dict(zip(("decoder", "prompt_length", "batch_size"), key, strict=True))
+            times = slope(lengths, [math.log(item["seconds"]["median"]) for item in group])
+            need = slope(lengths, [math.log(item["flops"]) for item in group])
+            found.append({**cells, "seconds": times, "flops": need})
+    return found
+
+
+def _not_length(item: dict) -> tuple:
+    return item["decoder"], item["prompt_length"], item["batch_size"]
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the least-squares line."""
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+# ---- report
+
+
+def table(found: dict):
+    """The results as a `rich` table: medians, in brackets the range over repeats."""
+    from rich.table import Table
+
+    made = Table(title="generate")
+    names = (
+        "decoder",
+        "prompt",
+        "new",
+        "batch",
+        "seconds",
+        "tokens/s",
+        "per pass",
+        "× llada",
+        "× ar",
+        "peak MB",
+        "score",
+    )
+    for name in names:
+        made.add_column(name, justify="left" if name == "decoder" else "right")
+    for result in found["results"]:
+        scored = found["scores"].get(result["decoder"])
+        made.add_row(
+            result["decoder"],
+            *(str(result[name]) for name in ("prompt_tokens", "new_tokens", "batch_size")),
+            f"{result['seconds']['median']:.3g}",
+            f"{result['tokens_per_second']['median']:,.0f}",
+            f"{result['tokens_per_forward']:.2f}",
+            *(ranged(result[f"times_{name}"]) for name in ("llada", "ar")),
+            f"{result['peak_bytes'] / 1e6:,.0f}",
+            f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
+        )
+    return made
+
+
+def ranged(values: dict | None) -> str:
+    """`median [low, high]`."""
+    return f"{values['median']:.2f} [{values['low']:.2f}, {values['high']:.2f}]" if values else ""
+
+
+def plot(found: dict, path: str | Path) -> None:
+    """Score against tokens per second, a point per decoder, at the first prompt length, number of tokens and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = found["results"][0]
+    cell = ("prompt_length", "new_tokens", "batch_size")
+    points = [item for item in found["results"] if all(item[name] == first[name] for name in cell)]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for item in points:
+        scored, speed = found["scores"][item["decoder"]], item["tokens_per_second"]
+        reach = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
+        axes.errorbar(
+            speed["median"], scored["value"], xerr=reach, yerr=scored["standard_error"], marker="o", capsize=2
+        )
+        axes.annotate(item["decoder"], (speed["median"], scored["value"]), textcoords="offset points", xytext=(5, 5))
+    axes.set(xscale="log", xlabel="new tokens per second", ylabel="exact match")
+    axes.set_title(
+        f"{first['new_tokens']} new tokens, batch {first['batch_size']}; bars: range of runs, standard error"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Parses arguments (or `--config file.yaml`), measures, prints, saves, and returns what was found."""
+    from trl import TrlParser
+
+    (args,) = TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv)
+    from nanollada.scripts.trace import require_rich
+    from nanollada.trainers.setup import hardware, versions
+
+    require_rich("the table of results")
+    found = benchmark(args)
+    from rich.console import Console
+
+    Console().print(table(found))
+    for item in found["slopes"]:
+        print(
+            "{decoder}, batch {batch_size}: seconds ~ tokens^{seconds:.2f}, FLOPs ~ tokens^{flops:.2f}".format(**item)
+        )
+    if args.output is not None:
+        facts = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "hardware": hardware()}
+        facts |= {"versions": versions(), "arguments": asdict(args), **found}
+        Path(args.output).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"results: {args.output}")
+        if found["scores"]:
+            plot(found, Path(args.output).with_suffix(".png"))
+            print(f"plot: {Path(args.output).with_suffix('.png')}")
+    return found
