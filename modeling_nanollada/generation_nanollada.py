@@ -64,7 +64,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
       token (`max_time` once per block); the first that stops ends the row there.
     - *Streamers* get the finished columns after each block. A `put_draft` method gets, after each step, all columns
       from the first that was not put (with masks in the prompt: from the first mask) to the row's last one, with the
-      mask token where nothing is decided. So a draft of n columns is the last n of the row.
+      mask token where nothing is decided. So a draft of n columns is the last n of the row. A `put_confidence` method
+      gets, before that, the same columns' largest probabilities, NaN where nothing was open in the step.
 
     Raises:
         `ValueError`: for settings of transformers without a meaning here (beams, assistants, caches, `inputs_embeds`,
@@ -159,16 +160,22 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
             rows = at_work.nonzero()[:, 0]  # [R]
             if len(rows) == 0:
                 break
-            self._denoise(canvas, block, columns, sampler, reader, Step(rows, masked[rows], steps[rows], index))
+            active = block & canvas.undecided  # [B, W]
+            step = Step(rows, masked[rows], steps[rows], index)
+            logits = self._denoise(canvas, block, active, columns, sampler, reader, step)
             if settings.remdm is None:
                 canvas.stop_at_eos(sampler.eos_ids, settings.early_stop)
+            if hasattr(streamer, "put_confidence"):
+                confidence = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+                confidence[active] = logits.softmax(-1, dtype=torch.double).amax(-1)
+                streamer.put_confidence(confidence[:, canvas.put : canvas.length].cpu())
             if hasattr(streamer, "put_draft"):
                 streamer.put_draft(canvas.ids[:, canvas.put : canvas.length].cpu())
         canvas.stop_at_eos(sampler.eos_ids, settings.early_stop)
 
-    def _denoise(self, canvas, block, columns, sampler, reader, step):
-        """One step of the rows `step.rows`."""
-        rows, active = step.rows, block & canvas.undecided  # [B, W]
+    def _denoise(self, canvas, block, active, columns, sampler, reader, step):
+        """One step of the rows `step.rows`; returns the logits `[N, V]` of the open positions `active`, `[B, W]`."""
+        rows = step.rows
         ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
         window = active[rows, columns]  # [R, w]
         row_of = window.nonzero()[:, 0]  # [N]
@@ -185,6 +192,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
             canvas.reopen(rows, columns, again)
         # 3. Commit these; the others stay masked.
         canvas.commit(rows, columns, selected, tokens)
+        return logits
 
 
 def _refuse(name, value):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from generation_models import EOS, MASK, PAD, build, left_padded
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
@@ -26,7 +27,6 @@ from nanollada.scripts.benchmark_generate import (
     summary,
 )
 from nanollada.trainers.setup import config_for
-from tests.generation_models import EOS, MASK, PAD, build, left_padded
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 RUN = {"size": "tiny", "model_block_length": 4, "data": None, "prompt_length": 8, "new_tokens": 8, "batch_size": 2}

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
+from generation_models import EOS, MASK, PAD, VOCABULARY, build, left_padded, seeded
 
 from nanollada.modeling_nanollada import prediction_nanollada
 from nanollada.modeling_nanollada.cache_nanollada import BlockCache, BlockCacheLayer
-from tests.generation_models import EOS, MASK, PAD, VOCABULARY, build, left_padded, seeded
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 RULES = (

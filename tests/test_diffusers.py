@@ -3,8 +3,7 @@
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-
-from tests.generation_models import EOS, MASK, PAD, VOCABULARY, build, seeded
+from generation_models import EOS, MASK, PAD, VOCABULARY, build, seeded
 
 
 def pipeline_tokens(model, prompt, threshold, **kwargs):

@@ -4,8 +4,7 @@ import random
 
 import pytest
 import torch
-
-from tests.generation_models import EOS, MASK, PAD, VOCABULARY, build, left_padded, seeded
+from generation_models import EOS, MASK, PAD, VOCABULARY, build, left_padded, seeded
 
 CALLS = 10_000
 

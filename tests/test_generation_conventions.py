@@ -9,6 +9,7 @@ from generation_models import (
     PROMPT,
     SHAPE,
     VOCABULARY,
+    Recorder,
     StopAt,
     build,
     drafts,
@@ -382,3 +383,30 @@ def test_bad_settings_are_refused_when_written_down():
         NanoLLaDAGenerationConfig(steps=0)
     with pytest.raises(ValueError, match="got True and 0"):
         NanoLLaDAGenerationConfig(do_sample=True, temperature=0)
+
+
+def test_a_streamer_may_ask_for_confidence():
+    """Before each draft: the largest probability at every position that was open, in the draft's columns."""
+
+    class Watcher(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.confidence = []
+
+        def put_confidence(self, value):
+            self.confidence.append(value)
+
+    model = build(block_length=4, eos_token_id=None)
+    watcher = Watcher()
+    model.generate(PROMPT, max_new_tokens=7, streamer=watcher)
+    assert len(watcher.confidence) == len(watcher.drafts) == 7
+    before = [[3] * 7] + [draft[0] for draft in watcher.drafts]
+    for confidence, draft, last in zip(watcher.confidence, watcher.drafts, before, strict=False):
+        assert confidence.shape == (1, len(draft[0]))
+        last = last[len(last) - len(draft[0]) :]
+        decided = [index for index, (old, new) in enumerate(zip(last, draft[0], strict=True)) if old != new]
+        known = confidence[0].isfinite().nonzero()[:, 0].tolist()
+        assert decided == [max(known, key=lambda index: float(confidence[0, index]))]
+        assert all(last[index] == 3 for index in known) and 0 < float(confidence[0, known].max()) <= 1
+    first = model(torch.nn.functional.pad(PROMPT, (0, 3), value=3)).logits[0, 5:].softmax(-1).amax(-1)
+    torch.testing.assert_close(watcher.confidence[0][0, :3], first)

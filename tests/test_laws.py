@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_law
+from generation_models import PAD, Oracle, build, seeded
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig, commit_nanollada
-from tests import toy_law
-from tests.generation_models import PAD, Oracle, build, seeded
 
 DOCUMENT = Path(__file__).parents[1] / "scripts" / "DECODING.md"
 CLOSED = -math.inf

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-
-from tests.generation_models import EOS, MASK, VOCABULARY, build, seeded
+from generation_models import EOS, MASK, VOCABULARY, build, seeded
 
 
 @torch.no_grad()
