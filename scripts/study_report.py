@@ -286,8 +286,9 @@ def draw_curves(path: Path, lines: list[dict]) -> None:
         colour, first = f"C{names.index(line['run'])}", line["seed"] == lines[0]["seed"]
         label = line["title"] if first else None
         axes.plot(line["epochs"], line["bits_per_byte"], "o-", color=colour, markersize=3, linewidth=1, label=label)
-    axes.set(xlabel="epochs over the small part", ylabel="held-out bits per byte (diffusion: upper bound)")
-    axes.set_xscale("log")
+    axes.set(xlabel="epochs over the small part", ylabel="bits per byte, held out (≤ for diffusion)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)

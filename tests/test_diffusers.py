@@ -29,7 +29,7 @@ def pipeline_tokens(model, prompt, threshold, **kwargs):
 @pytest.mark.parametrize("prompt_length", [8, 11])
 def test_the_pipeline_decodes_what_generate_decodes(threshold, block_length, prompt_length):
     new_tokens = 3 * block_length - prompt_length % block_length  # its tail is hidden, ours is seen as in training
-    for seed in range(6):
+    for seed in range(3):
         model = build(seed, initializer_range=0.3, num_hidden_layers=2, block_length=block_length).float()
         prompt = torch.randint(4, VOCABULARY, (1, prompt_length), generator=seeded(seed))
         ours = model.generate(

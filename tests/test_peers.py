@@ -12,6 +12,7 @@ from nanollada.trainers.setup import config_for
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_lm_eval_generates_until(tokenizer, tmp_path, block_length):
     """Its `hf` model on a checkpoint, rows of different lengths: our own answers, cut where it cuts."""

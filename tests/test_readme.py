@@ -14,14 +14,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("bash", "python")}
-INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && '
+INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[{}]" && '
 COMMANDS = [line for block in BLOCKS["bash"][2:] for line in block.splitlines() if line and not line.startswith("#")]
 
 
 def test_it_opens_with_the_main_job_and_the_tests():
     main_job, tests = BLOCKS["bash"][:2]
-    assert main_job == INSTALL + ".venv/bin/python scripts/quickstart.py\n"
-    assert tests == INSTALL + ".venv/bin/python -m pytest\n"
+    assert main_job == INSTALL.format("quickstart") + ".venv/bin/python scripts/quickstart.py\n"
+    assert tests == INSTALL.format("dev") + ".venv/bin/python -m pytest\n"
     assert TEXT.index("![") < TEXT.index("\n## ")
 
 
