@@ -41,7 +41,7 @@ class NanoLLaDAGenerationOutput(GenerateDecoderOnlyOutput):
             pad token after the first generated EOS.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): Tokens decoded and kept (no pads), by forward
             passes made while the row was at work. The two passes of guidance count as one.
-        past_key_values (`None`): No cache is kept.
+        past_key_values (`None`): The cache is the call's own and ends with it.
     """
 
     tokens_per_forward: torch.FloatTensor | None = None
@@ -68,8 +68,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
       gets, before that, the same columns' largest probabilities, NaN where nothing was open in the step.
 
     Raises:
-        `ValueError`: for settings of transformers without a meaning here (beams, assistants, caches, `inputs_embeds`,
-            scores as output, …), for a `block_length` that doesn't divide, and for prompts with nothing to decode.
+        `ValueError`: for settings of transformers without a meaning here (beams, assistants, given caches,
+            `inputs_embeds`, scores as output, …), for a `block_length` that doesn't divide, and for prompts with nothing to decode.
     """
 
     def adjust_generation_fn(self, *args, **kwargs):

@@ -109,6 +109,7 @@ class CachedBlocks(Predictor):
         self.capacity = self.room() if self.static else None
         self.cache = self.new_cache(self.capacity)
         self.kept = torch.zeros(len(self.slots), 0, dtype=torch.bool, device=self.order.device)  # [S, K], no gap
+        self.gaps = False
 
     def room(self) -> int:
         """Keys that will ever stand in the cache, gaps included: the blocks at work are known from the start."""
@@ -134,6 +135,7 @@ class CachedBlocks(Predictor):
         self.pending = size * int((self.current - self.done).max())
         index = torch.arange(-self.pending, size, device=position.device) + size * self.current[:, None]  # [S, P + B]
         self.real = index >= size * self.done[:, None]  # the others are gaps
+        self.gaps |= not bool(self.real.all())
         self.index = index.clamp(min=0)
         self.columns = self.order[self.slots].gather(1, self.index)
 
@@ -142,7 +144,7 @@ class CachedBlocks(Predictor):
         visible = torch.cat((self.kept, self.real), dim=1)  # [S, K + P + B]
         if self.capacity is not None:
             visible = torch.nn.functional.pad(visible, (0, self.capacity - visible.shape[1]))
-        elif bool(self.kept.all()) and bool(self.real.all()):
+        elif not self.gaps:
             visible = None
         logits = self.read(
             canvas.ids[slots, columns],
