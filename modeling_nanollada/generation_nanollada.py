@@ -69,7 +69,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     Raises:
         `ValueError`: for settings of transformers without a meaning here (beams, assistants, given caches,
-            `inputs_embeds`, scores as output, …), for a `block_length` that doesn't divide, and for prompts with nothing to decode.
+            `inputs_embeds`, scores as output, …), for a `block_length` that doesn't divide, and for prompts with
+            nothing to decode.
     """
 
     def adjust_generation_fn(self, *args, **kwargs):

@@ -110,9 +110,8 @@ def compare(
     from nanollada.scripts.generate import effective_settings, generation_settings, prompt_ids
 
     _check(prompts, repeats)
-    pair = _load_pair(ar, diffusion, trust_remote_code, device)
-    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
-    options = {"ar": shared, "diffusion": decoding}
+    pair = load_pair(ar, diffusion, trust_remote_code, device)
+    options = split_options(decoding)
     for name, (model, _) in pair.items():
         generation_settings(model, **options[name])  # before anything takes long
     tokenizer = pair["ar"][1]
@@ -140,18 +139,28 @@ def _message(prompt: str | list[dict]) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _load_pair(ar: str, diffusion: str, trust_remote_code: bool, device: str | None) -> dict:
+def split_options(decoding: dict) -> dict[str, dict]:
+    """The options for each model: those that only diffusion knows go to the diffusion model alone."""
+    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
+    return {"ar": shared, "diffusion": decoding}
+
+
+def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, device: str | None = None) -> dict:
+    """
+    `{"ar": (model, tokenizer), "diffusion": (model, tokenizer)}`; without `ar` the second alone.
+
+    Raises:
+        `ValueError`: for a checkpoint of the other kind, and tokenizers that differ; and as `load_checkpoint`.
+    """
     from nanollada.scripts.generate import is_diffusion, load_checkpoint
 
-    pair = {
-        "ar": load_checkpoint(ar, trust_remote_code, device),
-        "diffusion": load_checkpoint(diffusion, trust_remote_code, device),
-    }
+    paths = {"ar": ar, "diffusion": diffusion}
+    pair = {name: load_checkpoint(path, trust_remote_code, device) for name, path in paths.items() if path is not None}
     for name, (model, _) in pair.items():
         if is_diffusion(model) != (name == "diffusion"):
             kind = {"ar": "an autoregressive", "diffusion": "a diffusion"}[name]
             raise ValueError(f"`{name}` must be {kind} checkpoint, got {type(model).__name__}")
-    one, other = (tokenizer for _, tokenizer in pair.values())
+    one, *_, other = (tokenizer for _, tokenizer in (*pair.values(), pair["diffusion"]))
     if one.get_vocab() != other.get_vocab() or one.chat_template != other.chat_template:
         raise ValueError(
             f"`ar` and `diffusion` must have the same tokenizer and chat template, got others in {ar} and {diffusion}"

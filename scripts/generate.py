@@ -18,6 +18,7 @@ DIFFUSION_ONLY = tuple(
     "approximate_cache".split()
 )
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
+TRACE_FORMATS = (".html", ".gif")
 
 
 @dataclass
@@ -108,12 +109,14 @@ class GenerateArguments(CheckpointArguments):
     seed: int = field(default=0, metadata={"help": "Of whatever is drawn."})
     watch: bool = field(default=False, metadata={"help": "Show the text while it comes about."})
     watch_delay: float = field(default=0.05, metadata={"help": "Seconds to look at each step (terminals only)."})
-    trace: str | None = field(default=None, metadata={"help": "HTML file for an animation of it."})
+    trace: str | None = field(default=None, metadata={"help": "An .html or .gif file for an animation of it."})
 
     def __post_init__(self):
         for name in ("trace", "infill"):
             if getattr(self, name) and self.prompt is None:
                 raise ValueError(f"`{name}` needs a `prompt`, got {getattr(self, name)!r} without one")
+        if self.trace is not None and Path(self.trace).suffix not in TRACE_FORMATS:
+            raise ValueError(f"`trace` must be a file that ends in {' or '.join(TRACE_FORMATS)}, got {self.trace!r}")
         is_chat = self.chat or self.prompt is None
         if self.infill and is_chat:
             raise ValueError("`infill` fills plain text: it must not be set with `chat`, got True for both")
@@ -261,6 +264,12 @@ def eos_ids(model) -> set[int]:
     return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
 
 
+def refuse_masks(model, tokenizer, ids: list[int]) -> None:
+    """Raises a ValueError for mask tokens in the prompt of an AR model."""
+    if tokenizer.mask_token_id in ids and not is_diffusion(model):
+        raise ValueError(f"`prompt` must not hold {tokenizer.mask_token} for an autoregressive model, got it")
+
+
 def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, **given) -> Generated:
     """
     Generates from one prompt.
@@ -269,7 +278,7 @@ def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, 
         model, tokenizer: Of `load_checkpoint`.
         ids (`list[int]`): The prompt, of `prompt_ids`.
         seed (`int`, defaults to 0): Of whatever is drawn.
-        recorder ([`~scripts.trace.TraceRecorder`], *optional*): To keep or show the steps; made right before the call.
+        recorder ([`~scripts.trace.StepRecorder`], *optional*): To keep or show the steps; made right before the call.
         given: Options, see `generation_settings`.
 
     Raises:
@@ -279,17 +288,16 @@ def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, 
 
     import torch
 
-    from nanollada.scripts.trace import TraceRecorder
+    from nanollada.scripts.trace import StepRecorder
 
     infill = tokenizer.mask_token_id in ids
-    if infill and not is_diffusion(model):
-        raise ValueError(f"`prompt` must not hold {tokenizer.mask_token} for an autoregressive model, got it")
+    refuse_masks(model, tokenizer, ids)
     settings = generation_settings(model, **given)
     input_ids = torch.tensor([ids], device=model.device)
     # Without a mask, transformers would take the leading <|endoftext|> for padding.
     attention_mask = torch.ones_like(input_ids)
     started = time.perf_counter()
-    recorder = TraceRecorder(tokenizer) if recorder is None else recorder
+    recorder = StepRecorder(tokenizer) if recorder is None else recorder
     output = seeded_generate(model, input_ids, attention_mask, seed, streamer=recorder, **settings)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -346,9 +354,11 @@ def chat(
 
 
 def _recorder(args: GenerateArguments, tokenizer):
-    from nanollada.scripts.trace import TerminalWatcher, TraceRecorder
+    from nanollada.scripts.trace import StepRecorder, TerminalWatcher, TraceRecorder
 
-    return TerminalWatcher(tokenizer, delay=args.watch_delay) if args.watch else TraceRecorder(tokenizer)
+    if args.watch:
+        return TerminalWatcher(tokenizer, delay=args.watch_delay)
+    return StepRecorder(tokenizer) if args.trace is None else TraceRecorder(tokenizer)
 
 
 def _write_and_show(args, model, tokenizer, ids, seed, **options) -> tuple[Generated, object]:
@@ -399,12 +409,19 @@ def run(args: GenerateArguments, decoding: DecodingArguments) -> None:
         options.setdefault("max_new_tokens", 0)
     _, recorder = _write_and_show(args, model, tokenizer, ids, args.seed, **options)
     if args.trace is not None:
-        from nanollada.scripts.trace import trace_page
-
         settings = {"model": args.checkpoint, "seed": args.seed, **effective_settings(model, **options)}
-        page = trace_page(recorder, args.prompt, settings)
-        Path(args.trace).write_text(page, encoding="utf-8")
-        print(f"[{args.trace}]", file=sys.stderr)
+        _write_trace(recorder, Path(args.trace), args.prompt, settings)
+
+
+def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
+    from nanollada.scripts.trace import trace_page
+    from nanollada.scripts.trace_gif import write_gif
+
+    if path.suffix == ".gif":
+        write_gif(recorder, path)
+    else:
+        path.write_text(trace_page(recorder, title, settings), encoding="utf-8")
+    print(f"[{path}]", file=sys.stderr)
 
 
 def _checked_prompt(args, model, tokenizer, prompt) -> list[int]:

@@ -1,7 +1,11 @@
-"""Records how a text comes about, forward pass by forward pass, and shows it: in the terminal, or as an HTML page."""
+"""Records how a text comes about, forward pass by forward pass, and shows it: in the terminal, or as an HTML page.
+
+Animated GIFs are `trace_gif.py`'s.
+"""
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 TEMPLATE = "trace_page.html"
 ABSENT = -1  # a place of an AR row that nothing was written to yet
 UNDECIDED = "░"
+NOTHING = "`trace` must have recorded a `generate` call, got one without a forward pass"
 SHOWN_BYTES = 4  # UTF-8 needs no more for a character
 
 
@@ -91,9 +96,11 @@ class TokenPieces:
         return "⟨" + "·".join(f"{self.byte_of[character]:02X}" for character in spelling) + "⟩"
 
 
-class TraceRecorder(BaseStreamer):
+class StepRecorder(BaseStreamer):
     """
     A streamer that keeps what each forward pass decided; for one `generate` call with one row, AR or diffusion.
+
+    It asks for no confidence, which costs the model another softmax per step: for calls that are timed.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
@@ -102,9 +109,12 @@ class TraceRecorder(BaseStreamer):
         prompt (`list[int]`): Token ids of the prompt, masks included.
         ids (`list[int]`): The row as it is now, undecided places as mask tokens.
         steps (`list[list[tuple[int, int]]]`): For each forward pass (column, token id) of what it changed.
+        confidence (`list[dict[int, float]]`): For each forward pass, by column, the largest probability of what was
+            open in it; empty of an AR model, and where nobody asked for it ([`TraceRecorder`] does).
         seconds (`list[float]`): For each forward pass the seconds since this object was made: make it right before
             `generate` is called.
         kept (`int`): Columns of the row that are final. When generation has ended, later ones are no part of the text.
+        ended (`bool`): Whether it has.
 
     Raises:
         `ValueError`: for a batch of several rows.
@@ -116,9 +126,12 @@ class TraceRecorder(BaseStreamer):
         self.prompt: list[int] | None = None
         self.ids: list[int] = []
         self.steps: list[list[tuple[int, int]]] = []
+        self.confidence: list[dict[int, float]] = []
         self.seconds: list[float] = []
+        self.pending: list[float] = []  # the confidence of the step whose draft comes next
         self.kept = 0
         self.is_diffusion = False
+        self.ended = False
 
     def put(self, value):
         """The prompt, then finished columns: of an AR model one per forward pass."""
@@ -143,14 +156,18 @@ class TraceRecorder(BaseStreamer):
         self._change(len(self.ids) - len(ids), ids)
 
     def end(self):
-        """Nothing is left to do: what was put is all that counts."""
+        """What was put is all that counts."""
+        self.ended = True
 
     def _change(self, start: int, ids: list[int]) -> None:
         old = self.ids[start:] + [ABSENT] * (start + len(ids) - len(self.ids))
         changes = [(start + i, new) for i, (was, new) in enumerate(zip(old, ids, strict=True)) if was != new]
+        known = enumerate(self.pending, start=start)
         self.ids[start:] = ids
-        self.steps.append(changes)
+        self.confidence.append({column: value for column, value in known if not math.isnan(value)})
+        self.pending = []
         self.seconds.append(time.perf_counter() - self.started)
+        self.steps.append(changes)  # last: who looks on from another thread counts these
 
     @property
     def decided(self) -> int:
@@ -166,15 +183,24 @@ class TraceRecorder(BaseStreamer):
     def rows(self) -> Iterator[list[int]]:
         """The row before the first forward pass and after each; columns not written to yet are −1."""
         fill = self.tokenizer.mask_token_id if self.is_diffusion else ABSENT
+        steps = list(self.steps)  # before the length: `generate` may be at work in another thread
         ids = self.prompt + [fill] * (len(self.ids) - len(self.prompt))
         yield list(ids)
-        for changes in self.steps:
+        for changes in steps:
             for column, token in changes:
                 ids[column] = token
             yield list(ids)
 
 
-def _single_row(value) -> list[int]:
+class TraceRecorder(StepRecorder):
+    """A [`StepRecorder`] that also keeps the model's confidence in what is open, for pages that show it."""
+
+    def put_confidence(self, value):
+        """Of the columns of the draft that comes next the largest probability, NaN where nothing was open."""
+        self.pending = _single_row(value)
+
+
+def _single_row(value) -> list:
     if value.dim() > 1 and value.shape[0] > 1:
         raise ValueError(f"a trace shows one row: `input_ids` must have batch size 1, got {value.shape[0]}")
     return value.reshape(-1).tolist()
@@ -278,12 +304,50 @@ class TerminalWatcher(TraceRecorder):
 # ---- the page
 
 
-def trace_page(trace: TraceRecorder, title: str, settings: dict | None = None) -> str:
+class Cell(NamedTuple):
+    """
+    What is shown of a column after one step.
+
+    Attributes:
+        piece ([`Piece`]): The token.
+        when (`int`): The step that decided it; 0 for the prompt and for what is undecided.
+        confidence (`float` or `None`): The largest probability there in this step if it was open in it, else in the
+            step that decided it.
+    """
+
+    piece: Piece
+    when: int
+    confidence: float | None
+
+
+def trace_cells(trace: StepRecorder, step: int | None = None) -> list[list[Cell]]:
+    """
+    A row of cells for the start and for each step, or of `step` alone. In the last one, of a finished call, all that
+    is no part of the text is absent: what is undecided at the end, or was decided behind the end of the text.
+    """
+    pieces, rows = TokenPieces(trace.tokenizer), []
+    when, sure, mask = {}, {}, trace.tokenizer.mask_token_id
+    for number, ids in enumerate(trace.rows()):
+        confidence = trace.confidence[number - 1] if number else {}
+        for column, token in trace.steps[number - 1] if number else []:
+            when[column] = number if token != mask else 0
+            sure[column] = confidence.get(column)
+        if step not in (None, number):
+            continue
+        row = enumerate(pieces(ids))
+        rows.append([Cell(piece, when.get(i, 0), confidence.get(i, sure.get(i))) for i, piece in row])
+    if trace.ended and step in (None, len(trace.steps)):
+        absent = Cell(Piece("", "absent"), 0, None)
+        rows[-1][trace.kept :] = [absent] * (len(rows[-1]) - trace.kept)
+    return rows
+
+
+def trace_page(trace: StepRecorder, title: str, settings: dict | None = None) -> str:
     """
     An animated HTML page of a trace. It is one file that asks for nothing from elsewhere, and it plays itself once.
 
     Args:
-        trace ([`TraceRecorder`]): After its `generate` call.
+        trace ([`StepRecorder`]): After its `generate` call; of a [`TraceRecorder`] the page shows the confidence, too.
         title (`str`): Heading.
         settings (`dict`, *optional*): Shown as they are, such as model, seed, steps; values of `None` are not.
 
@@ -294,7 +358,7 @@ def trace_page(trace: TraceRecorder, title: str, settings: dict | None = None) -
 
 
 def trace_fragment(
-    trace: TraceRecorder, title: str, settings: dict | None = None, identifier: str | None = None
+    trace: StepRecorder, title: str, settings: dict | None = None, identifier: str | None = None
 ) -> str:
     """
     The same as a `<section>` with its style and script, to be put into a page. It waits for its play button.
@@ -309,8 +373,40 @@ def trace_fragment(
     """
     facts = _facts(trace, title, settings)
     facts["identifier"] = identifier or facts["identifier"]
-    template = _template()
-    return "".join(template.blocks["fragment"](template.new_context({**facts, "autoplay": False})))
+    return _fragment({**facts, "autoplay": False})
+
+
+def trace_view(trace: StepRecorder, title: str, settings: dict | None = None, step: int | None = None) -> str:
+    """
+    One step as a `<section>` with its style and no script; also of a trace in the making.
+
+    Args:
+        trace, title, settings: As for [`trace_page`].
+        step (`int`, *optional*): From 0 (the start) to the last step, which is the default.
+
+    Raises:
+        `ValueError`: if nothing was recorded, or for a step that there is not.
+    """
+    if not trace.steps:
+        raise ValueError(NOTHING)
+    last = len(trace.steps)
+    step = last if step is None else step
+    if not 0 <= step <= last:
+        raise ValueError(f"`step` must be between 0 and {last}, got {step}")
+    facts = _common(trace, title, settings, last)
+    cells = trace_cells(trace, step)[0]
+    return _fragment({**facts, **_figures(trace, cells, step), "final": cells, "autoplay": False, "playable": False})
+
+
+def _figures(trace: StepRecorder, cells: list[Cell], step: int) -> dict:
+    """Tokens decided, time and tokens per forward up to a step; at the end of the call what [`StepRecorder`] says."""
+    decided = sum(cell.when > 0 for cell in cells)
+    return {
+        "step": step,
+        "decided": decided,
+        "tokens_per_forward": decided / max(step, 1),
+        "seconds": trace.seconds[step - 1] if step else 0.0,
+    }
 
 
 def _template():
@@ -321,37 +417,42 @@ def _template():
     return environment.get_template(TEMPLATE)
 
 
-def _facts(trace: TraceRecorder, title: str, settings: dict | None) -> dict:
+def _fragment(facts: dict) -> str:
+    template = _template()
+    return "".join(template.blocks["fragment"](template.new_context(facts)))
+
+
+def _common(trace: StepRecorder, title: str, settings: dict | None, count: int) -> dict:
+    """What a section says of any step; `count` steps are known, more may come meanwhile."""
+    first = len(trace.prompt) if trace.tokenizer.mask_token_id not in trace.prompt else 0
+    digest = hashlib.sha256(json.dumps([title, settings, trace.prompt, trace.steps[:count]], default=str).encode())
+    return {
+        "identifier": f"trace-{digest.hexdigest()[:12]}",
+        "title": title,
+        "settings": {name: value for name, value in (settings or {}).items() if value is not None},
+        "steps": count,
+        "has_confidence": any(trace.confidence),
+        "ended": trace.ended,
+        "prompt_length": len(trace.prompt),
+        "text": trace.tokenizer.decode(trace.ids[first : trace.kept], skip_special_tokens=True),
+    }
+
+
+def _facts(trace: StepRecorder, title: str, settings: dict | None) -> dict:
+    """All that a page shows."""
     if not trace.steps:
-        raise ValueError("`trace` must have recorded a `generate` call, got one without a forward pass")
-    pieces = TokenPieces(trace.tokenizer)
-    states = [pieces(ids) for ids in trace.rows()]
-    # What is undecided at the end, or was decided behind the end of the text, is no part of it.
-    states[-1][trace.kept :] = [Piece("", "absent")] * (len(trace.ids) - trace.kept)
-    decided_in = [0] * len(trace.ids)  # 0: in the prompt
-    for number, changes in enumerate(trace.steps, start=1):
-        for column, _ in changes:
-            decided_in[column] = number
+        raise ValueError(NOTHING)
+    shown, count = trace_cells(trace), len(trace.steps)
+    states = [[cell.piece for cell in row] for row in shown]
     frames = []
     for before, now in zip(states, states[1:], strict=False):
         frames.append([[i, *piece] for i, (was, piece) in enumerate(zip(before, now, strict=True)) if was != piece])
-    first = len(trace.prompt) if trace.tokenizer.mask_token_id not in trace.prompt else 0
+    confidence = [[[i, round(value, 3)] for i, value in known.items()] for known in trace.confidence]
     data = {
         "start": [list(piece) for piece in states[0]],
         "changes": [[column for column, _ in changes] for changes in trace.steps],
         "frames": frames,
+        "confidence": confidence if any(confidence) else [],
     }
-    facts = {
-        "title": title,
-        "settings": {name: value for name, value in (settings or {}).items() if value is not None},
-        "final": list(zip(states[-1], decided_in, strict=True)),
-        "steps": len(trace.steps),
-        "decided": trace.decided,
-        "prompt_length": len(trace.prompt),
-        "tokens_per_forward": trace.tokens_per_forward,
-        "seconds": trace.seconds[-1],
-        "text": trace.tokenizer.decode(trace.ids[first : trace.kept], skip_special_tokens=True),
-        "data": data,
-    }
-    digest = hashlib.sha256(json.dumps([title, settings, data], default=str).encode()).hexdigest()
-    return {**facts, "identifier": f"trace-{digest[:12]}"}
+    facts = {**_common(trace, title, settings, count), **_figures(trace, shown[-1], count)}
+    return {**facts, "final": shown[-1], "data": data, "playable": True}

@@ -1,5 +1,7 @@
 """Fixtures that many tests share: tiny, made in memory, offline."""
 
+import shutil
+
 import pytest
 
 from nanollada.scripts.train_tokenizer import train_tokenizer
@@ -32,3 +34,26 @@ def datasets_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         yield
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture
+def browser_page():
+    """A tab of a headless Chromium with a fresh profile. Without one the test fails: it must not go unnoticed."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.fail(f"this test needs one of {', '.join(BROWSERS)} on the PATH: apt-get install -y chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, headless=True, args=BROWSER_FLAGS)
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
