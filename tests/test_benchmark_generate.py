@@ -10,22 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts import benchmark_generate
-from nanollada.scripts.benchmark_generate import (
+from nanollada.scripts import benchmark_decoders, benchmark_generate
+from nanollada.scripts.benchmark_decoders import (
     DECODERS,
-    GenerateBenchmarkArguments,
     decoder_of,
     decoder_settings,
-    flops,
     generate_settings,
     measure,
     plain_llada,
     prompts,
     questions,
-    slope,
-    slopes,
-    summary,
 )
+from nanollada.scripts.benchmark_generate import GenerateBenchmarkArguments, flops, slope, slopes, summary
 from nanollada.trainers.setup import config_for
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -152,7 +148,7 @@ def test_prompts(checkpoints):
 
 def test_a_whole_run(checkpoints, monkeypatch, capsys):
     def here(function, **arguments):
-        return json.loads(json.dumps(getattr(benchmark_generate, function.split(":")[1])(**arguments)))
+        return json.loads(json.dumps(getattr(benchmark_decoders, function.split(":")[1])(**arguments)))
 
     monkeypatch.setattr(benchmark_generate, "run", here)
     output = checkpoints / "result.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAGenerationConfig
 from nanollada.scripts import generate as script
@@ -348,6 +349,30 @@ def test_a_trace_from_the_command_line(checkpoints, name, tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*no font of this system")
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_animation_from_the_command_line(checkpoints, name, tmp_path, capsys):
+    path = tmp_path / "out.gif"
+    run(checkpoints, name, "--prompt", "The cat", "--max_new_tokens", "6", "--trace", str(path))
+    with Image.open(path) as animation:
+        assert animation.format == "GIF" and animation.n_frames == 6
+    assert str(path) in capsys.readouterr().err
+
+
+def test_only_traces_ask_for_confidence(checkpoints, tmp_path, monkeypatch):
+    """It costs time, and times are reported."""
+    recorders, original = [], script.generate
+
+    def spy(*args, recorder, **kwargs):
+        recorders.append(recorder)
+        return original(*args, recorder=recorder, **kwargs)
+
+    monkeypatch.setattr(script, "generate", spy)
+    for words in ([], ["--trace", str(tmp_path / "out.html")]):
+        run(checkpoints, "diffusion", "--prompt", "The", "--max_new_tokens", "2", *words)
+    assert [any(recorder.confidence) for recorder in recorders] == [False, True]
+
+
 def test_options_are_checked_before_a_chat_begins(checkpoints):
     with pytest.raises(ValueError, match="`steps` is for diffusion models"):
         run(checkpoints, "ar", "--steps", "4")
@@ -357,6 +382,8 @@ def test_options_are_checked_before_a_chat_begins(checkpoints):
     ("given", "message"),
     [
         ({"trace": "x.html"}, "`trace` needs a `prompt`, got 'x.html' without one"),
+        ({"trace": "x.png", "prompt": "a"}, r"`trace` must be a file that ends in \.html or \.gif, got 'x.png'"),
+        ({"trace": "gif", "prompt": "a"}, r"`trace` must be a file that ends in \.html or \.gif, got 'gif'"),
         ({"infill": True}, "`infill` needs a `prompt`, got True without one"),
         ({"infill": True, "prompt": "a", "chat": True}, "`infill` fills plain text: it must not be set with `chat`"),
         ({"system": "a", "prompt": "b"}, "`system` is part of a chat: it needs `chat`, got 'a' without it"),

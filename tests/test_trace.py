@@ -3,8 +3,6 @@
 import io
 import json
 import random
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -17,12 +15,15 @@ from nanollada.scripts.trace import (
     ABSENT,
     UNDECIDED,
     Piece,
+    StepRecorder,
     TerminalWatcher,
     TokenPieces,
     TraceRecorder,
     require_rich,
+    trace_cells,
     trace_fragment,
     trace_page,
+    trace_view,
 )
 from nanollada.trainers.setup import config_for
 
@@ -104,6 +105,58 @@ def test_a_changed_token_is_recorded_again(tokenizer):
 def test_a_batch_is_refused(tokenizer):
     with pytest.raises(ValueError, match="`input_ids` must have batch size 1, got 2"):
         TraceRecorder(tokenizer).put(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("grid", [None, 4])
+def test_confidence_is_kept_where_something_was_open(tokenizer, grid):
+    """Greedy, one token a step: the surest open column is the one that was decided, as the model alone says, too."""
+    model = build(NanoLLaDAForMaskedLM, tokenizer, block_length=grid)
+    prompt = [5, 6, MASK, 7]
+    recorder, output = record(model, tokenizer, prompt, max_new_tokens=8, block_length=4, eos_policy="forbid")
+    assert len(recorder.confidence) == len(recorder.steps) == 9
+    rows = list(recorder.rows())
+    for before, known, changes in zip(rows, recorder.confidence, recorder.steps, strict=False):
+        assert known and all(before[column] == MASK and 0 < value <= 1 for column, value in known.items())
+        assert [column for column, _ in changes] == [max(known, key=known.get)]
+    assert set(recorder.confidence[0]) == ({2} if grid else {2, 4, 5, 6, 7})
+    plain, other = record(model, tokenizer, prompt, StepRecorder(tokenizer), max_new_tokens=8, block_length=4,
+                          eos_policy="forbid")  # fmt: skip
+    assert plain.steps == recorder.steps and plain.confidence == [{}] * 9
+    assert torch.equal(other.sequences, output.sequences)
+    autoregressive, _ = record(build(NanoLLaDAForCausalLM, tokenizer), tokenizer, [0, 7], max_new_tokens=3)
+    assert autoregressive.confidence == [{}] * 3
+
+
+def with_confidence(tokenizer, ended=True):
+    """Three columns behind the prompt; the second is masked again in the third step, the third ends as no text."""
+    nan = float("nan")
+    drafts = [[9, MASK, MASK], [9, 10, MASK], [9, MASK, MASK], [9, 11, MASK]]
+    sure = [[0.9, 0.25, nan], [nan, 0.5, nan], [nan, nan, 0.125], [nan, 0.75, 0.0625]]
+    recorder = TraceRecorder(tokenizer)
+    recorder.put(torch.tensor([5]))
+    for draft, values in zip(drafts, sure, strict=True):
+        recorder.put_confidence(torch.tensor([values]))
+        recorder.put_draft(torch.tensor([draft]))
+    if ended:
+        recorder.put(torch.tensor([9, 11]))
+        recorder.end()
+    return recorder
+
+
+def test_cells_of_a_step(tokenizer):
+    recorder = with_confidence(tokenizer)
+    rows = trace_cells(recorder)
+    shown = [[(cell.piece.kind, cell.when, cell.confidence and round(cell.confidence, 4)) for cell in row[1:]]
+             for row in rows]  # fmt: skip
+    assert shown == [
+        [("mask", 0, None)] * 3,
+        [("text", 1, 0.9), ("mask", 0, 0.25), ("mask", 0, None)],
+        [("text", 1, 0.9), ("text", 2, 0.5), ("mask", 0, None)],
+        [("text", 1, 0.9), ("mask", 0, None), ("mask", 0, 0.125)],
+        [("text", 1, 0.9), ("text", 4, 0.75), ("absent", 0, None)],
+    ]
+    assert [trace_cells(recorder, step)[0] for step in range(5)] == rows
+    assert trace_cells(with_confidence(tokenizer, ended=False))[-1][-1].confidence == 0.0625  # more may come
 
 
 # ---- pieces
@@ -260,25 +313,92 @@ def test_nothing_recorded_is_refused(tokenizer):
         trace_page(TraceRecorder(tokenizer), "title")
 
 
+def test_the_page_shows_confidence_if_there_is_any(tokenizer):
+    page = Page(trace_page(with_confidence(tokenizer), "title"))
+    assert page.data()["confidence"] == [[[1, 0.9], [2, 0.25]], [[2, 0.5]], [[3, 0.125]], [[2, 0.75], [3, 0.062]]]
+    assert [span[1].get("title") for span in page.find("span")[:4]] == [
+        None, "step 1, confidence 0.900", "step 4, confidence 0.750", None
+    ]  # fmt: skip
+    assert any(tag == "input" and item.get("class") == "confidence" for tag, item in page.elements)
+    assert "confidence (the largest probability in this step)" in "".join(item[2] for item in page.find("span"))
+    autoregressive, _ = record(build(NanoLLaDAForCausalLM, tokenizer), tokenizer, [0, 7, 8], max_new_tokens=4)
+    html = trace_page(autoregressive, "title")
+    page = Page(html)
+    assert page.data()["confidence"] == []
+    assert not [item for tag, item in page.elements if "confidence" in (item.get("class") or "")]
+    assert "Confidence" not in html and not page.find("p", **{"class": "readout"})
+
+
+def test_a_view_is_one_step_without_a_script(tokenizer):
+    recorder = with_confidence(tokenizer)
+    views = [Page(trace_view(recorder, "<b>", {"seed": 7}, step)) for step in range(5)]
+    for step, page in enumerate(views):
+        spans = page.find("span")[:4]
+        cells = trace_cells(recorder, step)[0]
+        assert [span[2] for span in spans] == [cell.piece.text for cell in cells]
+        facts = {name[2]: value[2] for name, value in zip(page.find("dt"), page.find("dd"), strict=True)}
+        assert facts["forward passes"] == f"{step} of 4" and facts["seed"] == "7"
+        assert facts["tokens"] == str(sum(cell.when > 0 for cell in cells))
+        assert not page.find("script") and not page.find("button") and page.find("h2")[0][2] == "<b>"
+    assert "--sure:0.250" in views[1].find("span")[2][1]["style"]
+    assert trace_view(recorder, "a") == trace_view(recorder, "a", step=4)
+    assert "<pre>" in trace_view(recorder, "a") and "<pre>" not in trace_view(with_confidence(tokenizer, False), "a")
+    for step in (-1, 5):
+        with pytest.raises(ValueError, match=f"`step` must be between 0 and 4, got {step}"):
+            trace_view(recorder, "a", step=step)
+    with pytest.raises(ValueError, match="`trace` must have recorded a `generate` call"):
+        trace_view(TraceRecorder(tokenizer), "title")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
-def test_the_page_plays_in_a_browser(recorder, tmp_path):
+def test_the_page_tells_confidence_in_a_browser(tokenizer, tmp_path, browser_page):
+    """The script shows at each step what the recorder has: on pointing, as a shade, and of a clicked token."""
+    recorder, page = with_confidence(tokenizer), browser_page
+    (tmp_path / "page.html").write_text(trace_page(recorder, "title"), encoding="utf-8")
+    page.emulate_media(reduced_motion="reduce")  # it doesn't play by itself
+    page.goto(f"file://{tmp_path}/page.html")
+    slider, cells = page.locator("input[type=range]"), page.locator(".canvas > span")
+    for step, row in enumerate(trace_cells(recorder)):
+        slider.fill(str(step))
+        for column, cell in enumerate(row):
+            words = [f"step {cell.when}"] if cell.when else []
+            words += [] if cell.confidence is None else [f"confidence {cell.confidence:.3f}"]
+            assert (cells.nth(column).get_attribute("title") or "") == ", ".join(words), (step, column)
+            shade = cells.nth(column).evaluate("cell => cell.style.getPropertyValue('--sure')")
+            assert float(shade) == pytest.approx(cell.confidence or 0, abs=1e-3), (step, column)
+    assert page.locator(".readout").is_hidden()
+    slider.fill("1")
+    colour = "all => all.map(cell => getComputedStyle(cell).backgroundColor)"
+    sure, unread = page.locator(".canvas .mask").evaluate_all(colour)
+    page.locator("input.confidence").uncheck()
+    assert len(set(page.locator(".canvas .mask").evaluate_all(colour))) == 1 and sure != unread
+    page.locator("input.confidence").check()
+    assert page.locator(".canvas .mask").evaluate_all(colour) == [sure, unread]
+    cells.nth(2).click()
+    readout = page.locator(".readout output")
+    assert readout.inner_text() == "Token 3, step 1: confidence 0.250"
+    bars = page.locator(".readout .bars i")
+    assert bars.evaluate_all("all => all.map(bar => bar.title)") == ["step 1: 0.250", "step 2: 0.500", "step 4: 0.750"]
+    slider.fill("3")
+    assert readout.inner_text() == "Token 3, step 3: not open" and page.locator(".picked").count() == 1
+    page.locator("h2").click()
+    page.keyboard.press("Shift+ArrowLeft")
+    assert readout.inner_text() == "Token 2, step 3: not open"
+
+
+@pytest.mark.slow
+def test_the_page_plays_in_a_browser(recorder, tmp_path, browser_page):
     """The script runs to the last step, and draws what the page showed without it."""
     html = trace_page(recorder, "title")
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        *quiet,
-        f"--user-data-dir={tmp_path}/profile",
-    ]
-    command += ["--virtual-time-budget=30000", "--dump-dom", f"file://{tmp_path}/page.html"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    errors = []
+    browser_page.on("pageerror", lambda error: errors.append(str(error)))
+    browser_page.goto(f"file://{tmp_path}/page.html")
+    browser_page.get_by_text("❚❚ Pause").wait_for()  # it plays by itself
+    browser_page.get_by_text("▶ Play").wait_for()
+    dom = browser_page.content()
     assert 'class="controls" role="group" aria-label="Animation">' in dom  # not hidden any more
-    assert "▶ Play" in dom and 'aria-valuetext="step 3 of 3"' in dom  # played to the end
+    assert 'aria-valuetext="step 3 of 3"' in dom and not errors  # played to the end
     before, after = (
         [(item[2], set(item[1]["class"].split()) - {"new"}) for item in Page(text).find("span")[: len(recorder.ids)]]
         for text in (html, dom)
