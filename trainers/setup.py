@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
@@ -78,8 +79,9 @@ def load_model(model_class, path: str | os.PathLike, **kwargs):
     `model_class.from_pretrained` in float32, strictly.
 
     Raises:
-        `ValueError`: naming missing, unexpected and mis-shaped tensors. Nothing is skipped.
+        `ValueError`: naming broken files, and missing, unexpected and mis-shaped tensors. Nothing is skipped.
     """
+    check_files(path)
     kwargs = {"dtype": torch.float32, **kwargs}
     model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     faults = [
@@ -90,6 +92,27 @@ def load_model(model_class, path: str | os.PathLike, **kwargs):
     if faults:
         raise ValueError(f"`model_name_or_path` must hold exactly the tensors of {model_class.__name__}, got {faults}")
     return model
+
+
+def check_files(path: str | os.PathLike) -> None:
+    """
+    Reads what a local checkpoint's files begin with, before transformers passes over a broken `generation_config.json`
+    in silence. A name on the Hub is left alone.
+
+    Raises:
+        `ValueError`: naming the file that is no JSON, or no whole safetensors file.
+    """
+    for file in sorted(Path(path).glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{file.name} of {path} must be JSON, got a broken file: {error}") from error
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} of {path} must be a whole safetensors file: {error}") from error
 
 
 def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):
