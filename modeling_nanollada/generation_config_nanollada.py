@@ -93,7 +93,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         max_commits (`int`, *optional*): Never more tokens per step and row; a block takes as many steps as it needs.
         remdm (`str`, *optional*): ReMDM: each of a block's `steps`, which may be more than its masks, masks decided
             tokens again with probability σ and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max);
-            `"rescale"`: `remdm_eta`·σ_max.
+            `"rescale"`: `remdm_eta`·σ_max. `remasking` and `position_score` are not used.
         remdm_eta (`float`, *optional*, defaults to 0.02): See `remdm`.
         cfg_scale (`float`, *optional*, defaults to 0.0): Classifier-free guidance w: logits become
             z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off.
@@ -109,7 +109,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         approximate_cache (`str`, *optional*): For models without: freeze keys and values outside the current block
             while it is decoded, those before it (`"prefix"`) or all (`"dual"`; Fast-dLLM). Changes results.
         cache_implementation (`str`, *optional*): `"dynamic"` (default): the cache grows. `"static"`: it has its final
-            size at once, so that a compiled forward sees one shape.
+            size at once, so that a compiled forward sees one shape. Without a cache neither means anything.
 
     Raises:
         `ValueError`: for values out of range, for `do_sample` and `temperature` that contradict each other, and for
@@ -220,6 +220,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         scheduled = self.commit_schedule not in (None, "equal") or self.max_commits is not None
         message = "`remdm` decides itself what a step commits: `commit_schedule` and `max_commits` must be unset, got "
         require(self.remdm is None or not scheduled, f"{message}{self.commit_schedule!r} and {self.max_commits}")
+        late = self.remdm is not None and self.eos_policy == "last"
+        require(not late, "`remdm` decides itself what a step commits: `eos_policy` must not be 'last', got 'last'")
         ramp = self.commit_schedule == "ramp" and self.steps is not None
         require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
 

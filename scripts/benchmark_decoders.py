@@ -79,9 +79,9 @@ def prompts(tokenizer, data: str | None, rows: int, length: int, vocab_size: int
 
 def questions(tokenizer, data: str) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) ids of the rows."""
-    from nanollada.scripts.evaluate import _questions
+    from nanollada.scripts.evaluate import questions_of
 
-    return _questions(tokenizer, _rows(data))
+    return questions_of(tokenizer, _rows(data))
 
 
 def _rows(data: str):
@@ -233,10 +233,11 @@ def score(
     import torch
 
     from nanollada.scripts.evaluate import exact_match
+    from nanollada.scripts.generate import load_checkpoint
 
     if threads:
         torch.set_num_threads(threads)
-    network, tokenizer = load(model, "", 0, 0, False)
+    network, tokenizer = load_checkpoint(model)
     settings = {"llada": {"use_cache": False}, "llada/2": {"use_cache": False, "tokens_per_step": 2}, "ar": {}}
     settings = settings[decoder] if decoder in PLAIN else decoder_settings(decoder)
     answers = [answer for _, answer in itertools.islice(questions(tokenizer, data), rows)]

@@ -238,7 +238,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
 
     from nanollada.scripts.generate import effective_settings, generation_settings
 
-    questions = _questions(tokenizer, rows)
+    questions = questions_of(tokenizer, rows)
     room = max(len(answer) for _, answer in questions)
     block_length = generation.get("block_length") or 1
     generation.setdefault("max_new_tokens", -(-room // block_length) * block_length)
@@ -267,7 +267,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
     }
 
 
-def _questions(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
+def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, answer), split where training splits them."""
     from nanollada.trainers.rows import BadRow, Example, RowPolicy, parse_row
     from nanollada.trainers.tokenization import IGNORE, RowEncoder

@@ -62,7 +62,7 @@ def random_case(number):
     settings = {"max_new_tokens": draw.randrange(1, 21), "block_length": draw.choice(divisors)}
     settings |= draw.choice(RULES) | {"temperature": draw.choice((0.0, 1.0)), "cfg_scale": draw.choice((0.0, 0.7))}
     settings |= {"pad_token_id": PAD, "eos_token_id": draw.choice((EOS, [EOS, *range(40, 50)]))}
-    settings |= {"eos_policy": draw.choice(("none", "last", "forbid"))}
+    settings |= {"eos_policy": draw.choice(("none", "forbid") if "remdm" in settings else ("none", "last", "forbid"))}
     return model, {"input_ids": ids, "attention_mask": mask}, settings
 
 

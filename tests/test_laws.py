@@ -213,6 +213,7 @@ def test_late_eos_waits_for_every_rule():
         ({"threshold": 0.9, "remasking": "random"}, "need probabilities: .* got 'random' and None"),
         ({"factor": 1.0, "position_score": "entropy"}, "need probabilities: .* got None and 'entropy'"),
         ({"remdm": "cap", "max_commits": 2}, "`remdm` decides itself .* got None and 2"),
+        ({"remdm": "cap", "eos_policy": "last"}, "`remdm` decides itself .* `eos_policy` must not be 'last', got"),
         ({"remdm": "loop"}, "`remdm` must be one of .* got 'loop'"),
         ({"commit_schedule": "ramp", "steps": 4}, "`steps` must be unset where `commit_schedule` is 'ramp', got 4"),
         ({"commit_schedule": "linear"}, "`commit_schedule` must be one of .* got 'linear'"),
