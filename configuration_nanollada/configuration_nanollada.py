@@ -31,17 +31,24 @@ class NanoLLaDAConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): RoPE, transformers' dictionary: `rope_type` ("default", "linear",
             "dynamic", "yarn", "llama3", "longrope"), `rope_theta` (1e6) and the type's own keys, e.g. YaRN's
             `{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}`.
+        qk_norm (`bool`, defaults to `True`): Whether queries and keys go through an RMSNorm (Qwen3), or not (Llama).
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have a bias.
+        attention_output_bias (`bool`, *optional*): The same for the output projection alone. Defaults to
+            `attention_bias`; Qwen2 has biases on queries, keys and values only.
+        mlp_bias (`bool`, defaults to `False`): Whether the MLP's projections have a bias.
         attention_dropout (`float`, defaults to 0.0): Dropout on the attention probabilities.
         hidden_dropout (`float`, defaults to 0.0): Dropout on what each attention and MLP adds to the residual stream.
         block_length (`int`, *optional*): Block length of a block-diffusion model, the default of `forward` and
             `generate`: full attention inside a block, and to all blocks before it. `None` is one block, the full row.
+        label_shift (`bool`, defaults to `False`): Whether the diffusion model predicts a token from the hidden state
+            of the position before it, as the AR model it began as did (DiffuLLaMA, 2410.17891; Dream, 2508.15487).
+            Labels and logits keep their own positions either way. Whole rows only.
         mask_token_id (`int`, defaults to 3): The token that stands for a hidden one. Never predicted.
         pad_token_id, bos_token_id, eos_token_id (`int`, defaults to 0, 1, 2): As everywhere in transformers.
 
     Raises:
-        `ValueError`: for sizes that are not positive or don't divide, probabilities outside [0, 1), and token ids
-            outside the vocabulary or used twice.
+        `ValueError`: for sizes that are not positive or don't divide, probabilities outside [0, 1), `label_shift` with
+            a `block_length`, and token ids outside the vocabulary or used twice.
     """
 
     model_type = "nanollada"
@@ -73,10 +80,14 @@ class NanoLLaDAConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
+    qk_norm: bool = True
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     block_length: int | None = None
+    label_shift: bool = False
     mask_token_id: int = 3
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -86,6 +97,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
         kwargs.pop("is_causal", None)  # derived from the class, so a stale key must not reach the attention
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         if self.head_dim is None and self.num_attention_heads > 0:
             _require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -114,6 +127,10 @@ class NanoLLaDAConfig(PreTrainedConfig):
             f"got {self.num_key_value_heads} and {self.num_attention_heads}",
         )
         _require(self.head_dim % 2 == 0, f"`head_dim` must be even (RoPE turns pairs), got {self.head_dim}")
+        _require(
+            not self.label_shift or self.block_length is None,
+            f"`label_shift` is for whole rows: `block_length` must be None, got {self.block_length}",
+        )
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         rope_type = self.rope_parameters["rope_type"]
         _require(rope_type in rope_types, f"`rope_type` must be one of {', '.join(rope_types)}, got {rope_type!r}")

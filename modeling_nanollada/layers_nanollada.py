@@ -84,7 +84,7 @@ def eager_attention_forward(
 
 
 class NanoLLaDAAttention(nn.Module):
-    """Grouped-query attention with RMSNorm on queries and keys, before RoPE."""
+    """Grouped-query attention, by default with RMSNorm on queries and keys before RoPE."""
 
     def __init__(self, config: NanoLLaDAConfig, layer_idx: int, is_causal: bool):
         super().__init__()
@@ -99,9 +99,9 @@ class NanoLLaDAAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = NanoLLaDARMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = NanoLLaDARMSNorm(config.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        norm = partial(NanoLLaDARMSNorm, config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
         self,
@@ -154,9 +154,9 @@ class NanoLLaDAMLP(nn.Module):
 
     def __init__(self, config: NanoLLaDAConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         block_length: int | None = None,
         clean_input_ids: torch.LongTensor | None = None,
         embedding_noise: torch.FloatTensor | None = None,
+        visible_future: torch.BoolTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -113,6 +114,8 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
                 that covers the row sees nothing clean, and the clean half is left out.
             embedding_noise (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): Is added to the
                 embeddings of `input_ids`.
+            visible_future (`torch.BoolTensor` of shape `(batch, length, length)`, *optional*): For training: a query
+                (second dimension) sees, of the keys behind it, those alone. See `create_attention_mask`.
 
         Raises:
             `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given; for `is_causal`, which the
@@ -154,6 +157,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             clean_half=clean_half,
+            visible_future=visible_future,
         )
         hidden_states = inputs_embeds
         position_ids = position_ids.repeat(1, 2) if clean_half else position_ids
@@ -211,6 +215,29 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]  # [N, hidden]
     return hidden_states[:, logits_to_keep]
+
+
+def predicted_from_before(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """
+    `config.label_shift`: at each position the hidden state of the one before it, `(batch, length, hidden_size)`. A
+    document's first position, which has none before it, keeps its own (as in Dream's code). Arguments as in
+    [`NanoLLaDAModel.forward`].
+    """
+    batch, length, _ = hidden_states.shape
+    first = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
+    first[:, 0] = True
+    if position_ids is not None:
+        first |= position_ids == 0
+    elif attention_mask is not None and attention_mask.dim() == 2:
+        first |= attention_mask.long().cumsum(-1) <= 1  # left padding, and the token behind it
+    if document_ids is not None:
+        first[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(first[..., None], hidden_states, hidden_states.roll(1, dims=1))
 
 
 class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
@@ -342,10 +369,15 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
                 positions go through the head, a chunk at a time.
 
         Raises:
-            `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold the mask token, and for
-                `loss_weights` without `labels`.
+            `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold the mask token, for
+                `loss_weights` without `labels`, and for blocks or a cache with `config.label_shift`.
         """
         _check_labels(labels, logits_to_keep, loss_weights)
+        if self.config.label_shift and (block_length or clean_input_ids is not None or "past_key_values" in kwargs):
+            raise ValueError(
+                "`config.label_shift` is for whole rows: `block_length`, `clean_input_ids` and `past_key_values` must "
+                f"not be given, got `block_length` {block_length}"
+            )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -357,13 +389,16 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
             clean_input_ids=clean_input_ids,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
+        if self.config.label_shift:
+            hidden_states = predicted_from_before(hidden_states, attention_mask, position_ids, document_ids)
         mask_token_id = self.config.mask_token_id
         if loss_weights is not None:  # a label that is the mask token has an infinite loss here
             loss = weighted_head_loss(
-                self.lm_head, outputs.last_hidden_state, labels, loss_weights, num_items_in_batch, mask_token_id
+                self.lm_head, hidden_states, labels, loss_weights, num_items_in_batch, mask_token_id
             )
             return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
+        logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # [B, L, V]
         logits[..., mask_token_id] = -torch.inf
         loss = None
         if labels is not None:

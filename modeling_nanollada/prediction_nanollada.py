@@ -17,6 +17,8 @@ def predictor(model, canvas: Canvas, settings):
     require(name is None or not in_blocks, message)
     message = f"`approximate_cache` needs `use_cache`, got {name!r} and {settings.use_cache}"
     require(name is None or settings.use_cache, message)
+    message = f"`approximate_cache` is for models without `config.label_shift`, got {name!r}"
+    require(name is None or not model.config.label_shift, message)
     if name is not None:
         return FrozenContext(model, canvas, settings)
     return (CachedBlocks if in_blocks and settings.use_cache else WholeRows)(model, canvas, settings)

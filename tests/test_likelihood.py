@@ -8,11 +8,11 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers import likelihood
+from nanollada.trainers.continuations import conditional_rows
 from nanollada.trainers.corruption import MASK_COUNTS, NOISE_SCHEDULES, corrupt
 from nanollada.trainers.likelihood import (
     Likelihood,
     causal_nll,
-    conditional_rows,
     evaluate_likelihood,
     exact_nelbo,
     masked_nats,

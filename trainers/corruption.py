@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # One stream per use, so that draws made for different purposes are independent.
-STREAM_LENGTH, STREAM_RATE, STREAM_MASK, STREAM_BLOCK, STREAM_EMBEDDING = 0, 1, 2, 3, 4
+STREAM_LENGTH, STREAM_RATE, STREAM_MASK, STREAM_BLOCK, STREAM_EMBEDDING, STREAM_ATTENTION = range(6)
 MASK_COUNTS = ("exact", "bernoulli")
 WEIGHTINGS = ("elbo", "unweighted")
 

@@ -13,6 +13,7 @@ from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
 from nanollada.trainers.corruption import (
     NOISE_SCHEDULES,
+    STREAM_ATTENTION,
     STREAM_EMBEDDING,
     Corruption,
     block_ids_of,
@@ -82,6 +83,20 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
     mask_embedding_noise_steps: int = field(
         default=0, metadata={"help": "The steps in which that noise falls linearly to nothing."}
     )
+    label_shift: bool | None = field(
+        default=None,
+        metadata={
+            "help": "After an AR start: predict each token from the position before it, as AR does (DiffuLLaMA, "
+            "Dream). Kept in the checkpoint; whole rows only. Default: the checkpoint's."
+        },
+    )
+    attention_annealing_steps: int = field(
+        default=0,
+        metadata={
+            "help": "After an AR start: steps in which attention grows from causal to full, each later position "
+            "visible with probability (step + 1) / steps (DiffuLLaMA: 10,000). Whole rows only."
+        },
+    )
     variable_length_probability: float = field(
         default=0.01, metadata={"help": "Pretraining: share of rows cut to a random length (LLaDA: 1 %)."}
     )
@@ -111,6 +126,7 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
             ("confidence_weight", 0),
             ("mask_embedding_noise", 0),
             ("mask_embedding_noise_steps", 0),
+            ("attention_annealing_steps", 0),
             ("eos_padding_block", 1),
             ("repetition_penalty_weight", 0),
             ("repetition_penalty_min_run", 2),
@@ -145,6 +161,17 @@ class DiffusionTrainer(NanoLLaDATrainer):
         super().__init__(model, args, *rest, **kwargs)
         block_length = args.block_length if args.block_length is not None else model.config.block_length or 0
         self.schedule = BlockLengthSchedule(args.block_length_schedule or [[1.0, block_length]])
+        shift = model.config.label_shift if args.label_shift is None else args.label_shift
+        for name, value in (("label_shift", shift), ("attention_annealing_steps", args.attention_annealing_steps)):
+            if value and any(length for _, length in self.schedule.phases):
+                raise ValueError(
+                    f"`{name}` is for whole rows: every block length must be 0, got {self.schedule.phases}"
+                )
+        if shift and args.eval_block_length:
+            raise ValueError(
+                f"`label_shift` is for whole rows: `eval_block_length` must be 0, got {args.eval_block_length}"
+            )
+        model.config.label_shift = shift
 
     @property
     def eval_block_length(self) -> int:
@@ -171,6 +198,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
         # 2. every block from itself and the clean ones before it; logits only where something is hidden
         context |= {"block_length": block_length, "clean_input_ids": clean if block_length else None}
         context["embedding_noise"] = self.embedding_noise(noise, inputs, copies)
+        context["visible_future"] = self.visible_future(inputs, copies)
         masked = noise.masked_indices
         if not (self.args.confidence_weight or self.args.repetition_penalty_weight):
             outputs = model(
@@ -218,6 +246,15 @@ class DiffusionTrainer(NanoLLaDATrainer):
         normal = torch.special.ndtri(uniform.clamp(min=2.0**-54)).float().view(-1, length, hidden_size)
         return deviation * normal.repeat(copies, 1, 1) * noise.masked_indices[..., None]
 
+    def visible_future(self, inputs: dict, copies: int) -> torch.BoolTensor | None:
+        """`[B, L, L]`: the later positions that a row sees while attention is annealed (DiffuLLaMA, §3.2)."""
+        steps = self.args.attention_annealing_steps
+        if not self.model.training or self.state.global_step + 1 >= steps:
+            return None
+        length, rate = inputs["input_ids"].shape[1], (self.state.global_step + 1) / steps
+        draws = keyed_uniform(self.args.seed, inputs["index"], inputs["epoch"], STREAM_ATTENTION, length * length)
+        return (draws < rate).view(-1, length, length).repeat(copies, 1, 1)
+
     def additional_loss(self, logits, clean, masked, row_targets) -> torch.Tensor:
         """What the options add to the bound, as a sum over tokens."""
         extra = logits.new_zeros((), dtype=torch.float32)
@@ -239,11 +276,13 @@ class DiffusionTrainer(NanoLLaDATrainer):
             "confidence_weight",
             "mask_embedding_noise",
             "mask_embedding_noise_steps",
+            "attention_annealing_steps",
             "variable_length_probability",
             "eos_padding",
             "repetition_penalty_weight",
         )
         settings = {name: getattr(self.args, name) for name in names}
+        settings["label_shift"] = self.model.config.label_shift
         return {"name": "masked diffusion bound", "block_lengths": self.schedule.phases, **settings}
 
     @staticmethod

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from .corruption import STREAM_BLOCK, STREAM_MASK, STREAM_RATE, block_ids_of, choose_smallest, keyed_uniform
 from .objectives import token_cross_entropy
@@ -343,28 +342,42 @@ def evaluate_likelihood(
         `ValueError`: for no rows, for `block_length` with a causal model, and as `causal_nll`, `exact_nelbo` and
             `monte_carlo_nelbo`.
     """
-    causal = is_causal(model)
-    scored_block_length(model, block_length)  # refuses what does not fit
-    was_training = model.training
-    model.eval()
-    scored, estimators = [], set()
-    for batch in batches:
-        batch = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
+    scored, estimators, bound = [], set(), not is_causal(model)
+    for batch, nats, variance, how in score_rows(
+        model, batches, samples=samples, seed=seed, block_length=block_length
+    ):
         lengths = (batch["labels"] != -100).sum(-1)
-        if causal:
-            nats = causal_nll(model, batch)
-            variance, how = torch.zeros_like(nats), {"exact"}
-        else:
-            nats, variance, how = _bounds(model, batch, samples, seed, block_length)
         scored.append([column.cpu() for column in (nats, variance, lengths, batch["num_bytes"])])
         estimators |= how
-    model.train(was_training)
     if not scored:
         raise ValueError("`batches` must hold at least one row to score, got none")
     nats, variances, tokens, num_bytes = map(torch.cat, zip(*scored, strict=True))
     sums = [column.sum().item() for column in (nats, variances, tokens, num_bytes)]
     moments = [column.sum().item() for column in (nats * nats, nats * tokens, tokens * tokens)]
-    return Likelihood.from_sums([*sums, len(nats), *moments], not causal, "; ".join(sorted(estimators)))
+    return Likelihood.from_sums([*sums, len(nats), *moments], bound, "; ".join(sorted(estimators)))
+
+
+@torch.no_grad()
+def score_rows(
+    model, batches: Iterable[dict], *, samples: int = 16, seed: int = 0, block_length: int | None = None
+) -> Iterator[tuple[dict, torch.DoubleTensor, torch.DoubleTensor, set[str]]]:
+    """
+    As `evaluate_likelihood`, row by row: for each batch the batch itself on the model's device, its rows' nats and the
+    variances of these, `(batch,)` each, and how they came about.
+    """
+    scored_block_length(model, block_length)  # refuses what does not fit
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
+            if is_causal(model):
+                nats = causal_nll(model, batch)
+                yield batch, nats, torch.zeros_like(nats), {"exact"}
+            else:
+                yield batch, *_bounds(model, batch, samples, seed, block_length)
+    finally:
+        model.train(was_training)
 
 
 def _bounds(model, batch, samples, seed, block_length):
@@ -388,37 +401,3 @@ def _bounds(model, batch, samples, seed, block_length):
 
 def _rows(batch: dict, chosen: torch.BoolTensor) -> dict:
     return {name: value[chosen] for name, value in batch.items()}
-
-
-def conditional_rows(
-    prompts: list[list[int]], targets: list[list[int]], pad_token_id: int, batch_size: int = 32
-) -> Iterator[dict]:
-    """
-    Batches that score `targets` given `prompts`, for `causal_nll`, `exact_nelbo` or `evaluate_likelihood`.
-
-    Args:
-        prompts (`list[list[int]]`): Token ids of the conditions, none of them empty (an unconditional score starts
-            from `<|endoftext|>`).
-        targets (`list[list[int]]`): Token ids to score.
-        pad_token_id (`int`): Fills the rows.
-        batch_size (`int`, defaults to 32): Rows per batch.
-
-    Raises:
-        `ValueError`: for an empty prompt or target, and for lists of different lengths.
-    """
-    if len(prompts) != len(targets):
-        raise ValueError(f"`prompts` and `targets` must pair up, got {len(prompts)} and {len(targets)}")
-    for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        if not prompt or not target:
-            raise ValueError(f"`prompts` and `targets` must not be empty, got an empty one in pair {number}")
-    for start in range(0, len(prompts), batch_size):
-        pairs = list(zip(prompts, targets, strict=True))[start : start + batch_size]
-        ids = [torch.tensor(prompt + target) for prompt, target in pairs]
-        labels = [torch.tensor([-100] * len(prompt) + target) for prompt, target in pairs]
-        yield {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "index": torch.arange(start, start + len(pairs)),
-            "num_bytes": torch.zeros(len(pairs), dtype=torch.long),
-        }
