@@ -5,8 +5,9 @@
     python scripts/study.py --data train.jsonl --eval_data english.jsonl --part a --size 32m --tokens 30000000
 
 Part a: objectives and block lengths, from scratch and from AR. Part b: exact-count against Bernoulli masks. Part c:
-many epochs on a small part of the text. Each run is a process of its own and is not done again; every other option
-goes to the trainers (`--learning_rate 1e-3`, `--bf16 false`). The output gets `<part>.json`, `.md` and `.png`.
+many epochs on a small part of the text. Part d: what an AR start may keep for a while. Each run is a process of its
+own and is not done again; every other option goes to the trainers (`--learning_rate 1e-3`, `--bf16 false`). The
+output gets `<part>.json`, `.md` and `.png`.
 """
 
 import json
@@ -72,6 +73,7 @@ class Variant:
 
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
 BERNOULLI = {"mask_count": "bernoulli"}
+SHIFT, ANNEALED = {"label_shift": True}, {"attention_annealing_steps": 0.3}
 WSD = "[[0.1, 1], [0.1, 4], [0.1, 32], [0.4, 0], [0.3, 32]]"
 VARIANTS = {
     "ar_half": Variant("AR, first half only (no decay)", "ar", CONSTANT, rows="first"),
@@ -85,6 +87,13 @@ VARIANTS = {
     "ar_mdlm": Variant("AR → MDLM", "diffusion", {"block_length": 0}, "ar_half", "second"),
     "ar_block32": Variant("AR → block 32", "diffusion", {"block_length": 32}, "ar_half", "second"),
     "ar_wsd": Variant("AR → 1, 4, 32, row, 32", "diffusion", {"block_length_schedule": WSD}, "ar_half", "second"),
+    "ar_mdlm_shift": Variant("AR → MDLM, label shift", "diffusion", {"block_length": 0, **SHIFT}, "ar_half", "second"),
+    "ar_mdlm_annealed": Variant(
+        "AR → MDLM, attention annealed", "diffusion", {"block_length": 0, **ANNEALED}, "ar_half", "second"
+    ),
+    "ar_mdlm_both": Variant(
+        "AR → MDLM, both", "diffusion", {"block_length": 0, **SHIFT, **ANNEALED}, "ar_half", "second"
+    ),
     "mdlm_bernoulli": Variant("MDLM, Bernoulli masks", "diffusion", {"block_length": 0, **BERNOULLI}),
     "block4_bernoulli": Variant("block 4, Bernoulli masks", "diffusion", {"block_length": 4, **BERNOULLI}),
     "block32_bernoulli": Variant("block 32, Bernoulli masks", "diffusion", {"block_length": 32, **BERNOULLI}),
@@ -100,11 +109,13 @@ PARTS = {
     "a": ("ar_half", "ar", *FROM_SCRATCH, "ar_mdlm", "ar_block32", "ar_wsd"),
     "b": ("mdlm", "mdlm_bernoulli", "block4", "block4_bernoulli", "noise_mdlm", "noise_block4"),
     "c": ("small_ar", "small_ar_dropout", "small_mdlm"),
+    "d": ("ar_half", "ar", "ar_mdlm", "ar_mdlm_shift", "ar_mdlm_annealed", "ar_mdlm_both"),
 }
 OPTIONAL = {
     "a": ("ar_unbroken", "block1"),
     "b": ("block32", "block32_bernoulli", "noise_block32"),
     "c": (),
+    "d": (),
 }  # named by `runs`
 
 
@@ -117,7 +128,7 @@ class StudyArguments:
         default=None, metadata={"help": "Held-out texts; each source is a column. Required."}
     )
     output: str = field(default="runs/study", metadata={"help": "Folder of the study."})
-    part: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "a, b, c."})
+    part: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "a, b, c, d."})
     runs: list[str] | None = field(
         default=None, metadata={"help": f"Only these: {', '.join([*VARIANTS, *NOISE])}. Default: those of the parts."}
     )
@@ -130,7 +141,8 @@ class StudyArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Default: 6,400 BPE tokens, trained here."})
     eval_documents: int = field(default=100, metadata={"help": "Documents of each held-out source."})
     eval_blocks: list[int] = field(
-        default_factory=list, metadata={"help": "Also score diffusion models at these block lengths; 0 is the row."}
+        default_factory=list,
+        metadata={"help": "Also score diffusion models (without label shift) at these block lengths; 0 is the row."},
     )
     samples: int = field(default=8, metadata={"help": "Masks per held-out row, even."})
     draws: int = field(default=64, metadata={"help": "Part b: draws of the noise on one batch."})
@@ -242,7 +254,7 @@ class Study:
             sources = {Path(source).stem: self.eval_file(source) for source in self.args.eval_data}
             size = self.setting(VARIANTS[name].kind, "per_device_eval_batch_size")
             options = {"samples": self.args.samples, "max_length": run["data"]["max_length"], "batch_size": size}
-            blocks = [None, *self.args.eval_blocks]
+            blocks = [None] if VARIANTS[name].settings.get("label_shift") else [None, *self.args.eval_blocks]
             write_json(
                 folder / "scores.json", {**self.command(), "results": score(folder, sources, blocks, **options)}
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanollada.scripts.study import NOISE, VARIANTS, write_json
 
+REFERENCES = {"a": "ar", "d": "ar_mdlm"}  # what a part's models are compared with
 RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "epochs", "tokens_seen", "seconds")
 
 
@@ -92,7 +93,8 @@ def scored(folders: list[Path]) -> dict[tuple, dict[int, list]]:
 def score_rows(found: dict[str, list[Path]], reference: str | None) -> list[dict]:
     """A row per model and block length: its figures on every source, and over the reference."""
     rows = []
-    base = {key[0]: runs for key, runs in scored(found.get(reference, [])).items()} if reference else {}
+    known = scored(found.get(reference, [])) if reference else {}
+    base = {source: runs for (source, _, own), runs in known.items() if own}
     for name, folders in found.items():
         scores = scored(folders)
         for block, own in dict.fromkeys((block, own) for _, block, own in scores):
@@ -190,10 +192,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def score_table(rows: list[dict]) -> str:
+def score_table(rows: list[dict], reference: str = "AR") -> str:
     sources = list(rows[0]["bits_per_byte"])
     header = ["model", "scored at block", *(f"{source}, bits/byte" for source in sources)]
-    header += [*(f"{source}, over AR" for source in sources), "seeds"]
+    header += [*(f"{source}, over {reference}" for source in sources), "seeds"]
     cells = []
     for row in rows:
         block = {None: "–", 0: "row"}.get(row["block_length"], str(row["block_length"]))
@@ -303,7 +305,7 @@ def write_part(folder: Path, part: str, found: dict[str, list[Path]]) -> str:
 
     Args:
         folder (`Path`): The study.
-        part (`str`): "a", "b" or "c".
+        part (`str`): "a", "b", "c" or "d".
         found (`dict[str, list[Path]]`): The folders of the finished runs by name.
 
     Returns:
@@ -320,9 +322,10 @@ def write_part(folder: Path, part: str, found: dict[str, list[Path]]) -> str:
         text = curve_table(facts["rows"])
         draw_curves(picture, facts["curves"])
     else:
-        facts["rows"] = score_rows(trained, "ar" if part == "a" else None)
-        text = score_table(facts["rows"]) if facts["rows"] else ""
-        if part == "a":
+        reference = REFERENCES.get(part)
+        facts["rows"] = score_rows(trained, reference)
+        text = score_table(facts["rows"], VARIANTS[reference or "ar"].title) if facts["rows"] else ""
+        if part in REFERENCES:
             draw_scores(picture, facts["rows"])
         else:
             facts["noise"] = [read_json(path / "noise.json") for name in NOISE for path in found.get(name, [])]

@@ -132,13 +132,14 @@ def test_trainer_refusals(settings, message, tmp_path):
         build_trainer("diffusion", tmp_path, **settings)
 
 
-def test_annealing_opens_attention_step_by_step(tmp_path):
+@pytest.mark.parametrize("steps", [4, 0.6])
+def test_annealing_opens_attention_step_by_step(steps, tmp_path):
     """Rate (step + 1) / steps, the row's own draws (never the batch's), full attention from the last step on."""
     seen = []
     trainer = build_trainer(
         "diffusion",
         tmp_path,
-        attention_annealing_steps=4,
+        attention_annealing_steps=steps,
         max_steps=6,
         per_device_train_batch_size=4,
         eval_strategy="no",

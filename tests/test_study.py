@@ -21,7 +21,7 @@ TINY += " --per_device_train_batch_size 4 --bf16 false"
     ("settings", "message"),
     [
         ({"size": "7b"}, "`size` must be among small, 32m, got '7b'"),
-        ({"part": ["d"]}, "`part` must be among a, b, c, got 'd'"),
+        ({"part": ["e"]}, "`part` must be among a, b, c, d, got 'e'"),
         ({"runs": ["block5"]}, "`runs` must be among .*, got 'block5'"),
         ({"data": None}, "`data` must be given, got None"),
         ({"tokens": 0}, "`tokens` must be at least 1, got 0"),
@@ -112,8 +112,9 @@ def arguments(folder, tokenizer):
 
 def test_a_tiny_study(tmp_path, tokenizer, capsys):
     runs = ["ar_half", "ar", "mdlm", "block4", "ar_wsd", "noise_block4", "small_ar", "small_mdlm"]
+    runs += ["ar_mdlm", "ar_mdlm_both"]
     settings = arguments(tmp_path, tokenizer)
-    run = Study(StudyArguments(**settings, runs=runs, part=["a", "b", "c"], eval_blocks=[2]), TINY.split())
+    run = Study(StudyArguments(**settings, runs=runs, part=["a", "b", "c", "d"], eval_blocks=[2]), TINY.split())
     run.prepare()
     for name, seed in run.plan():
         run.do(name, seed)
@@ -121,7 +122,7 @@ def test_a_tiny_study(tmp_path, tokenizer, capsys):
     run.run()  # nothing is left but the report
     tables = capsys.readouterr().out
     assert "AR → 1, 4, 32, row, 32" in tables and "bernoulli" in tables and "diffusion below from epoch" in tables
-    for part in "abc":
+    for part in "abcd":
         facts = json.loads((tmp_path / "run" / f"{part}.json").read_text())
         assert (tmp_path / "run" / f"{part}.png").read_bytes()[1:4] == b"PNG"
         assert (tmp_path / "run" / f"{part}.md").read_text() in tables
@@ -130,7 +131,7 @@ def test_a_tiny_study(tmp_path, tokenizer, capsys):
     facts = json.loads((tmp_path / "run" / "a.json").read_text())
     assert [(row["run"], row["block_length"]) for row in facts["rows"]] == [
         *[("ar_half", None), ("ar", None), ("mdlm", 0), ("mdlm", 2)],
-        *[("block4", 4), ("block4", 2), ("ar_wsd", 32), ("ar_wsd", 2)],
+        *[("block4", 4), ("block4", 2), ("ar_mdlm", 0), ("ar_mdlm", 2), ("ar_wsd", 32), ("ar_wsd", 2)],
     ]
     counts = set()  # every model is scored on the same tokens and bytes
     for name in ("ar", "mdlm", "ar_wsd"):
@@ -138,6 +139,12 @@ def test_a_tiny_study(tmp_path, tokenizer, capsys):
             counts.add((result["data"], tuple(sum(chunk[i] for chunk in result["chunks"]) for i in (2, 3))))
     assert len(counts) == 2
     assert json.loads((tmp_path / "run" / "block4-1" / "config.json").read_text())["block_length"] == 4
+    facts = json.loads((tmp_path / "run" / "d.json").read_text())
+    shifted = next(row for row in facts["rows"] if row["run"] == "ar_mdlm_both")
+    plain = next(row for row in facts["rows"] if row["run"] == "ar_mdlm" and row["own"])
+    difference = shifted["bits_per_byte"]["near"]["value"] - plain["bits_per_byte"]["near"]["value"]
+    assert shifted["over_reference"]["near"]["value"] == pytest.approx(difference) != 0
+    assert json.loads((tmp_path / "run" / "ar_mdlm_both-1" / "config.json").read_text())["label_shift"]
     half, ar = (json.loads((tmp_path / "run" / f"{name}-1" / "run.json").read_text()) for name in ("ar_half", "ar"))
     assert half["steps"] == ar["steps"] == 4 and half["epochs"] < 1 and ar["init"].endswith("ar_half-1")
 

@@ -5,6 +5,7 @@ one objective. `--model_name_or_path` with an AR checkpoint is the AR→diffusio
 names.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -90,11 +91,12 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
             "Dream). Kept in the checkpoint; whole rows only. Default: the checkpoint's."
         },
     )
-    attention_annealing_steps: int = field(
-        default=0,
+    attention_annealing_steps: float = field(
+        default=0.0,
         metadata={
             "help": "After an AR start: steps in which attention grows from causal to full, each later position "
-            "visible with probability (step + 1) / steps (DiffuLLaMA: 10,000). Whole rows only."
+            "visible with probability (step + 1) / steps (DiffuLLaMA: 10,000). Below 1: their share of the run, as "
+            "with warmup_steps. Whole rows only."
         },
     )
     variable_length_probability: float = field(
@@ -249,6 +251,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
     def visible_future(self, inputs: dict, copies: int) -> torch.BoolTensor | None:
         """`[B, L, L]`: the later positions that a row sees while attention is annealed (DiffuLLaMA, §3.2)."""
         steps = self.args.attention_annealing_steps
+        steps = math.ceil(steps * self.state.max_steps) if steps < 1 else steps
         if not self.model.training or self.state.global_step + 1 >= steps:
             return None
         length, rate = inputs["input_ids"].shape[1], (self.state.global_step + 1) / steps
