@@ -107,3 +107,11 @@ def test_arguments_that_contradict_are_refused():
 def test_facts_of_the_machine():
     assert "CPU" in hardware() or "×" in hardware()
     assert versions()["torch"] == torch.__version__ and versions()["nanollada"]
+
+
+def test_rope_parameters_on_the_command_line():
+    from trl import TrlParser
+
+    given = ["--tokenizer_name_or_path", "x", "--rope_parameters", '{"rope_type": "default", "rope_theta": 5e5}']
+    (arguments,) = TrlParser((ModelArguments,)).parse_args_and_config(given)
+    assert arguments.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}

@@ -54,7 +54,7 @@ class ModelArguments:
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Its key/value heads (as query heads)."})
     head_dim: int | None = field(default=None, metadata={"help": "Width of a head (hidden_size / heads)."})
     max_position_embeddings: int | None = field(default=None, metadata={"help": "Longest sequence (32768)."})
-    rope_parameters: dict | None = field(
+    rope_parameters: dict | str | None = field(
         default=None, metadata={"help": 'RoPE of a fresh model, as JSON, e.g. {"rope_type": "yarn", "factor": 16.0}.'}
     )
     tie_word_embeddings: bool | None = field(default=None, metadata={"help": "Whether the head is the embedding."})
