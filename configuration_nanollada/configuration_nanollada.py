@@ -15,6 +15,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 6400): Number of tokens, `mask_token_id` included.
+        tokenizer_length (`int`, *optional*): Tokens of the tokenizer, where the tables have rows behind them that no
+            token uses (Qwen's checkpoints). Defaults to `vocab_size`.
         hidden_size (`int`, defaults to 512): Width of the residual stream.
         intermediate_size (`int`, defaults to 1408): Width of the SwiGLU layer.
         num_hidden_layers (`int`, defaults to 8): Number of blocks.
@@ -67,6 +69,7 @@ class NanoLLaDAConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 6400
+    tokenizer_length: int | None = None
     hidden_size: int = 512
     intermediate_size: int = 1408
     num_hidden_layers: int = 8
@@ -127,6 +130,10 @@ class NanoLLaDAConfig(PreTrainedConfig):
             f"got {self.num_key_value_heads} and {self.num_attention_heads}",
         )
         _require(self.head_dim % 2 == 0, f"`head_dim` must be even (RoPE turns pairs), got {self.head_dim}")
+        _require(
+            self.tokenizer_length is None or 0 < self.tokenizer_length <= self.vocab_size,
+            f"`tokenizer_length` must lie in (0, `vocab_size`], got {self.tokenizer_length} and {self.vocab_size}",
+        )
         _require(
             not self.label_shift or self.block_length is None,
             f"`label_shift` is for whole rows: `block_length` must be None, got {self.block_length}",

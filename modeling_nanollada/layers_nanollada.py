@@ -46,7 +46,7 @@ class NanoLLaDARotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(config: NanoLLaDAConfig, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies of plain RoPE; `PreTrainedModel._init_weights` calls it after loading."""
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponent, 1.0
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0  # rounds as transformers' models do
 
     @torch.no_grad()
     @dynamic_rope_update

@@ -26,6 +26,16 @@ def char_tokenizer():
     return train_tokenizer(TEXTS, kind="char")
 
 
+@pytest.fixture(scope="session")
+def plain_tokenizer(tokenizer):
+    """300 tokens, without mask and pad; the fourth is an ordinary special token. Shared, as the others."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|mask|>", "<|other|>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def datasets_cache(tmp_path_factory):
     """Prepared rows never come from, or stay in, the user's cache."""

@@ -31,6 +31,7 @@ def test_defaults_are_the_seeds():
         ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide `num_attention_heads`, got 3 and 8"),
         ({"head_dim": 7}, "`head_dim` must be even.*got 7"),
         ({"vocab_size": 0}, "`vocab_size` must be > 0, got 0"),
+        ({"tokenizer_length": 6401}, r"`tokenizer_length` must lie in \(0, `vocab_size`\], got 6401 and 6400"),
         ({"num_attention_heads": 0}, "`num_attention_heads` must be > 0, got 0"),
         ({"block_length": 0}, "`block_length` must be > 0, got 0"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must be > 0, got 0.0"),

@@ -98,12 +98,14 @@ def test_fitting_tokenizer(tokenizer):
     check_tokenizer(config, tokenizer)
     check_tokenizer(model_of(config, 300), tokenizer)
     check_tokenizer(config, with_template(tokenizer, None))
+    check_tokenizer(model_of(config_of(tokenizer, vocab_size=304, tokenizer_length=300), 304), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"vocab_size": 301}, r"`vocab_size` must be 300 \(the tokenizer's length\), got 301"),
+        ({"vocab_size": 304, "tokenizer_length": 302}, "`tokenizer_length` must be 300 .*, got 302"),
         ({"pad_token_id": 1}, r"`pad_token_id` must be 0 \(the tokenizer's\), got 1"),
         ({"eos_token_id": None}, r"`eos_token_id` must be 2 \(the tokenizer's\), got None"),
         ({"mask_token_id": 299}, r"`mask_token_id` must be 3 \(the tokenizer's\), got 299"),

@@ -43,14 +43,13 @@ def check_tokenizer(config_or_model, tokenizer) -> None:
     """
     config = getattr(config_or_model, "config", config_or_model)
     faults = []
-    if len(tokenizer) != config.vocab_size:
-        faults.append(f"`vocab_size` must be {len(tokenizer)} (the tokenizer's length), got {config.vocab_size}")
+    name = "vocab_size" if getattr(config, "tokenizer_length", None) is None else "tokenizer_length"
+    if len(tokenizer) != getattr(config, name):
+        faults.append(f"`{name}` must be {len(tokenizer)} (the tokenizer's length), got {getattr(config, name)}")
     if config is not config_or_model:
         rows = config_or_model.get_input_embeddings().weight.shape[0]
-        if rows != len(tokenizer):
-            faults.append(
-                f"the model's embedding must have {len(tokenizer)} rows (the tokenizer's length), got {rows}"
-            )
+        if rows != config.vocab_size:
+            faults.append(f"the model's embedding must have {config.vocab_size} rows (`vocab_size`), got {rows}")
     for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
         expected, got = getattr(tokenizer, name), getattr(config, name, None)
         if expected is None:
