@@ -282,10 +282,13 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
                 logits are returned: only weighted positions go through the head, a chunk at a time.
 
         Raises:
-            `ValueError`: for `labels` with `logits_to_keep`, and for `loss_weights` without `labels`.
+            `ValueError`: for `labels` with `logits_to_keep`, and for `loss_weights` without `labels` or with
+                `shift_labels` (labels that context parallelism has shifted before it cut the row, as in transformers).
         """
         _check_labels(labels, logits_to_keep, loss_weights)
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        if shift_labels is not None and loss_weights is not None:
+            raise ValueError("`loss_weights` weigh unshifted labels: `shift_labels` must not be given, got both")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -304,7 +307,9 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_function(
+                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -370,7 +375,8 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
 
         Raises:
             `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold the mask token, for
-                `loss_weights` without `labels`, and for blocks or a cache with `config.label_shift`.
+                `shift_labels`, for `loss_weights` without `labels`, and for blocks or a cache with
+                `config.label_shift`.
         """
         _check_labels(labels, logits_to_keep, loss_weights)
         if self.config.label_shift and (block_length or clean_input_ids is not None or "past_key_values" in kwargs):
@@ -378,6 +384,8 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
                 "`config.label_shift` is for whole rows: `block_length`, `clean_input_ids` and `past_key_values` must "
                 f"not be given, got `block_length` {block_length}"
             )
+        if kwargs.pop("shift_labels", None) is not None:
+            raise ValueError("`shift_labels` are an AR model's: this one's `labels` are not shifted, got some")
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,

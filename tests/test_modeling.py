@@ -159,6 +159,8 @@ def test_mask_token_is_never_predicted():
     assert (model(ids).logits[..., model.config.mask_token_id] == -torch.inf).all()
     with pytest.raises(ValueError, match="`labels` must not hold the mask token, got 3"):
         model(ids, labels=torch.full_like(ids, 3))
+    with pytest.raises(ValueError, match="`shift_labels` are an AR model's: .* `labels` are not shifted"):
+        model(ids, labels=ids, shift_labels=ids)
 
 
 def test_masked_lm_loss_is_not_shifted_and_honours_the_count():
