@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from nanollada.hub_upload.model_card import Facts, build_card, read_facts, weights_digest
-from nanollada.hub_upload.verify import check_files
+from nanollada.hub_upload.verify import check_files, check_results
 
 
 def export(
@@ -70,6 +70,7 @@ def export(
     try:
         _write(partial, model, tokenizer, card, facts)
         check_files(partial)
+        check_results(partial)
         _put_in_place(partial, there)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -127,9 +128,11 @@ def check_agreement(model, tokenizer) -> None:
     """
     config, rows = model.config, model.get_input_embeddings().weight.shape[0]
     faults = []
-    if not len(tokenizer) == config.vocab_size == rows:
-        sizes = f"{len(tokenizer)}, {config.vocab_size} and {rows}"
-        faults.append(f"tokenizer, `vocab_size` and embedding must have the same size, got {sizes}")
+    if rows != config.vocab_size:
+        faults.append(f"embedding and `vocab_size` must have the same size, got {rows} and {config.vocab_size}")
+    name = "vocab_size" if config.tokenizer_length is None else "tokenizer_length"
+    if len(tokenizer) != getattr(config, name):
+        faults.append(f"`{name}` must be the tokenizer's {len(tokenizer)}, got {getattr(config, name)}")
     for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
         theirs, ours = getattr(tokenizer, name), getattr(config, name)
         if theirs is None or theirs != ours:
@@ -157,7 +160,7 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")
     evaluation = facts.evaluation
-    if evaluation is not None and "weights_sha256" in evaluation:  # the same tensors, in the files they are in now
+    if evaluation is not None:  # of these tensors, as `read_facts` saw, in the files they are in now
         evaluation = {**evaluation, "weights_sha256": weights_digest(folder)}
     records = {"run.json": facts.run, "evaluation.json": evaluation}
     for name, record in records.items():

@@ -3,7 +3,6 @@
 A fact that is not on record is left out and reported as missing; no sentence and no number is made up.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,12 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from nanollada.hub_upload.card_results import (
+    EVALUATION,
+    eval_results,
+    evaluation_section,
+    metric_type,
+    number,
+    sentence,
+    weights_digest,
+)
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # A path that is absolute, or climbs out of the working folder, at the start of a word (a URL's stands inside one).
 LOCAL_PATH = re.compile(r"(?<![^\s='\",:;\[({])(?:~[\w-]*/|/(?!/)|\.\./|[A-Za-z]:[\\/](?!/))[^\s'\",;\])}]+")
 PATH_KEYS = ("init", "sources", "data", "checkpoint")  # whose strings are one path or name each, blanks and all
 FORMATS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
-METRICS = {"nll": "bits per byte", "nelbo": "bits per byte, upper bound", "exact_match": "exact match"}
 PROMPTS = ("The", "1", "a")
 CHAT_PROMPTS = ("What is a list?", "Hello")
 NEW_TOKENS, BLOCK_LENGTH, INFILLED = 32, 16, 4  # of the snippets
@@ -58,7 +66,7 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
     facts = Facts(stages=_read_stages(folder))
     if not (folder / "run.json").is_file():
         facts.missing.append("data, objective, seed, command, hardware, versions: no run.json beside the weights")
-    file = Path(evaluation) if evaluation is not None else folder / "evaluation.json"
+    file = Path(evaluation) if evaluation is not None else folder / EVALUATION
     if evaluation is not None or file.is_file():
         facts.evaluation = _read_json(file, "evaluation")
         _check_evaluated(facts.evaluation, folder, file)
@@ -78,15 +86,6 @@ def _check_evaluated(evaluation: dict, folder: Path, file: Path) -> None:
         raise ValueError(f"`evaluation` must be of the weights in {folder.name}, got {file.name} of other weights")
     if digest is None and of is not None and Path(of).resolve().name != folder.name:
         raise ValueError(f"`evaluation` must be of the checkpoint {folder.name}, got {file.name} of {Path(of).name}")
-
-
-def weights_digest(folder: str | os.PathLike) -> str:
-    """SHA-256 over the SHA-256 of each of a folder's safetensors files, sorted by name, as in evaluation.json."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _read_stages(folder: Path) -> list[dict]:
@@ -205,8 +204,7 @@ def build_card(
     from huggingface_hub import ModelCard
 
     evaluation = facts.evaluation or {}
-    results = evaluation.get("results", [])
-    data = _metadata(model, facts, results, model_name)
+    data = _metadata(model, facts, evaluation, model_name, repo_id or model_name)
     data.license, data.language, data.base_model = license, language, base_model
     data.datasets = datasets or data.datasets
     return ModelCard.from_template(
@@ -218,17 +216,15 @@ def build_card(
         shape=_shape(model),
         use=_use(model, tokenizer, facts, repo_id or model_name, prompt),
         stages=[_stage(stage) for stage in facts.stages],
-        results=[_result_row(result) for result in results],
-        bound=any(result.get("bound") for result in results),
-        evaluated_at=evaluation.get("of"),
-        evaluation_commands=_commands(evaluation),
+        evaluation=evaluation_section(evaluation),
         limits=_limits(model, facts, language),
     )
 
 
-def _metadata(model, facts: Facts, results: list[dict], model_name: str):
+def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: str):
     from huggingface_hub import ModelCardData
 
+    results = evaluation.get("results", [])
     kind = ["diffusion", "masked-diffusion", "llada"] if is_diffusion(model) else ["autoregressive"]
     return ModelCardData(
         library_name="transformers",
@@ -236,8 +232,8 @@ def _metadata(model, facts: Facts, results: list[dict], model_name: str):
         tags=["nanollada", "custom_code", *kind],
         datasets=_hub_datasets(facts.stages) or None,
         model_name=model_name if results else None,  # without results no field of the Hub's
-        metrics=list(dict.fromkeys(_metric_type(result) for result in results)) or None,
-        eval_results=[_eval_result(result) for result in results] or None,
+        metrics=list(dict.fromkeys(metric_type(result).partition("/")[0] for result in results)) or None,
+        eval_results=eval_results(evaluation, repo_id) or None,
     )
 
 
@@ -282,14 +278,14 @@ def _stage(stage: dict) -> dict:
         ("Sources", ", ".join(f"`{source}`" for source in data.get("sources") or []) or None),
         ("Data", _counts(data)),
         ("Left out", _left_out(data)),
-        ("Length", _sentence("{} steps, {} epochs", _number(stage.get("steps")), _number(stage.get("epochs")))),
-        ("Tokens seen", _number(stage.get("tokens_seen"))),
+        ("Length", sentence("{} steps, {} epochs", number(stage.get("steps")), number(stage.get("epochs")))),
+        ("Tokens seen", number(stage.get("tokens_seen"))),
         (
             "Best",
-            _sentence("{} {} at step {}", best.get("metric"), _number(best.get("value")), _number(best.get("step"))),
+            sentence("{} {} at step {}", best.get("metric"), number(best.get("value")), number(best.get("step"))),
         ),
         ("Seed", None if seed is None else str(seed)),
-        ("Time", _sentence("{} s", _number(stage.get("seconds")))),
+        ("Time", sentence("{} s", number(stage.get("seconds")))),
         ("Hardware", stage.get("hardware")),
         ("Versions", ", ".join(f"{key} {value}" for key, value in (stage.get("versions") or {}).items()) or None),
     ]
@@ -300,11 +296,11 @@ def _stage(stage: dict) -> dict:
 
 def _counts(data: dict) -> str | None:
     parts = [
-        _sentence("{} documents", _number(data.get("documents"))),
-        _sentence("{} rows", _number(data.get("rows"))),
-        _sentence("at most {} tokens a row", _number(data.get("max_length"))),
-        _sentence("{} target tokens", _number(data.get("target_tokens"))),
-        _sentence("{} bytes", _number(data.get("bytes"))),
+        sentence("{} documents", number(data.get("documents"))),
+        sentence("{} rows", number(data.get("rows"))),
+        sentence("at most {} tokens a row", number(data.get("max_length"))),
+        sentence("{} target tokens", number(data.get("target_tokens"))),
+        sentence("{} bytes", number(data.get("bytes"))),
     ]
     return ", ".join(part for part in parts if part) or None
 
@@ -322,87 +318,8 @@ def _left_out(data: dict) -> str | None:
         ("dropped_tokens", "{} tokens of the last, partial row"),
     ):
         if data.get(key):
-            parts.append(text.format(_number(data[key])))
+            parts.append(text.format(number(data[key])))
     return ", ".join(parts) or "nothing"
-
-
-def _sentence(template: str, *values) -> str | None:
-    return None if None in values else template.format(*values)
-
-
-def _number(value) -> str | None:
-    if value is None:
-        return None
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _value(result: dict) -> float:
-    """The result's number; `ValueError` if it is none."""
-    key = "value" if result.get("metric") == "exact_match" else "bits_per_byte"
-    for name in (key, "standard_error"):
-        number = result.get(name)
-        good = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
-        if not good:
-            raise ValueError(
-                f"`evaluation` must give `{name}` of {result.get('metric')} as a number, got {number!r} for "
-                f"{result.get('data')}"
-            )
-    return result[key]
-
-
-def _metric_type(result: dict) -> str:
-    metric = result.get("metric")
-    if metric not in METRICS:
-        raise ValueError(f"`metric` in `evaluation` must be one of {', '.join(METRICS)}, got {metric!r}")
-    return "exact_match" if metric == "exact_match" else "bits_per_byte"
-
-
-def _eval_result(result: dict):
-    from huggingface_hub import EvalResult
-
-    data = str(result.get("data"))
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=re.sub(r"[^\w.-]+", "-", data),
-        dataset_name=data,
-        metric_type=_metric_type(result),
-        metric_value=round(_value(result), 6),
-        metric_name=METRICS[result["metric"]],
-        metric_args={"standard_error": round(result["standard_error"], 6)},
-    )
-
-
-def _result_row(result: dict) -> list[str]:
-    scored = [_sentence("{} " + key, _number(result.get(key))) for key in ("tokens", "bytes", "documents", "rows")]
-    settings = [f"{key} = {item}" for key, item in (result.get("settings") or {}).items() if item is not None]
-    samples = _sentence("{} samples", _number(result.get("samples")))
-    length = _sentence("at most {} tokens a row", _number(result.get("max_length")))
-    how = [result.get("estimator") or samples, length, *settings]
-    cells = [
-        f"`{result.get('data')}`",
-        METRICS[result["metric"]],
-        f"{'≤ ' if result.get('bound') else ''}{_value(result):.4f}",
-        _errors(result),
-        ", ".join(part for part in scored if part) or "–",
-        ", ".join(part for part in how if part) or "–",
-    ]
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
-
-
-def _errors(result: dict) -> str:
-    """Standard errors, each with what it is over: the random masks, or other rows of the same kind."""
-    error, sampling = result["standard_error"], result.get("sampling_error")
-    if result["metric"] == "exact_match":
-        return f"± {error:.4f} (rows)"
-    noise = f"± {error:.4f} (masks)" if error else "0 (nothing is drawn)"
-    return noise if sampling is None else f"{noise}, ± {sampling:.4f} (rows)"
-
-
-def _commands(evaluation: dict) -> list[dict]:
-    """Every command that results came from, once; older files have one for all."""
-    runs = [{name: result.get(name) for name in ("command", "seed")} for result in evaluation.get("results", [])]
-    runs = [run for run in runs if run["command"]] or [evaluation]
-    return [run for place, run in enumerate(runs) if run.get("command") and run not in runs[:place]]
 
 
 def _limits(model, facts: Facts, language) -> list[str]:
@@ -412,7 +329,7 @@ def _limits(model, facts: Facts, language) -> list[str]:
         "No evaluation of safety, bias or truthfulness is on record.",
     ]
     if data.get("max_length"):
-        limits.append(f"Trained on at most {_number(data['max_length'])} tokens at a time: longer texts are untried.")
+        limits.append(f"Trained on at most {number(data['max_length'])} tokens at a time: longer texts are untried.")
     if not data.get("sources"):
         limits.append("What it was trained on is not on record.")
     if language:

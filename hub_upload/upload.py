@@ -1,5 +1,7 @@
 """Pushes an exported folder to the Hub. Without --push it only says what it would do.
 
+Either way the folder is verified first: a card with a number that has no source file beside it is refused.
+
 python hub_upload/upload.py FOLDER user/name --push
 
 The only file of the package that writes to the network. The token is huggingface_hub's (`hf auth login` or HF_TOKEN).
@@ -10,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from nanollada.hub_upload.card_results import with_source
 from nanollada.hub_upload.verify import REPO_ID, VerificationError, check_files, verify
 
 # Of a training checkpoint, not of a model; pickles besides.
@@ -48,7 +51,8 @@ def upload(
     Verifies an exported folder, lists what goes where, and with `push` creates the repository and uploads.
 
     Args:
-        folder (`str` or `os.PathLike`): As `export` makes it. With `push`, its card's `repo_id` is set to the target.
+        folder (`str` or `os.PathLike`): As `export` makes it. With `push`, its card's `repo_id` is set to the target,
+            and so is the address of evaluation.json in its `model-index`.
         repo_id (`str`): "user/name".
         push (`bool`, defaults to `False`): Whether to upload. Otherwise nothing is written, and the network not used.
         private (`bool`, *optional*): Visibility of a repository that does not exist yet. Defaults to the account's.
@@ -60,7 +64,8 @@ def upload(
 
     Raises:
         `ValueError`: for a name that is no repository's, and as `files_to_upload`.
-        `VerificationError`: if the folder does not load and generate in a clean process.
+        `VerificationError`: if the folder does not load and generate in a clean process, and if its card says a number
+            that its evaluation.json does not hold.
     """
     from huggingface_hub.utils import validate_repo_id
 
@@ -86,7 +91,8 @@ def _push(folder: Path, files: list[Path], repo_id: str, private, commit_message
 
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8")
-    card.write_text(REPO_ID.sub(f'repo_id = "{repo_id}"', text), encoding="utf-8")
+    text = with_source(REPO_ID.sub(f'repo_id = "{repo_id}"', text), repo_id, revision or "main")
+    card.write_text(text, encoding="utf-8")
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:

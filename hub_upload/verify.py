@@ -2,10 +2,10 @@
 
 python hub_upload/verify.py FOLDER
 
-The folder is loaded in a fresh process, isolated, offline, with nanollada blocked, and its logits are compared with
-those of the local classes. That process runs this very file alone: above `main` it imports the standard library only.
-The folder's own code and its card's snippets are executed: verify what you would also load with
-trust_remote_code=True.
+The card's numbers are compared with evaluation.json. Then the folder is loaded in a fresh process, isolated, offline,
+with nanollada blocked, and its logits are compared with those of the local classes. That process runs this very file
+alone: above `main` it imports the standard library only. The folder's own code and its card's snippets are executed:
+verify what you would also load with trust_remote_code=True.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 
 TOLERANCE = 1e-5
+FAULTS = 5  # of a card that are named
 TIMEOUT = 600  # seconds
 BLOCKED = ("nanollada", "configuration_nanollada", "modeling_nanollada", "hub_upload", "trainers")
 AUTO_CLASSES = {
@@ -57,6 +58,7 @@ def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None) -
     started = time.perf_counter()
     folder = Path(folder).resolve()
     check_files(folder)
+    check_results(folder)
     with tempfile.TemporaryDirectory(prefix="nanollada-verify-") as scratch:
         clean = _start_clean_process(folder, Path(scratch), python or sys.executable)
         try:
@@ -108,6 +110,25 @@ def check_files(folder: Path) -> dict:
         "modeling_nanollada/ copied by hand? export with save_pretrained)",
     )
     return config
+
+
+def check_results(folder: Path) -> None:
+    """
+    Whether every number of the card's `model-index` and evaluation section stands in evaluation.json beside it, which
+    must be of these weights. See [`~hub_upload.card_results.card_faults`].
+
+    Raises:
+        `VerificationError`: naming what stands in the card and what in the file.
+    """
+    try:
+        from nanollada.hub_upload.card_results import card_faults
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "nanollada":
+            raise
+        from card_results import card_faults  # this file runs by its path, without nanollada: its neighbour
+    faults = card_faults(folder)
+    more = f"; and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
+    _require(not faults, f"results: {'; '.join(faults[:FAULTS])}{more}")
 
 
 def read_snippets(card: str, repo_id: str) -> list[str]:
@@ -281,10 +302,9 @@ class _CleanProcess:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=True)
-        _require(
-            len(tokenizer) == self.settings.vocab_size,
-            f"`vocab_size` must be the tokenizer's {len(tokenizer)}, got {self.settings.vocab_size}",
-        )
+        name = "vocab_size" if getattr(self.settings, "tokenizer_length", None) is None else "tokenizer_length"
+        size = getattr(self.settings, name)
+        _require(len(tokenizer) == size, f"`{name}` must be the tokenizer's {len(tokenizer)}, got {size}")
         for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
             ours, theirs = getattr(self.settings, name), getattr(tokenizer, name)
             _require(ours == theirs, f"`{name}` must be the tokenizer's {theirs}, got {ours}")

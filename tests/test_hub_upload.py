@@ -18,6 +18,7 @@ from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import export as export_module
 from nanollada.hub_upload import upload as upload_module
 from nanollada.hub_upload import verify as verify_module
+from nanollada.hub_upload.card_results import weights_digest
 from nanollada.hub_upload.export import export, main
 from nanollada.hub_upload.upload import files_to_upload, upload
 from nanollada.hub_upload.verify import VerificationError, check_files, verify
@@ -82,7 +83,8 @@ def test_export_is_complete_and_equal(exports, checkpoints, name):
     assert not {"trainer_state.json", "training_args.bin"} & names
     if name == "diffusion":
         assert json.loads((folder / "run.json").read_text())["data"]["sources"] == ["a.txt"]
-        assert json.loads((folder / "evaluation.json").read_text())["results"] == [FOUND]
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["results"] == [FOUND] and evaluation["weights_sha256"] == weights_digest(folder)
     ours = AutoModelForCausalLM.from_pretrained(checkpoints[name]).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -147,7 +149,7 @@ def test_broken_checkpoints_are_refused(checkpoints, tokenizer, char_tokenizer, 
     refuse(reshaped, "`checkpoint` must hold exactly the tensors of .*shape: .*gate_proj")
     other = broken("other")
     char_tokenizer.save_pretrained(other)
-    refuse(other, "tokenizer and model must agree: .*same size, got")
+    refuse(other, "tokenizer and model must agree: `vocab_size` must be the tokenizer")
     renamed = broken("renamed")
     swapped = copy.deepcopy(tokenizer)
     swapped.eos_token = "<|im_start|>"
@@ -382,6 +384,7 @@ def test_round_trip_through_a_hub(exported, tmp_path, python):
         local = {path.name: path.read_bytes() for path in exported.iterdir()}
         assert sent == {**local, ".gitattributes": b"", "notes.md": b"mine"}  # stale weights are gone
         assert b'repo_id = "someone/published"' in sent["README.md"]
+        assert b"url: https://huggingface.co/someone/published/blob/main/evaluation.json" in sent["README.md"]
         stranger = tmp_path / "stranger"
         stranger.mkdir()
         arguments = ["-I", "-c", LOADER, verify_module.__file__]
@@ -403,6 +406,29 @@ def test_round_trip_through_a_hub(exported, tmp_path, python):
     check_files(stranger / "again")
 
 
+@pytest.mark.parametrize("options", [[], ["--push"]])
+def test_a_number_without_a_source_is_not_uploaded(exported, tmp_path, options):
+    """The Hub is not even asked."""
+    edit(exported / "README.md", "      value: 2.5\n", "      value: 1.5\n")
+    command = [sys.executable, upload_module.__file__, str(exported), "someone/published", *options]
+    with FakeHub() as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}
+        environment = {**verify_module.clean_environment(tmp_path), **online}
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and hub.requests == []
+    says = "bits_per_byte 1.5 ± 0.1 on held-out, evaluation.json has bits_per_byte 2.5 ± 0.1 on held-out"
+    assert f"not uploaded: results: README.md says {says}" in done.stderr
+
+
+def test_an_export_checks_its_own_card(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "weights_digest", lambda folder: "0" * 64)
+    with pytest.raises(
+        VerificationError, match="evaluation.json must be of the weights in .*, got `weights_sha256` 0"
+    ):
+        export(checkpoints["diffusion"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_push_makes_private_repositories_and_branches(exported, monkeypatch):
     """The arguments that reach huggingface_hub."""
     calls = []
@@ -419,4 +445,6 @@ def test_push_makes_private_repositories_and_branches(exported, monkeypatch):
     (create, branch, folder) = calls
     assert create == ("create_repo", ("me/model",), {"private": True, "exist_ok": True})
     assert branch == ("create_branch", ("me/model",), {"branch": "trial", "exist_ok": True})
+    address = "url: https://huggingface.co/me/model/blob/trial/evaluation.json"
+    assert address in (exported / "README.md").read_text()
     assert folder[2]["revision"] == "trial" and folder[2]["commit_message"] == "Upload broken with nanollada"

@@ -205,6 +205,8 @@ Seed 7:
 evaluate\.py --checkpoint diffusion
 ```
 
+<!-- end of .* -->
+
 ## Limits
 
 - A model of .*
@@ -234,6 +236,8 @@ def test_ar_card_tells_an_exact_number(exports):
     assert "autoregressive language model" in card and "LLaDA)" not in card and "2502.09992" not in card
     assert "| bits per byte | 2.5000 | 0 (nothing is drawn) | 700 tokens, 1,800 bytes |" in card
     assert "Measured at the end of the last training run above." in card
+    evaluation = json.loads((exports["ar"] / "evaluation.json").read_text())
+    assert evaluation["weights_sha256"] == weights_digest(exports["ar"])  # of the file that went into this folder
     assert "### " not in card and "≤" not in card and "Infilling" not in card
     assert "output = model.generate(**inputs, max_new_tokens=32)" in card
 
@@ -304,7 +308,7 @@ def test_results_of_several_commands_name_them_all(tokenizer):
     first = {**BOUND, "command": "evaluate.py a", "seed": 0}
     second = {**MATCH, "command": "evaluate.py b", "seed": 1}
     card = make_card(tokenizer, Facts(evaluation={"command": "evaluate.py b", "results": [first, second, second]}))
-    assert "Seed 0:\n\n```bash\nevaluate.py a\n```\n\nSeed 1:\n\n```bash\nevaluate.py b\n```\n\n## Limits" in card
+    assert "Seed 0:\n\n```bash\nevaluate.py a\n```\n\nSeed 1:\n\n```bash\nevaluate.py b\n```\n\n<!-- end" in card
 
 
 def test_evaluation_of_other_weights_is_refused(checkpoints, tmp_path):

@@ -1,0 +1,373 @@
+"""Results in the card: what the suite's rows become there, and that no number stands there without its source."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save_file
+
+from nanollada.hub_upload import upload as upload_module
+from nanollada.hub_upload import verify as verify_module
+from nanollada.hub_upload.card_results import (
+    END,
+    START,
+    card_faults,
+    eval_results,
+    evaluation_section,
+    weights_digest,
+    with_source,
+)
+from nanollada.hub_upload.verify import VerificationError, check_results, verify
+
+COMMAND = "evaluate.py --checkpoint small --suite small"
+BOARDS = {"data": "boards", "metric": "exact_match", "value": 0.795, "standard_error": 0.02855, "rows": 200}
+BOARDS |= {"settings": {"steps": 8, "top_k": None}, "command": "evaluate.py boards", "seed": 0}
+TEXT = {
+    "task": "wiki_en",
+    "kind": "text",
+    "language": "en",
+    "metric": "bits_per_byte",
+    "value": 1.8765432,
+    "standard_error": 0.0123,
+    "bound": True,
+    "data": "wiki.jsonl",
+    "data_sha256": "0123456789abcdef" * 4,
+    "rows": 1200,
+    "chance": None,
+    "unit": "bits/byte",
+    "settings": {"samples": 16, "block_length": None, "order": [1, None]},
+    "command": COMMAND,
+    "seed": 7,
+}
+CHOICE = {**TEXT, "task": "arc", "kind": "choice", "metric": "acc_norm", "value": 0.31, "standard_error": 0.02}
+CHOICE |= {"bound": False, "data": "arc|easy", "chance": 0.25, "unit": None, "settings": {}, "data_sha256": "f" * 64}
+SPEED = {**CHOICE, "task": "speed", "kind": "speed", "metric": "tokens_per_second", "value": 1234.56, "chance": None}
+SPEED |= {"language": None, "standard_error": None, "unit": "tokens/s", "data": None, "data_sha256": None}
+RESULTS = [BOARDS, TEXT, CHOICE, SPEED]
+
+SUITE_TABLE = """
+| Task | Language | Metric | Value ± s.e. | Chance | Rows | Data | How |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| wiki_en | en | bits per byte, upper bound (bits/byte) | ≤ 1.8765 ± 0.0123 | – | 1,200 | `wiki.jsonl` (SHA-256 \
+0123456789ab…) | samples = 16, order = [1, None] |
+| arc | en | accuracy, normalised by length | 0.3100 ± 0.0200 | 0.25 | 1,200 | `arc\\|easy` (SHA-256 \
+ffffffffffff…) | – |
+| speed | – | tokens per second (tokens/s) | 1,234.6 | – | 1,200 | `speed` | – |
+"""
+
+
+def card_of(evaluation: dict, prose: str = "") -> str:
+    data = ModelCardData(model_name="small", eval_results=eval_results(evaluation, "me/small"))
+    return f"---\n{data.to_yaml()}\n---\n\n# small\n\n{evaluation_section(evaluation)}\n\n## Limits\n{prose}"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Weights, their results, and the card of these."""
+    path = tmp_path / "small"
+    path.mkdir()
+    save_file({"weight": torch.arange(4.0)}, path / "model.safetensors")
+    evaluation = {"weights_sha256": weights_digest(path), "results": RESULTS}
+    (path / "evaluation.json").write_text(json.dumps(evaluation))
+    (path / "README.md").write_text(card_of(evaluation))
+    return path
+
+
+def edit(path: Path, old: str, new: str, count: int = -1) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+# ---------------------------------------------------------------------------------------------- what the card says
+
+
+def test_the_section_tells_the_suite():
+    section = evaluation_section({"results": RESULTS})
+    assert SUITE_TABLE.strip() in section
+    assert "| `boards` | exact match | 0.7950 | ± 0.0285 (rows) | 200 rows | steps = 8 |" in section
+    assert section.count(COMMAND) == 1 and section.count("evaluate.py boards") == 1  # three results share a command
+    assert section.startswith(START) and section.endswith(END) and "≤ marks an upper bound" in section
+    assert "≤" not in evaluation_section({"results": [BOARDS, CHOICE]})
+    assert evaluation_section({"results": []}) == ""
+
+
+def test_decoding_settings_are_told_apart():
+    """As a suite writes them: a metric per setting, and the paired difference."""
+    off = {**CHOICE, "metric": "exact_match/off", "settings": {"verify": "qa", "columns": {"a": "b"}}}
+    off["settings"] |= {"steps": 4, "presets": {"off": {}}, "decoding": {"steps": 8}}
+    off["settings"]["generate"] = {"cfg_scale": 0.0, "top_k": None, "steps": 8}
+    on = {**off, "metric": "exact_match/on − off", "value": -0.05, "settings": {"generate": "greedy"}}
+    section = evaluation_section({"results": [off, on]})
+    assert '| verify = qa, columns = {"a": "b"}, steps = 8, cfg_scale = 0.0 |' in section
+    assert "| arc | en | exact match, on − off | -0.0500 ± 0.0200 |" in section and "| generate = greedy |" in section
+    first, second = ModelCard(card_of({"results": [off, on]})).data.eval_results
+    assert (first.metric_type, first.metric_name) == ("exact_match/off", "exact match, off")
+    assert (second.metric_type, second.metric_value) == ("exact_match/on − off", -0.05)
+
+
+def test_small_errors_of_large_values_are_shown():
+    row = {**SPEED, "standard_error": 0.03}
+    assert "| 1,234.5600 ± 0.0300 |" in evaluation_section({"results": [row]})
+
+
+def test_the_index_keeps_tasks_apart_and_names_its_source():
+    data = ModelCard(card_of({"results": RESULTS})).data
+    boards, text, choice, speed = data.eval_results
+    assert {result.source_url for result in data.eval_results} == {
+        "https://huggingface.co/me/small/blob/main/evaluation.json"
+    }
+    assert {result.source_name for result in data.eval_results} == {"evaluation.json"}
+    assert (boards.dataset_name, boards.metric_value, boards.metric_args) == (
+        "boards",
+        0.795,
+        {"standard_error": 0.02855},
+    )
+    assert (text.dataset_config, text.dataset_revision) == ("wiki_en", TEXT["data_sha256"])
+    assert (text.metric_type, text.metric_value) == ("bits_per_byte", 1.876543)
+    assert text.metric_args == {
+        "standard_error": 0.0123,
+        "language": "en",
+        "rows": 1200,
+        "unit": "bits/byte",
+        "bound": True,
+        "settings": {"samples": 16, "order": [1]},  # YAML of the Hub's library drops what is None
+    }
+    assert choice.metric_args == {"standard_error": 0.02, "language": "en", "chance": 0.25, "rows": 1200}
+    assert choice.dataset_type == "arc-easy" and choice.dataset_name == "arc|easy"
+    assert speed.dataset_name == "speed"  # a task that makes its own rows
+    assert "standard_error" not in speed.metric_args and "upper bound" in text.metric_name
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"value": None}, "`evaluation` must give `value` of acc_norm as a number, got None for arc"),
+        ({"value": True}, "`evaluation` must give `value` of acc_norm as a number, got True for arc"),
+        (
+            {"standard_error": float("inf")},
+            "`evaluation` must give `standard_error` of acc_norm as a number, got inf for arc",
+        ),
+        ({"metric": "acc "}, "`metric` in `evaluation` must be a name, got 'acc '"),
+        ({"rows": 0}, "`evaluation` must give `rows` of task 'arc' as a number of rows, got 0"),
+        ({"chance": "1/4"}, "`evaluation` must give `chance` of task 'arc' as a number or null, got '1/4'"),
+        ({"data": ""}, "`evaluation` must give `data` of task 'arc' as a name or null, got ''"),
+        ({"settings": [8]}, r"`evaluation` must give `settings` of task 'arc' as an object, got \[8\]"),
+    ],
+)
+def test_a_row_without_its_protocol_is_refused(change, match):
+    for make in (evaluation_section, lambda evaluation: eval_results(evaluation, "me/small")):
+        with pytest.raises(ValueError, match=match):
+            make({"results": [{**CHOICE, **change}]})
+
+
+def test_an_error_must_be_said_to_be_undefined():
+    row = {name: item for name, item in SPEED.items() if name != "standard_error"}
+    with pytest.raises(ValueError, match="`evaluation` must give `standard_error` of tokens_per_second as a number"):
+        evaluation_section({"results": [row]})
+
+
+# ------------------------------------------------------------------------------------------------------- the check
+
+
+def test_a_card_of_its_file_passes_with_prose_and_another_name(folder):
+    check_results(folder)
+    card = folder / "README.md"
+    edit(card, "## Limits\n", "## Limits\n\nOf 200 boards 95 % look right: 0.95.\n\n| a | b |\n|--|--|\n| 1 | 2 |\n")
+    edit(card, "# small\n", "# small\n\nIt scores 12 here.\n")
+    edit(card, "| 0.7950 |", "|  0.7950   |")  # a formatter of Markdown
+    edit(card, "| --- ", "| -------- ")
+    check_results(folder)
+    card.write_text(with_source(card.read_text(), "you/other model", "trial"))
+    assert "https://huggingface.co/you/other%20model/blob/trial/evaluation.json" in card.read_text()
+    check_results(folder)
+    before, _, rest = card.read_text().partition(START)
+    card.write_text(before + rest.partition(END)[2])  # the table is left out; the index has its source still
+    check_results(folder)
+
+
+def test_addresses_in_prose_are_the_writers_own():
+    link = "https://huggingface.co/me/base/blob/main/evaluation.json"
+    assert link in with_source(card_of({"results": RESULTS}, prose=f"See {link}."), "you/model")
+
+
+def test_a_card_without_numbers_needs_no_file(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# small\n\n0.95 is a number in prose.\n")
+    check_results(folder)
+    rewrite(folder, weights_sha256="0" * 64)  # what is there must be good all the same
+    with pytest.raises(VerificationError, match="must be of the weights in small, got .*; README.md says no number"):
+        check_results(folder)
+    (folder / "evaluation.json").unlink()
+    check_results(folder)
+
+
+SOURCES = [
+    (
+        "      value: 0.795\n",
+        "      value: 0.95\n",
+        "README.md says exact_match 0.95 ± 0.02855 on boards, evaluation.json has exact_match 0.795 ± 0.02855 on bo",
+    ),
+    (
+        "        standard_error: 0.02855\n",
+        "        standard_error: 0.001\n",
+        r"says exact_match 0.795 ± 0.001 on boards, evaluation.json has exact_match 0.795 ± 0.02855 on boards",
+    ),
+    (
+        "      value: 0.31\n",
+        "      value: 0.41\n",
+        r"says acc_norm 0.41 ± 0.02 on arc\|easy \(arc\), evaluation.json has acc_norm 0.31 ± 0.02 on arc\|easy",
+    ),
+    ("    - type: acc_norm\n", "    - type: acc\n", "says acc 0.31 .*, evaluation.json has no such result"),
+    ("      name: boards\n", "      name: gsm8k\n", "says exact_match 0.795 ± 0.02855 on gsm8k, .* no such result"),
+    ("      config: arc\n", "      config: piqa\n", r"says acc_norm 0.31 ± 0.02 on arc\|easy \(piqa\), .* no such"),
+    ("        bound: true\n", "", "`metric_args` {'standard_error': 0.0123, .*'bound': True.* and not {"),
+    (f"revision: {'f' * 64}", f"revision: {'e' * 64}", "`dataset_revision` 'f+' and not 'e+'"),
+    (
+        "      name: evaluation.json\n",
+        "      name: leaderboard\n",
+        r"has exact_match 0.795 .* on boards, but `source` None and not 'leaderboard \(https://huggingface.co/me/small",
+    ),
+    ("/me/small/blob/main/evaluation.json", "/me/small/blob/main/other.json", "but `source` None and not"),
+    ("| 0.7950 |", "| 0.9500 |", "README.md says 0.9500 for `boards`, exact match, .*; evaluation.json has 0.7950"),
+    ("| ± 0.0285 (", "| ± 0.0001 (", r"README.md says ± 0.0001 \(rows\) for `boards`, .* has ± 0.0285 \(rows\)"),
+    ("| ≤ 1.8765 ±", "| 1.8765 ±", "README.md says 1.8765 ± 0.0123 for wiki_en, en, .* has ≤ 1.8765 ± 0.0123"),
+    ("| samples = 16, ", "| samples = 128, ", r"says samples = 128, order = \[1, None\] for wiki_en"),
+    ("| 0.25 |", "| 0.20 |", "README.md says 0.20 for arc, en, .*; evaluation.json has 0.25"),
+    (f"{COMMAND}\n", f"{COMMAND} --seed 9\n", f"README.md says '{COMMAND} --seed 9', evaluation.json has '{COMMAND}'"),
+    ("Seed 7:", "Seed 8:", "README.md says 'Seed 8:', evaluation.json has 'Seed 7:'"),
+    (END, f"Perplexity is 3.\n\n{END}", "README.md says 'Perplexity is 3.', evaluation.json has no such line"),
+    (SUITE_TABLE.splitlines()[4] + "\n", "", r"README.md leaves out '\|arc\|en\|.* of evaluation.json"),
+    (START, "", "README.md must hold the marks of the evaluation once, in order, got 0 and 1"),
+    (END, END + "\n\n" + START + END, "README.md must hold the marks of the evaluation once, in order, got 2 and 2"),
+    (
+        "## Limits",
+        SUITE_TABLE + "## Limits",
+        "README.md must keep the table of results between its marks, got one outside",
+    ),
+    ("      value: 0.795\n", "", "README.md must have readable metadata, got"),
+    ("---\n\n# small", "a: [\n---\n\n# small", "README.md must have readable metadata, got"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "match"), SOURCES)
+def test_a_card_that_says_something_else_is_refused(folder, old, new, match):
+    edit(folder / "README.md", old, new, 1)
+    with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+
+
+def test_a_table_without_marks_is_refused(folder):
+    """Without its marks the table would be checked by nothing."""
+    edit(folder / "README.md", START, "")
+    edit(folder / "README.md", END, "")
+    with pytest.raises(VerificationError, match="README.md must keep the table of results between its marks"):
+        check_results(folder)
+
+
+def test_results_of_other_tools_are_refused_by_name(folder):
+    """A leaderboard's entry, and a token by which the Hub would vouch for ours."""
+    card = ModelCard.load(folder / "README.md")
+    foreign = {"task_type": "text-generation", "dataset_type": "ai2_arc", "dataset_name": "ARC", "metric_type": "acc"}
+    source = {"source_name": "Leaderboard", "source_url": "https://huggingface.co/spaces/me/leaderboard"}
+    card.data.eval_results.append(EvalResult(**foreign, metric_value=0.99, **source))
+    card.save(folder / "README.md")
+    match = r"says acc 0.99 on ARC, evaluation.json has no such result \(what other tools measured is prose"
+    with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+    card.data.eval_results.pop()
+    card.data.eval_results[0].verify_token = "x"
+    card.save(folder / "README.md")
+    with pytest.raises(VerificationError, match="but `verify_token` None and not 'x'"):
+        check_results(folder)
+
+
+def test_of_several_settings_the_changed_one_is_named(folder):
+    """Two results of a metric and a task: the card's other number is not held against the one that is right."""
+    twin = {**CHOICE, "settings": {"shots": 5}, "value": 0.35}
+    evaluation = {"weights_sha256": weights_digest(folder), "results": [CHOICE, twin]}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "README.md").write_text(card_of(evaluation).replace("      value: 0.35\n", "      value: 0.95\n"))
+    with pytest.raises(VerificationError, match=r"says acc_norm 0.95 [^;]*, evaluation.json has acc_norm 0.35 [^;]*$"):
+        check_results(folder)
+
+
+def test_every_fault_counts_and_the_first_are_named(folder):
+    edit(folder / "README.md", "± 0.02", "± 0.01")
+    edit(folder / "README.md", "      value: ", "      value: 9")
+    assert len(card_faults(folder)) == 6
+    with pytest.raises(VerificationError, match="README.md says .*; and 1 more$"):
+        check_results(folder)
+
+
+def rewrite(folder: Path, **changes) -> None:
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda folder: (folder / "evaluation.json").unlink(),
+            "`folder` must hold evaluation.json, got none in small; README.md says exact_match 0.795 ± 0.02855 on "
+            "boards; bits_per_byte .* and 1 more",
+        ),
+        (
+            lambda folder: save_file({"weight": torch.ones(4)}, folder / "model.safetensors"),
+            "evaluation.json must be of the weights in small, got `weights_sha256` [0-9a-f]{64}; README.md says ex",
+        ),
+        (lambda folder: rewrite(folder, weights_sha256=None), "must be of the weights in small, got .* None; README"),
+        (lambda folder: rewrite(folder, results=None), "evaluation.json must hold a list of `results`, got NoneType"),
+        (lambda folder: rewrite(folder, results=[3]), "evaluation.json must hold a list of `results`, got list"),
+        (lambda folder: rewrite(folder, results=[]), "says exact_match 0.795 .*, evaluation.json has no such result"),
+        (
+            lambda folder: rewrite(folder, results=[{**BOARDS, "value": "0.795"}]),
+            "evaluation.json must hold results, got `evaluation` must give `value` of exact_match as a number, got '0",
+        ),
+        (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json must be JSON, got"),
+    ],
+)
+def test_a_file_that_cannot_be_the_source_is_refused(folder, change, match):
+    change(folder)
+    with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+
+
+def test_a_table_alone_needs_its_file_too(folder):
+    """Without a `model-index` the numbers are read from the table."""
+    card = folder / "README.md"
+    card.write_text("---\nlicense: mit\n---\n" + card.read_text().partition("\n---\n")[2])
+    check_results(folder)
+    (folder / "evaluation.json").unlink()
+    with pytest.raises(VerificationError, match=r"got none in small; README.md says `boards`, exact match, 0.7950, ±"):
+        check_results(folder)
+
+
+def test_verify_and_the_dry_run_check(folder, monkeypatch, capsys):
+    """Before anything of the folder is run, and whether or not it would be pushed."""
+    monkeypatch.setattr(verify_module, "check_files", lambda folder: {})
+    monkeypatch.setattr(upload_module, "check_files", lambda folder: {})
+    monkeypatch.setattr(verify_module, "_start_clean_process", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(upload_module, "_push", lambda *args: pytest.fail("pushed"))
+    edit(folder / "README.md", "      value: 0.795\n", "      value: 0.95\n")
+    match = "results: README.md says exact_match 0.95 .*, evaluation.json has exact_match 0.795"
+    with pytest.raises(VerificationError, match=match):
+        verify(folder)
+    for options in ([], ["--push"]):
+        assert upload_module.main([str(folder), "me/small", *options]) == 1
+        assert "not uploaded: results: README.md says exact_match 0.95" in capsys.readouterr().err
+
+
+def test_the_check_needs_no_nanollada(folder):
+    """verify.py runs by its path where nanollada is not installed."""
+    code = "import sys, verify, pathlib; verify.block_nanollada(); verify.check_results(pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(verify_module.__file__).parent)}
+    for value, status in (("0.795", 0), ("0.95", 1)):
+        edit(folder / "README.md", "      value: 0.795\n", f"      value: {value}\n")
+        done = subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
+        assert done.returncode == status and ("exact_match 0.95" in done.stderr) == status, done.stderr
