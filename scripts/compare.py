@@ -120,7 +120,7 @@ def compare(
     bar = tqdm(total=2 * (len(prompts) * repeats + 1), desc="Comparing", unit=" runs")
     for name, (model, _) in pair.items():
         for number, ids in enumerate(rendered):
-            measured = _measure(model, tokenizer, ids, repeats, seed, number == 0, bar, options[name])
+            measured = measure(model, tokenizer, ids, repeats, seed, number == 0, bar, options[name])
             facts = {"prompt": prompts[number], "model": name, "checkpoint": ar if name == "ar" else diffusion}
             how = {"repeats": repeats, "seed": seed, "settings": effective_settings(model, **options[name])}
             records[number, name] = {**facts, **measured, **how}
@@ -168,7 +168,7 @@ def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, d
     return pair
 
 
-def _measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict:
+def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict:
     """Text and median times of one prompt; `warm_up`: after a run that is not counted."""
     from nanollada.scripts.generate import generate
 

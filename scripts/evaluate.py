@@ -4,7 +4,10 @@ python scripts/evaluate.py --checkpoint outputs/diffusion --data held_out.jsonl
 python scripts/evaluate.py --checkpoint outputs/diffusion_sft --data test.jsonl --metrics likelihood exact_match
 python scripts/evaluate.py --checkpoint outputs/block32 --data books.jsonl --rolling_context 256 --eval_block_length 16
 
-Results are kept in the checkpoint's `evaluation.json`, which the model card reads.
+Results are kept in the checkpoint's `evaluation.json`, which the model card reads. With `--suite` a whole protocol of
+tasks runs, see `suite.py`:
+
+python scripts/evaluate.py --suite scripts/suites/quickstart.yaml --suite_data runs/quickstart/corpus --checkpoints …
 """
 
 import json
@@ -156,29 +159,43 @@ def _packed(tokenizer, source: str, options: dict):
 
 
 def _rolling(tokenizer, source: str, options: dict, context: int, block_length: int | None):
-    """Rows that roll over each text, the longest first (little padding), and what they leave out."""
+    """As `_packed`, with rows that roll over each text."""
     from collections import Counter
 
-    from nanollada.trainers.rolling import rolling_rows
     from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
     from nanollada.trainers.tokenization import RowEncoder
 
     options = dict(options)
     max_length, arguments = options.pop("max_length"), SourceArguments(data=[source], **options)
-    rows, report = [], {"documents": 0, "truncated_rows": 0, "skipped_rows": Counter()}
+    report = {"truncated_rows": 0, "skipped_rows": Counter()}
     policy = RowPolicy(arguments.on_bad_rows, report["skipped_rows"])
     encoder = RowEncoder(tokenizer, max_length=sys.maxsize)
+    documents = []
     for example, document in encoder.encode(read_examples(resolve_source(source, arguments), policy), policy):
-        if example.format == "sft":
-            raise ValueError(
-                "`rolling_context` is for rows that are a plain `text`, got an answer in "
-                f"{example.source}, row {example.row}"
-            )
+        refuse_answers(example)
+        documents.append(document)
+    report["documents"] = len(documents)
+    return rolled(documents, max_length, context, tokenizer.pad_token_id, block_length), report
+
+
+def refuse_answers(example) -> None:
+    """Raises a ValueError for a row that is no plain text."""
+    if example.format == "sft":
+        raise ValueError(
+            "`rolling_context` is for rows that are a plain `text`, got an answer in "
+            f"{example.source}, row {example.row}"
+        )
+
+
+def rolled(documents: list[dict], max_length: int, context: int, pad_token_id: int, block_length: int | None) -> list:
+    """Rows that roll over each of the encoded documents, the longest first (little padding)."""
+    from nanollada.trainers.rolling import rolling_rows
+
+    rows = []
+    for document in documents:
         place = {"num_bytes": document["num_bytes"], "index": len(rows), "block_length": block_length}
-        rows += rolling_rows(document["input_ids"], max_length, context, tokenizer.pad_token_id, **place)
-        report["documents"] += 1
-    rows.sort(key=lambda row: -len(row["input_ids"]))
-    return rows, report
+        rows += rolling_rows(document["input_ids"], max_length, context, pad_token_id, **place)
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))
 
 
 def _likelihood(model, tokenizer, source: str, rows, report: dict, batch_size: int, noise: dict) -> dict:
@@ -249,7 +266,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
     bar = tqdm(total=len(questions), desc="Answering", unit=" rows")
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        answers = _answers(model, tokenizer, [prompt for prompt, _ in batch], seed + start, settings)
+        answers = answers_to(model, tokenizer, [prompt for prompt, _ in batch], seed + start, settings)
         for (_, reference), (answer, ended) in zip(batch, answers, strict=True):
             correct += _text(tokenizer, answer) == _text(tokenizer, reference)
             truncated += not ended
@@ -293,7 +310,7 @@ def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]
     return questions
 
 
-def _answers(model, tokenizer, prompts: list[list[int]], seed: int, settings: dict) -> list[tuple[list[int], bool]]:
+def answers_to(model, tokenizer, prompts: list[list[int]], seed: int, settings: dict) -> list[tuple[list[int], bool]]:
     """For each prompt the new token ids up to the first EOS, and whether there was one."""
     import torch
 
@@ -320,7 +337,7 @@ def _text(tokenizer, ids: list[int]) -> str:
 def save_evaluation(evaluation: dict, path: str | Path) -> dict:
     """
     Writes results, and keeps those that the file has of the same weights: a new result takes the place of the one with
-    the same data, metric, rows, block length and generation settings.
+    the same data, metric, rows, block length and generation settings; of a suite, with the same task and settings.
 
     Returns:
         `dict`: what the file now says. `command` and `seed` at its top are the latest; every result has its own.
@@ -341,7 +358,7 @@ def save_evaluation(evaluation: dict, path: str | Path) -> dict:
 
 
 def _identity(result: dict) -> str:
-    names = ("data", "metric", "max_length", "settings", "block_length", "rolling_context")
+    names = ("data", "metric", "max_length", "settings", "block_length", "rolling_context", "task")
     return json.dumps([result.get(name) for name in names], sort_keys=True)
 
 
@@ -374,9 +391,19 @@ def evaluation_table(evaluation: dict):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Parses arguments (or `--config file.yaml`), evaluates, saves, prints, and returns the new results."""
+    """
+    Parses arguments (or `--config file.yaml`), evaluates, saves, prints, and returns the new results; with `--suite`
+    what `suite.main` returns.
+    """
     from trl import TrlParser
 
+    from nanollada.scripts import suite
+
+    words = sys.argv[1:] if argv is None else argv
+    if any(word == "--suite" or word.startswith("--suite=") for word in words):
+        return suite.main(argv)
+    if {"-h", "--help"} & set(words):
+        print(TrlParser((suite.SuiteArguments,)).format_help(), end="\n\nWithout --suite:\n\n")
     args, decoding = TrlParser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
     from nanollada.scripts.trace import require_rich
 

@@ -345,6 +345,11 @@ def test_results_are_merged(tmp_path):
     save_evaluation(evaluation("w", result(0.8, rolling_context=8), result(0.9, block_length=4)), path)
     merged = save_evaluation(evaluation("w", result(1.0, block_length=4)), path)  # other rows, other blocks
     assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0]
+    save_evaluation(
+        evaluation("w", result(0.7, task="one"), result(0.6, task="two")), path
+    )  # of a suite, beside those
+    merged = save_evaluation(evaluation("w", result(0.5, task="two")), path)
+    assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0, 0.7, 0.5]
     other = save_evaluation(evaluation("other weights", result(0.5)), path)  # of a model that was trained further
     assert [item["value"] for item in other["results"]] == [0.5]
     save_evaluation(evaluation(None, result(0.6)), path)

@@ -1,0 +1,218 @@
+"""An evaluation suite's tables and plot, from the content of its `suite.json` alone."""
+
+from pathlib import Path
+
+TITLES = {
+    "text": "Text: bits per byte",
+    "choice": "Multiple choice",
+    "cloze": "Cloze",
+    "pairs": "Minimal pairs",
+    "generation": "Checked answers",
+    "presets": "Decoding presets",
+    "statistics": "Free text",
+    "speed": "Speed, one row at a time",
+}
+DEFINITIONS = {
+    "bits_per_byte": "nats of all scored tokens by UTF-8 bytes, in bits; ± over scored rows, in brackets of the masks "
+    "alone; of a judge: of the drawn texts.",
+    "nats_per_token": "nats of all scored tokens, ends of text included, by their number.",
+    "acc": "share of rows whose right choice has the least nats, or the least bound (lm-eval's acc).",
+    "acc_norm": "the same by nats per character of the choice (lm-eval's acc_norm).",
+    "acc_bytes": "the same by nats per UTF-8 byte of the choice (lm-eval's acc_bytes).",
+    "nats_per_answer": "nats of the answer given its context, mean over rows; in brackets the masks' error.",
+    "greedy_match": "share of answers whose tokens are the greedy ones; diffusion sees how many there are.",
+    "accuracy": "share of pairs whose good text has fewer nats, or of answers that the verifier accepts.",
+    "exact_match": "share of answers that equal a reference; of questions on a context without case, punctuation and "
+    "articles (SQuAD), in Chinese without case, punctuation and spaces (CMRC).",
+    "f1": "mean of 2·common / (units of answer and reference); SQuAD's common words, in Chinese CMRC's longest common "
+    "run of characters.",
+    "tokens_per_forward": "tokens kept by forward passes; a pass with guidance reads the row twice and counts once.",
+    "distinct_1": "different tokens by tokens of a drawn text, mean over texts.",
+    "distinct_2": "the same for pairs of tokens.",
+    "distinct_3": "the same for triples of tokens.",
+    "repetition_4": "share of 4-grams of tokens that stand earlier in the text, mean over texts.",
+    "unigram_entropy": "entropy of a drawn text's token frequencies in nats, mean over texts.",
+    "tokens": "tokens of a drawn text.",
+    "ended": "share of drawn texts that ended by themselves.",
+    "judge_nats_per_token": "nats of the drawn texts under the judge by its tokens.",
+    "judge_bits_per_byte": "the same in bits by UTF-8 bytes.",
+    "judge_perplexity": "exp of the judge's nats per token; read it beside the entropy: repetition is cheap.",
+    "tokens_per_second": "tokens kept by the seconds of `generate`, medians of repeats.",
+    "seconds": "seconds of a `generate` call, medians of repeats.",
+    "first_token_seconds": "seconds until the first pass has decided something, medians of repeats.",
+}
+DIGITS = {"bits/byte": 3, "nats/token": 3, "nats/answer": 3, "nats": 3, "s/text": 3, "nats/judge token": 3}
+DRAWN = {  # one unit a panel
+    ("text", "bits/byte"),
+    ("choice", "share"),
+    ("cloze", "share"),
+    ("cloze", "nats/answer"),
+    ("pairs", "share"),
+    ("generation", "share"),
+    ("presets", "share"),
+    ("presets", "tokens/forward"),
+    ("statistics", "share"),
+    ("statistics", "nats"),
+    ("statistics", "bits/byte"),
+    ("speed", "tokens/s"),
+}
+
+
+# ---- tables
+
+
+def cell(result: dict | None) -> str:
+    """A figure with its error: `≤` before a bound, Wilson's interval where all or none hit."""
+    if result is None:
+        return "–"
+    value, error, unit = result["value"], result["standard_error"], result["unit"]
+    if unit == "share, difference":
+        return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    if unit == "share":
+        if "interval" in result and not error:
+            low, high = result["interval"]
+            text = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        else:
+            text = f"{100 * value:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+        return text + (f" (open {100 * result['open_share']:.1f} %)" if result.get("open_share") else "")
+    digits = DIGITS.get(unit, 2)
+    text = f"{'≤ ' if result['bound'] else ''}{value:.{digits}f}"
+    text += "" if error is None else f" ± {error:.{digits}f}"
+    return text + (f" (masks ± {result['mask_error']:.{digits}f})" if result.get("mask_error") else "")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def tables(found: dict) -> str:
+    """
+    Markdown: a table per kind of task, a column per model; the models; what the figures mean, and how they came.
+
+    Args:
+        found (`dict`): The content of `suite.json`.
+    """
+    models = [model["name"] for model in found["models"]]
+    parts = [f"# {found['protocol']['description'] or found['protocol']['suite']}\n"]
+    for kind, title in TITLES.items():
+        results = [result for result in found["results"] if result["kind"] == kind]
+        for heading, grouped in ((title, False), (f"{title}, by group", True)):
+            if chosen := [result for result in results if ("group" in result) == grouped]:
+                parts.append(f"## {heading}\n\n{_kind_table(chosen, models)}")
+    parts.append(f"## Models\n\n{_model_table(found['models'])}")
+    parts.append(_notes(found))
+    return "\n".join(parts)
+
+
+def _kind_table(results: list[dict], models: list[str]) -> str:
+    lines: dict[tuple, dict] = {}
+    for result in results:
+        lines.setdefault((result["task"], result["metric"]), {})[result["model"]] = result
+    rows = []
+    for (task, metric), by_model in lines.items():
+        first = next(iter(by_model.values()))
+        unit = {"share": "", "share, difference": ", points"}.get(first["unit"], f", {first['unit']}")
+        counts = sorted({result["rows"] for result in by_model.values()})
+        chance = "" if first["chance"] is None else f"{100 * first['chance']:.1f} %"
+        named = [task, first["language"] or "", metric + unit, " / ".join(map(str, counts)), chance]
+        rows.append(named + [cell(by_model.get(model)) for model in models])
+    return table(["task", "language", "figure", "rows", "chance", *models], rows)
+
+
+def _model_table(models: list[dict]) -> str:
+    kinds = {"ar": "AR", "diffusion": "diffusion", None: "–"}
+    rows = [
+        [model["name"], kinds[model["kind"]], f"{model['parameters'] or 0:,}", f"`{model['weights_sha256'][:16]}`"]
+        for model in models
+    ]
+    return table(["model", "kind", "parameters", "weights, SHA-256"], rows)
+
+
+def _notes(found: dict) -> str:
+    protocol, computed = found["protocol"], dict.fromkeys(result["command"] for result in found["results"])
+    rows = "all rows" if protocol["limit"] is None else f"at most {protocol['limit']} rows of each task"
+    lines = [
+        "± is one standard error over the rows; [a, b] is Wilson's 95 % interval, where all or none hit. ≤ marks an "
+        "upper bound of the negative log-likelihood (diffusion); AR figures are exact. `masks ±` is the part of the "
+        "error that the random masks alone have, `open` the expected share of decisions that they got wrong.",
+        f"Seed {found['seed']}, {protocol['samples']} masks per scored text, protocol {protocol['version']}, "
+        f"{rows}; {found['hardware']}; {', '.join(f'{name} {number}' for name, number in found['versions'].items())}.",
+    ]  # fmt: skip
+    terms = [f"- `{name}`: {text}" for name, text in protocol["definitions"].items()]
+    data = [f"- {task['name']}: {task['data']}, SHA-256 `{task['data_sha256'][:16]}`" for task in protocol["tasks"]]
+    commands = [f"- `{command}`" for command in computed]
+    parts = ["## How to read it", *lines, "\n".join(terms), "Data:", "\n".join(data), "Commands:", "\n".join(commands)]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the plot
+
+
+def draw(path: Path, found: dict) -> None:
+    """Dots with error bars, a panel per kind and unit, a colour per model; a grey mark is chance."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple, list[dict]] = {}
+    for result in found["results"]:
+        key = (result["kind"], result["unit"])
+        if key in DRAWN and result["metric"] != "acc_bytes":
+            panels.setdefault(key, []).append(result)
+    if not panels:
+        return
+    order = list(TITLES)
+    keys = sorted(panels, key=lambda key: (order.index(key[0]), key[1]))
+    models = [model["name"] for model in found["models"]]
+    heights = [0.9 + len(_lines(panels[key])) * (0.12 + 0.13 * len(models)) for key in keys]
+    figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(keys), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for one, key in zip(axes, keys, strict=True):
+        _draw_panel(one, key, panels[key], models)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(models), 4), frameon=False)
+    beside = Path(path).with_name(Path(path).name + ".partial")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def _lines(results: list[dict]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((result["task"], result["metric"]) for result in results))
+
+
+def _draw_panel(axes, key: tuple[str, str], results: list[dict], models: list[str]) -> None:
+    kind, unit = key
+    lines, scale = _lines(results), 100 if unit == "share" else 1
+    for number, model in enumerate(models):
+        own = {(result["task"], result["metric"]): result for result in results if result["model"] == model}
+        shift = (number - (len(models) - 1) / 2) * 0.7 / len(models)
+        places = [place + shift for place, line in enumerate(lines) if line in own]
+        values = [scale * own[line]["value"] for line in lines if line in own]
+        errors = [bar(own[line], scale) for line in lines if line in own]
+        errors = [[low for low, _ in errors], [high for _, high in errors]]
+        marker = "<" if any(result["bound"] for result in own.values()) else "o"  # a bound: the truth is further left
+        axes.errorbar(
+            values, places, xerr=errors, fmt=marker, color=f"C{number}", capsize=2, markersize=4, label=model
+        )
+    for place, line in enumerate(lines):
+        chance = next(result["chance"] for result in results if (result["task"], result["metric"]) == line)
+        if chance is not None:
+            axes.vlines(scale * chance, place - 0.42, place + 0.42, color="0.6", linewidth=1.5, zorder=0)
+    axes.set_yticks(range(len(lines)), [f"{task}: {metric}" for task, metric in lines], fontsize=8)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel({"share": "per cent"}.get(unit, unit), fontsize=8)
+    axes.set_title(
+        TITLES[kind] + (" (◂: upper bound)" if any(result["bound"] for result in results) else ""), fontsize=9
+    )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def bar(result: dict, scale: float) -> tuple[float, float]:
+    """How far the error bar reaches to both sides: a standard error, or Wilson's interval where there is none."""
+    value, error = result["value"], result["standard_error"]
+    if "interval" in result and not error:
+        low, high = result["interval"]
+        return scale * (value - low), scale * (high - value)
+    return scale * (error or 0.0), scale * (error or 0.0)
