@@ -39,9 +39,29 @@ def test_every_source_file_is_in_its_map():
             assert path.name == "__init__.py" or f"`{path.name}`" in TEXT, path
 
 
+def write_foreign_model(folder, tokenizer):
+    """A Qwen3 of two layers with the tokenizer of a folder."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **size)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_task(folder):
+    """A task of lm-eval over local rows."""
+    rows = [{"ctx": "One and one is", "choices": [" two", " ten"], "label": 0}] * 3
+    (folder / "my_choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_tasks").mkdir()
+    template, data = folder / "scripts" / "lm_eval_tasks" / "choice", folder / "my_choices.jsonl"
+    lines = (f"include: {template}", "task: my_choices", f"dataset_kwargs: {{data_files: {{test: {data}}}}}")
+    (folder / "my_tasks" / "my_choices.yaml").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.slow
 def test_every_command_and_snippet_runs(tmp_path):
-    """In order, beside a quickstart run of a few steps; only `--max_steps` and the Hub are kept small."""
+    """In order, beside a quickstart run of a few steps; `--max_steps`, `--limit` and the Hub are kept small."""
     for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
         shutil.copytree(ROOT / room, tmp_path / room)
     rows = [{"text": f"Number {i} comes before {i + 1}. " * 8} for i in range(300)]
@@ -54,11 +74,14 @@ def test_every_command_and_snippet_runs(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
 
     run("python scripts/quickstart.py --steps_share 0.01")
-    assert len(COMMANDS) >= 8
+    write_foreign_model(tmp_path / "models" / "Qwen3-0.6B", tmp_path / "runs" / "quickstart" / "tokenizer")
+    write_task(tmp_path)
+    assert len(COMMANDS) >= 12
     for line in COMMANDS:
         if "quickstart.py" in line or "minimind" in line:
             continue  # run above with few steps; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
-        run(f"{line} --max_steps 6 --eval_steps 2" if line.startswith("accelerate") else line)
+        line += " --max_steps 6 --eval_steps 2" if line.startswith("accelerate") else ""
+        run(line + (" --limit 3 --samples 4" if "--suite" in line else ""))
     for number, snippet in enumerate(BLOCKS["python"]):
         (tmp_path / f"snippet_{number}.py").write_text(snippet)
         run(f"python snippet_{number}.py")
