@@ -1,6 +1,7 @@
 """The model that `lm_eval_nanollada.py` gives to lm-eval: exact likelihoods of AR, bounds of diffusion models."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -9,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 
 from nanollada.scripts.generate import DecodingArguments
 
+logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DECODING = tuple(item.name for item in fields(DecodingArguments) if item.name != "max_new_tokens")
 ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, the first wins
@@ -44,7 +46,8 @@ class NanoLLaDALM(TemplateLM):
         rolling_context (`int`, *optional*): Tokens of context at least that such a row repeats. Default: half of it,
             in whole blocks.
         max_gen_toks (`int`, defaults to 256): Tokens to write, where the task does not say.
-        device (`str`, *optional*): Default: cuda if there is one, else cpu.
+        device (`str`, *optional*): Default: cuda if there is one, else cpu; so also for "cuda:0", which lm-eval's
+            command line says where nothing was said.
         dtype (`str`, defaults to `"float32"`): Of the weights: float32, bfloat16, float16 or float64.
         trust_remote_code (`bool`, defaults to `False`): Run the code that comes with the checkpoint.
         max_batch_size (`None`): lm-eval passes it; there is no automatic batch size to bound.
@@ -103,6 +106,9 @@ class NanoLLaDALM(TemplateLM):
         from nanollada.scripts.generate import generation_settings, load_checkpoint
         from nanollada.trainers.likelihood import is_causal, scored_block_length
 
+        if device == "cuda:0" and not torch.cuda.is_available():  # lm-eval's own default, on every machine
+            logger.warning("there is no cuda:0: the model runs on the CPU")
+            device = "cpu"
         self.model, self.tokenizer = load_checkpoint(self.pretrained, trust_remote_code, device)
         self.model = self.model.to(getattr(torch, self.dtype))
         self._device, self.is_causal = self.model.device, is_causal(self.model)

@@ -360,6 +360,13 @@ def test_the_command_line(folder, tasks, tmp_path, monkeypatch, capsys):
     assert "|my_choice|" in capsys.readouterr().out
 
 
+def test_the_device_that_lm_eval_says_by_itself(folder, monkeypatch, caplog):
+    """Its command line says cuda:0 on machines without one, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(folder, "ar", device="cuda:0").device.type == "cpu"
+    assert "there is no cuda:0: the model runs on the CPU" in caplog.text
+
+
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setattr(lm_eval_nanollada, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs lm-eval .* which is not installed"):
