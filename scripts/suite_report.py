@@ -93,16 +93,22 @@ def tables(found: dict) -> str:
     Args:
         found (`dict`): The content of `suite.json`.
     """
-    models = [model["name"] for model in found["models"]]
     parts = [f"# {found['protocol']['description'] or found['protocol']['suite']}\n"]
+    parts += [f"## {title}\n\n{text}" for title, text in kind_tables(found)]
+    parts.append(f"## Models\n\n{_model_table(found['models'])}")
+    parts.append(_notes(found))
+    return "\n".join(parts)
+
+
+def kind_tables(found: dict) -> list[tuple[str, str]]:
+    """Title and table of each kind of task, and of its groups."""
+    models, made = [model["name"] for model in found["models"]], []
     for kind, title in TITLES.items():
         results = [result for result in found["results"] if result["kind"] == kind]
         for heading, grouped in ((title, False), (f"{title}, by group", True)):
             if chosen := [result for result in results if ("group" in result) == grouped]:
-                parts.append(f"## {heading}\n\n{_kind_table(chosen, models)}")
-    parts.append(f"## Models\n\n{_model_table(found['models'])}")
-    parts.append(_notes(found))
-    return "\n".join(parts)
+                made.append((heading, _kind_table(chosen, models)))
+    return made
 
 
 def _kind_table(results: list[dict], models: list[str]) -> str:
