@@ -184,6 +184,10 @@ def _completed(kind: str, options: dict, item: dict, wrong: Callable) -> dict:
     if "presets" in options:
         presets = options["presets"]
         options["presets"] = PRESETS[presets] if isinstance(presets, str) else presets
+        if bare := [
+            name for name in options["presets"] if not isinstance(name, str)
+        ]:  # YAML's off and on are no words
+            raise wrong("presets", "mappings by name (in quotes, where YAML reads a name otherwise)", bare[0])
         if len(options["presets"]) < 2 or not all(isinstance(part, dict) for part in options["presets"].values()):
             raise wrong("presets", f"two or more mappings by name, or {' or '.join(PRESETS)}", presets)
     return options

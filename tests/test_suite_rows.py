@@ -72,6 +72,10 @@ def test_tasks_have_defaults_of_their_kind(tmp_path):
             "`presets` must be .*, got 'best'",
         ),
         (
+            [{"name": "a", "kind": "presets", "puzzle": "sudoku", "presets": {False: {}, True: {}}}],
+            "`presets` must be mappings by name .in quotes, .*, got False",
+        ),
+        (
             [{"name": "a", "kind": "presets", "puzzle": "sudoku", "presets": {"one": {}}}],
             "`presets` must be two or more mappings",
         ),
