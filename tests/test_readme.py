@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,26 @@ def test_every_source_file_is_in_its_map():
     for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
         for path in (ROOT / room).glob("*.py"):
             assert path.name == "__init__.py" or f"`{path.name}`" in TEXT, path
+
+
+def test_the_chinese_one_says_the_same():
+    """Code, numbers and links are the English one's; the words are for a reader to check."""
+    chinese = (ROOT / "scripts" / "README_zh.md").read_text(encoding="utf-8")
+    blocks, number = r"```\w*\n.*?```", r"\d+(?:,\d{3})*(?:\.\d+)?"
+    assert re.findall(blocks, TEXT, re.S) == re.findall(blocks, chinese, re.S)
+    prose = [re.sub(blocks, "", text, flags=re.S) for text in (TEXT, chinese)]
+    english, other = (Counter(code.replace("\n", " ") for code in re.findall(r"`[^`]+`", text)) for text in prose)
+    assert english == other
+    prose = [re.sub(r"`[^`]+`", "", text) for text in prose]
+    links = [re.findall(r"\]\(([^)]+)\)", text) for text in prose]
+    assert len(links[0]) == len(links[1])
+    for name in links[1]:
+        assert name.startswith("https://") or (ROOT / "scripts" / name).exists(), name
+    prose = [re.sub(r"\]\([^)]+\)", "]", text) for text in prose]
+    english, other = (Counter(re.findall(number, text)) for text in prose)
+    assert english == other
+    headings_and_rows = [len(re.findall(r"^(?:#+ |\|)", text, re.M)) for text in prose]
+    assert headings_and_rows[0] == headings_and_rows[1]
 
 
 def write_foreign_model(folder, tokenizer):

@@ -1,0 +1,197 @@
+"""The technical report, scripts/REPORT.md, from the JSON files of finished runs.
+
+    python scripts/technical_report.py
+    python scripts/technical_report.py --collect runs/study/a.json runs/evaluation/suite.json --names study_a suite_dev
+
+`--collect` first copies runs' files into the folder of results, with paths cut to their last two parts. Every number
+of the report is read from there; its prose is technical_report_template.md.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TEMPLATE = HERE / "technical_report_template.md"
+
+
+@dataclass
+class ReportArguments:
+    """What is read and written."""
+
+    results: str = field(default=str(HERE / "results"), metadata={"help": "Folder of the results' JSON files."})
+    output: str = field(default=str(HERE / "REPORT.md"), metadata={"help": "The report."})
+    collect: list[str] = field(default_factory=list, metadata={"help": "Files of runs to copy into `results` first."})
+    names: list[str] = field(default_factory=list, metadata={"help": "Their names there, without .json."})
+
+    def __post_init__(self):
+        if len(self.collect) != len(self.names):
+            raise ValueError(
+                f"`names` must name each file of `collect`, got {len(self.names)} for {len(self.collect)} files"
+            )
+
+
+def portable(value):
+    """A JSON value without its machine: absolute paths keep their last two parts, recipes the repository's."""
+    if isinstance(value, dict):
+        return {portable(key): portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"[^\s'\"=]*/(scripts/recipes/)", r"\1", value)
+    return re.sub(r"(?<![\w.:/])/(?:[^\s'\"/]+/)+([^\s'\"/]+/[^\s'\"/]+)", r"\1", value)
+
+
+def collect(path: Path, target: Path) -> None:
+    """
+    Copies a run's JSON file into the folder of results.
+
+    Raises:
+        `ValueError`: if it is no result of a kind that the report knows.
+    """
+    found = portable(json.loads(path.read_text(encoding="utf-8")))
+    kind_of(found, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def kind_of(found: dict, path: Path) -> str:
+    """Of which program a file is."""
+    for kind, (sign, _) in KINDS.items():
+        if sign in found:
+            return kind
+    raise ValueError(f"`results` must be files of a study, a suite or a benchmark, got {path.name}")
+
+
+# ---- the parts
+
+
+def markdown(table) -> str:
+    """A `rich` table as Markdown."""
+    from nanollada.scripts.study_report import table as of_rows
+
+    header = [str(column.header) for column in table.columns]
+    return of_rows(
+        header, [list(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    )
+
+
+PARTS = {
+    "a": "Objectives and block lengths at equal parameters and tokens",
+    "b": "Exact counts against Bernoulli masks",
+    "c": "Many epochs over little text",
+    "d": "What an AR start may keep",
+}
+
+
+def study_part(found: dict) -> tuple[str, str]:
+    """Title and text of a part of the study."""
+    from nanollada.scripts import study_report
+
+    part = found["part"]
+    run = found["runs"][0]
+    tokens = f"{found['settings']['tokens'] / 1e6:.1f}M" if part != "c" else f"{found['settings']['small_tokens']:,}"
+    text = f"{run['parameters'] / 1e6:.2f}M parameters, {tokens} training tokens"
+    text += " in many epochs" if part == "c" else " each"
+    text += ". ± is over the held-out texts, and over seeds where there are several; the masks' noise is in it.\n\n"
+    if part == "c":
+        return PARTS[part], text + study_report.curve_table(found["rows"])
+    reference = study_report.VARIANTS[study_report.REFERENCES.get(part, "ar")].title
+    text += study_report.score_table(found["rows"], reference) if found["rows"] else ""
+    if part == "b":
+        text += "\n" + study_report.noise_table(found["noise"])
+    return PARTS[part], text
+
+
+def decoding(found: dict) -> tuple[str, str]:
+    from nanollada.scripts.benchmark_generate import table
+
+    arguments = found["arguments"]
+    model = Path(arguments["model"]).name if arguments["model"] else f"{arguments['size']} with random weights"
+    text = f"Model: {model}. Medians, in brackets the range over {arguments['repeats']} repeats; "
+    return "Decoding", text + "± is binomial over the scored rows.\n\n" + markdown(table(found))
+
+
+def training(found: dict) -> tuple[str, str]:
+    from nanollada.scripts.benchmark_train import tables
+
+    text = f"{found['parameters'] / 1e6:.0f}M parameters. Medians, in brackets the range over repeats.\n"
+    return "Training speed", text + "".join(f"\n{made.title}\n\n{markdown(made)}" for made in tables(found))
+
+
+def suite(found: dict) -> tuple[str, str]:
+    from nanollada.scripts.suite_report import kind_tables
+
+    protocol = found["protocol"]
+    sizes = ", ".join(f"{model['name']} {model['parameters'] / 1e6:.2f}M" for model in found["models"])
+    rows = "all rows" if protocol["limit"] is None else f"at most {protocol['limit']} rows of a task, evenly spread"
+    text = f"Parameters: {sizes}; {protocol['samples']} masks per scored text, {rows}, seed {found['seed']}. "
+    text += "± is over the rows, [a, b] Wilson's 95 % interval; `masks ±` is the masks' part of the error, `open` the "
+    text += "expected share of decisions that they got wrong.\n\n"
+    tables = [f"**{title}**\n\n{table}" for title, table in kind_tables(found) if not title.endswith("by group")]
+    return f"Evaluation: {protocol['description']}", text + "\n".join(tables)
+
+
+# What a file must hold to be of a kind, in the order of the report.
+KINDS = {
+    "study": ("part", study_part),
+    "suite": ("protocol", suite),
+    "decoding": ("slopes", decoding),
+    "training": ("block_over_mdlm", training),
+}
+
+
+def provenance(name: str, found: dict) -> list[str]:
+    """Where a file's numbers come from: file, hardware, versions, command."""
+    first = found["runs"][0] if "part" in found else found
+    versions = ", ".join(
+        f"{key} {value}" for key, value in first["versions"].items() if key in ("torch", "transformers")
+    )
+    command = first.get("scored_by") or first["command"]
+    if "part" in found:
+        command = re.sub(r" --only \S+", f" --part {found['part']}", command)
+    return [f"`results/{name}.json`", first["hardware"], versions, f"`{command}`".replace("|", "\\|")]
+
+
+def report(results: Path) -> str:
+    """
+    The report's text.
+
+    Raises:
+        `ValueError`: for an empty folder, and for a file of an unknown kind.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    from nanollada.scripts.study_report import table
+
+    files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    if not files:
+        raise ValueError(f"`results` must hold JSON files, got none in {results}")
+    kinds = {path: kind_of(found, path) for path, found in files.items()}
+    order = sorted(files, key=lambda path: (list(KINDS).index(kinds[path]), path.name))
+    parts = []
+    for path in order:
+        title, text = KINDS[kinds[path]][1](files[path])
+        parts.append(f"### {title}\n\nFrom `results/{path.name}`. {text.rstrip()}")
+    rows = [provenance(path.stem, files[path]) for path in order]
+    setup = table(["results", "hardware", "versions", "command"], rows).rstrip()
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(setup=setup, results="\n\n".join(parts))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Collects, and writes the report."""
+    from trl import TrlParser
+
+    (args,) = TrlParser((ReportArguments,)).parse_args_and_config(argv)
+    for path, name in zip(args.collect, args.names, strict=True):
+        collect(Path(path), Path(args.results) / f"{name}.json")
+    Path(args.output).write_text(report(Path(args.results)), encoding="utf-8")
+    print(f"report: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
