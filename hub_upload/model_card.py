@@ -80,8 +80,10 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
 
 
 def _check_evaluated(evaluation: dict, folder: Path, file: Path) -> None:
-    """By the weights where the evaluation has their digest, else by the name."""
+    """By the weights where the evaluation has their digest, else by the name that it must have then."""
     digest, of = evaluation.get("weights_sha256"), evaluation.get("checkpoint")
+    if digest is None and of is None:
+        raise ValueError(f"{file.name} must say what it is of: `weights_sha256` or `checkpoint`, got neither")
     if digest is not None and digest != weights_digest(folder):
         raise ValueError(f"`evaluation` must be of the weights in {folder.name}, got {file.name} of other weights")
     if digest is None and of is not None and Path(of).resolve().name != folder.name:
@@ -256,7 +258,7 @@ def _shape(model) -> list[tuple[str, str]]:
     return [
         ("Class", f"`{type(model).__name__}`"),
         ("Parameters", f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}"),
-        ("Vocabulary", f"{config.vocab_size:,} tokens, special tokens included"),
+        ("Vocabulary", f"{config.tokenizer_length or config.vocab_size:,} tokens, special tokens included"),
         ("Shape", f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}"),
         *([("Block length", block)] if is_diffusion(model) else []),
     ]

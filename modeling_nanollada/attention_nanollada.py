@@ -54,10 +54,12 @@ def create_attention_mask(
 
     Raises:
         `ValueError`: for documents or blocks with an attention implementation that can't express them (flash
-            attention), for documents together with a cache, and for `visible_future` with a causal model, blocks, or
-            a cache.
+            attention), for documents together with a cache, and for `visible_future` with a causal model, blocks, a
+            cache, or a mask of four dimensions.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
+        if visible_future is not None:
+            raise ValueError("`visible_future` needs an `attention_mask` of two dimensions, got one of four")
         return attention_mask
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     rules = []

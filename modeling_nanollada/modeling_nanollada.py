@@ -379,7 +379,8 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
                 `config.label_shift`.
         """
         _check_labels(labels, logits_to_keep, loss_weights)
-        if self.config.label_shift and (block_length or clean_input_ids is not None or "past_key_values" in kwargs):
+        cached = kwargs.get("past_key_values") is not None
+        if self.config.label_shift and (block_length or clean_input_ids is not None or cached):
             raise ValueError(
                 "`config.label_shift` is for whole rows: `block_length`, `clean_input_ids` and `past_key_values` must "
                 f"not be given, got `block_length` {block_length}"

@@ -312,6 +312,9 @@ def test_results_of_several_commands_name_them_all(tokenizer):
 
 
 def test_evaluation_of_other_weights_is_refused(checkpoints, tmp_path):
+    write(tmp_path, evaluation={"results": [BOUND]})
+    with pytest.raises(ValueError, match="evaluation.json must say what it is of: .* got neither"):
+        read_facts(checkpoints["ar"], tmp_path / "evaluation.json")
     record = {"checkpoint": "anything", "weights_sha256": weights_digest(checkpoints["ar"]), "results": [BOUND]}
     write(tmp_path, evaluation=record)
     assert read_facts(checkpoints["ar"], tmp_path / "evaluation.json").evaluation["results"][0]["tokens"] == 1234

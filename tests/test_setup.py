@@ -86,6 +86,8 @@ def test_a_foreign_tokenizer_gains_the_mask_and_the_model_follows(tmp_path, toke
     grown, _ = load_model_and_tokenizer(NanoLLaDAForMaskedLM, arguments, 0)
     assert grown.config.vocab_size == 6 and grown.config.mask_token_id == 5
     assert torch.equal(grown.lm_head.weight[:5], old.lm_head.weight)
+    writer, _ = load_model_and_tokenizer(NanoLLaDAForCausalLM, arguments, 0)
+    assert writer.generation_config.suppress_tokens == [5]  # 4 is a word like others
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(saved, tmp_path, char_tokenizer):

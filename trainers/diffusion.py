@@ -255,8 +255,12 @@ class DiffusionTrainer(NanoLLaDATrainer):
         if not self.model.training or self.state.global_step + 1 >= steps:
             return None
         length, rate = inputs["input_ids"].shape[1], (self.state.global_step + 1) / steps
-        draws = keyed_uniform(self.args.seed, inputs["index"], inputs["epoch"], STREAM_ATTENTION, length * length)
-        return (draws < rate).view(-1, length, length).repeat(copies, 1, 1)
+        # A pair's draw has a number of its own, whatever the batch's padding: pairs are counted key by key.
+        key, query = torch.tril_indices(length, length, offset=-1, device=inputs["input_ids"].device)  # query < key
+        draws = keyed_uniform(self.args.seed, inputs["index"], inputs["epoch"], STREAM_ATTENTION, len(key))
+        visible = torch.zeros(len(draws), length, length, dtype=torch.bool, device=draws.device)
+        visible[:, query, key] = draws < rate
+        return visible.repeat(copies, 1, 1)
 
     def additional_loss(self, logits, clean, masked, row_targets) -> torch.Tensor:
         """What the options add to the bound, as a sum over tokens."""

@@ -134,13 +134,21 @@ def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):
         model = load_model(model_class, args.model_name_or_path, **chosen)
         if added and model.config.vocab_size == len(tokenizer) - added:
             model.resize_token_embeddings(len(tokenizer))
-            model.config.mask_token_id = tokenizer.mask_token_id
+            _move_mask(model, tokenizer.mask_token_id)
     else:
         chosen |= {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
         torch.manual_seed(seed)
         model = model_class(config_for(tokenizer, **chosen))
     check_tokenizer(model, tokenizer)
     return model, tokenizer
+
+
+def _move_mask(model, mask_token_id: int) -> None:
+    """The mask has another id: the AR model's `generate` suppresses that one, and no longer the one before."""
+    settings, old = model.generation_config, model.config.mask_token_id
+    if settings.suppress_tokens is not None:
+        settings.suppress_tokens = [mask_token_id if token == old else token for token in settings.suppress_tokens]
+    model.config.mask_token_id = mask_token_id
 
 
 def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
