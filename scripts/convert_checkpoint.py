@@ -208,11 +208,14 @@ def with_mask_row(tensors: dict) -> dict:
 
 
 def generation_settings_of(source: Source) -> dict | None:
-    """generation_config.json of the source, if there is one."""
+    """generation_config.json of the source; without one its config's ends of text, if they are a list."""
     from nanollada.scripts.convert_weights import read_json
 
     path = source.folder / "generation_config.json" if source.folder else None
-    return read_json(path) if path is not None and path.is_file() else None
+    if path is not None and path.is_file():
+        return read_json(path)
+    ends = source.config.get("eos_token_id")
+    return {"eos_token_id": ends} if isinstance(ends, list) else None
 
 
 def _write_ours(folder: Path, model_class, config, tensors: dict, tokenizer, settings: dict | None) -> None:
@@ -226,6 +229,8 @@ def _write_ours(folder: Path, model_class, config, tensors: dict, tokenizer, set
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), config.mask_token_id})
         generation.pad_token_id = config.pad_token_id
         model.generation_config = generation
+    elif settings is not None and isinstance(settings.get("eos_token_id"), list):
+        model.generation_config.eos_token_id = settings["eos_token_id"]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

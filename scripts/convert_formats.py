@@ -1,5 +1,6 @@
 """Foreign checkpoints in nanollada's terms: Qwen3, Llama, Qwen2 and Mistral folders, minimind, Nano-LLaDA."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,18 @@ HARMLESS = {
     "torch_dtype",
     "unsloth_fixed",
     "unsloth_version",
+}
+PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset")  # of transformers
+TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
+# What minimind's config.json may hold beside the shape, and the one value that is understood, where there is but one.
+MINIMIND_REST = {
+    **dict.fromkeys(("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")),
+    **dict.fromkeys(("vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "intermediate_size")),
+    **dict.fromkeys(("rope_theta", "rope_scaling", "inference_rope_scaling", "dropout", "flash_attn", "use_cache")),
+    **dict.fromkeys(("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")),
+    **dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "scoring_func", "aux_loss_alpha")),
+    **dict.fromkeys(("seq_aux", "norm_topk_prob", "num_experts", "moe_intermediate_size", "router_aux_loss_coef")),
+    "use_moe": False,
 }
 # Nano-LLaDA's and minimind's only scaled RoPE (minimind since 2025-12-01; before that it had a formula of its own).
 YARN = {
@@ -141,9 +154,26 @@ def load_tokenizer(path: str | Path, kind: str):
     # minimind's config.json is no config of transformers, which AutoTokenizer would read first.
     tokenizer_class = PreTrainedTokenizerFast if kind == "minimind" else AutoTokenizer
     tokenizer = tokenizer_class.from_pretrained(path)
+    if altered_part(
+        path, tokenizer
+    ):  # transformers 5 rebuilds a qwen2 folder's, and some classes', from the vocabulary
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        if part := altered_part(path, tokenizer):
+            raise ValueError(f"the tokenizer must load as {path}/tokenizer.json has it, got another `{part}`")
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
+
+
+def altered_part(path: str | Path, tokenizer) -> str | None:
+    """The first part of a folder's tokenizer.json that the loaded tokenizer has otherwise; a part makes token ids."""
+    from tokenizers import Tokenizer
+
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    ours, theirs = (json.loads(one.to_str()) for one in (tokenizer.backend_tokenizer, Tokenizer.from_file(str(file))))
+    return next((part for part in TOKENIZER_PARTS if ours[part] != theirs[part]), None)
 
 
 # ---- transformers' own models
@@ -162,14 +192,19 @@ def foreign_shape(kind: str, raw: dict) -> dict:
 
     config_class = CONFIG_MAPPING[kind]
     known = {*config_class().to_dict(), *HARMLESS}
-    odd = [key for key in raw if key not in known and not key.startswith("_") and raw[key] not in (None, False)]
+    if raw.get("is_causal") is False:
+        raise ValueError("`is_causal` must not be False: nanollada's class decides, got a model that sees both ways")
+    known |= {*PRIVATE, "is_causal"}
+    odd = [key for key in raw if key not in known and raw[key] is not None]
     if odd:
         raise ValueError(
             f"config.json must hold keys of transformers' {kind} only, got {odd[0]!r}: if it changes nothing in the "
             "forward pass, remove it"
         )
     try:
-        config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
+        config = config_class.from_dict(
+            {key: value for key, value in raw.items() if key in known and key != "is_causal"}
+        )
     except StrictDataclassError as error:
         raise ValueError(f"config.json must be a valid one of transformers' {kind}: {error}") from error
     shape = {name: getattr(config, name) for name in SHARED}
@@ -216,11 +251,18 @@ def _minimind_shape(tensors: dict, raw: dict) -> dict:
     absent = [name for name in MINIMIND if name not in raw]
     if absent:
         raise ValueError(f"a minimind config.json must hold {', '.join(MINIMIND)}, got none of {', '.join(absent)}")
+    known = {*MINIMIND, *MINIMIND_REST, *SHAPE, *PRIVATE} - {"rope_parameters"}
+    odd = [key for key in raw if key not in known and raw[key] is not None]
+    odd += [key for key, value in MINIMIND_REST.items() if value is not None and raw.get(key, value) != value]
+    if odd:
+        raise ValueError(f"a minimind config.json must hold what minimind's dense model has, got {odd[0]!r}")
     found = raw.get("rope_scaling")
+    if found is not None and not raw["inference_rope_scaling"]:
+        raise ValueError(f"`rope_scaling` must be null without `inference_rope_scaling`, got {found}")
     if raw["inference_rope_scaling"] and found is not None:
         expected = {**YARN, "type": "yarn", "rope_type": "yarn"}
         odd = {key: value for key, value in found.items() if expected.get(key) != value and key != "rope_theta"}
-        if odd or "attention_factor" not in found:
+        if odd or not YARN.keys() - {"rope_type"} <= found.keys():
             raise ValueError(f"`rope_scaling` of minimind must be {YARN}, got {found}: an older formula")
     heads = raw["num_attention_heads"]
     given = {name: raw[name] for name in SHAPE if name != "rope_parameters"}
@@ -277,6 +319,10 @@ def _require_shape(given: dict) -> None:
         raise ValueError(
             f"weights without config and `args` do not say {', '.join(absent)}, and nothing is guessed: give {options}"
         )
+    rope = given["rope_parameters"]
+    wanted = ["rope_theta"] if rope.keys() <= {"rope_theta"} else ["rope_theta", "rope_type"]
+    if missing := [name for name in wanted if name not in rope]:
+        raise ValueError(f"`rope_parameters` must say {missing[0]}, and nothing is guessed, got {rope}")
 
 
 def _derived(tensors: dict, given: dict, tied: bool) -> dict:

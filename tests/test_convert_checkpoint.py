@@ -9,6 +9,7 @@ import torch
 from conversions import MODELS, SIZES, YARN, difference, edit, logits_of, randomise, run, save_foreign, some_ids
 from published_models import minimind_weights
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +22,7 @@ from transformers import (
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts import convert_formats, convert_verify
 from nanollada.scripts.convert_checkpoint import ConvertArguments, main
+from nanollada.scripts.convert_formats import altered_part
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.likelihood import causal_nll
 from nanollada.trainers.setup import ModelArguments, load_model_and_tokenizer
@@ -116,6 +118,29 @@ def test_a_padded_vocabulary_keeps_its_rows(plain_tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "back").get_vocab() == plain_tokenizer.get_vocab()
 
 
+def test_the_tokenizer_is_that_of_the_file(plain_tokenizer, tmp_path):
+    """transformers rebuilds a qwen2 folder's tokenizer from its vocabulary; the texts' ids must be the file's."""
+    save_foreign(tmp_path / "theirs", "qwen2", plain_tokenizer)
+    plain_tokenizer.save_pretrained(tmp_path / "theirs")  # not what AutoTokenizer makes of it
+    text, file = "The cat sat in 2024.\n", Tokenizer.from_file(str(tmp_path / "theirs" / "tokenizer.json"))
+    assert altered_part(tmp_path / "theirs", AutoTokenizer.from_pretrained(tmp_path / "theirs")) == "normalizer"
+    run(tmp_path / "theirs", "causal", tmp_path / "ours")
+    converted = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert altered_part(tmp_path / "theirs", converted) is None
+    assert converted(text).input_ids == file.encode(text).ids
+
+
+@pytest.mark.parametrize("to", ["causal", "masked"])
+@pytest.mark.parametrize("file", [True, False])
+def test_all_ends_of_text_come_along(to, file, tokenizer, tmp_path):
+    save_foreign(tmp_path / "theirs", "llama-linear-bias", tokenizer, eos_token_id=[2, 7])
+    if not file:
+        (tmp_path / "theirs" / "generation_config.json").unlink()
+    run(tmp_path / "theirs", to, tmp_path / "ours")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    assert ours.generation_config.eos_token_id == [2, 7]
+
+
 def test_generation_settings_come_along(tokenizer, tmp_path):
     save_foreign(tmp_path / "theirs", "qwen3", tokenizer)
     GenerationConfig(eos_token_id=[2, 7], top_k=20, do_sample=True).save_pretrained(tmp_path / "theirs")
@@ -199,6 +224,9 @@ CONFIGS = {
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "spiral"}},
         "`rope_type` must be one of .*'spiral'",
     ),
+    "switched off": ({"use_rope": False}, "got 'use_rope'"),
+    "private": ({"_attn_scale": 3.0}, "got '_attn_scale'"),
+    "both ways": ({"is_causal": False}, "`is_causal` must not be False"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "activation": ({"hidden_act": "snake"}, "`hidden_act` must be .*'snake'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "`quantization_config`"),

@@ -70,6 +70,12 @@ def test_minimind_files_and_what_they_lack(plain_tokenizer, tmp_path):
         ValueError, match="`num_attention_heads` must divide the rows of .*q_proj.weight, got 3 and 16"
     ):
         run(tmp_path / "full_sft_16.pth", "causal", tmp_path / "x", **options, **{**BARE, "num_attention_heads": 3})
+    for rope, absent in (
+        ({"rope_type": "linear", "factor": 2.0}, "theta"),
+        ({"rope_theta": 1e4, "factor": 2.0}, "type"),
+    ):
+        with pytest.raises(ValueError, match=f"`rope_parameters` must say rope_{absent}, and nothing is guessed"):
+            run(tmp_path / "full_sft_16.pth", "causal", tmp_path / "x", **options, **{**BARE, "rope_parameters": rope})
     torch.save({**weights, "model.layers.0.mlp.experts.0.gate_proj.weight": torch.ones(1)}, tmp_path / "moe.pth")
     with pytest.raises(ValueError, match=r"got model\.layers\.0\.mlp\.experts\.0"):
         run(tmp_path / "moe.pth", "causal", tmp_path / "x", **options, **BARE)
@@ -88,6 +94,11 @@ def test_minimind_files_and_what_they_lack(plain_tokenizer, tmp_path):
             "depends on the length of a table, got 2048",
         ),
         ({"inference_rope_scaling": True, "rope_theta": 100.0}, "`rope_theta` is too small .* got 100"),
+        ({"inference_rope_scaling": True, "rope_scaling": {"type": "yarn", "attention_factor": 1.0}}, "older formula"),
+        ({"rope_scaling": SCALED}, "`rope_scaling` must be null without `inference_rope_scaling`, got"),
+        ({"logit_scale": 0.1}, "must hold what minimind's dense model has, got 'logit_scale'"),
+        ({"sliding_window": 4}, "must hold what minimind's dense model has, got 'sliding_window'"),
+        ({"use_moe": True}, "must hold what minimind's dense model has, got 'use_moe'"),
         ({"num_hidden_layers": 3}, r"missing: model\.layers\.2"),
     ],
 )
