@@ -196,6 +196,7 @@ def foreign_shape(kind: str, raw: dict) -> dict:
         raise ValueError("`is_causal` must not be False: nanollada's class decides, got a model that sees both ways")
     known |= {*PRIVATE, "is_causal"}
     odd = [key for key in raw if key not in known and raw[key] is not None]
+    odd = [key for key in odd if not (key.startswith("_") and isinstance(raw[key], str))]  # where something came from
     if odd:
         raise ValueError(
             f"config.json must hold keys of transformers' {kind} only, got {odd[0]!r}: if it changes nothing in the "
