@@ -5,12 +5,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.trainers import base
+from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.setup import (
     ModelArguments,
     config_for,
     hardware,
     load_model,
     load_model_and_tokenizer,
+    own_process_group,
     versions,
 )
 
@@ -117,3 +120,26 @@ def test_rope_parameters_on_the_command_line():
     given = ["--tokenizer_name_or_path", "x", "--rope_parameters", '{"rope_type": "default", "rope_theta": 5e5}']
     (arguments,) = TrlParser((ModelArguments,)).parse_args_and_config(given)
     assert arguments.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+
+
+def start_group(*args):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def test_main_ends_the_process_group_that_it_started(tmp_path, monkeypatch):
+    """Its threads too: test_trainers' and test_averaging's ranks."""
+    monkeypatch.setattr(base, "train", start_group)
+    command = ["--tokenizer_name_or_path", "t", "--data", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    base.main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, command)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_process_group_of_somebody_elses_is_left():
+    start_group()
+    try:
+        with own_process_group():
+            pass
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import rank
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers.base import EpochOrder, KeyedRows, main
@@ -489,8 +490,8 @@ def test_mask_embedding_noise_fades(tmp_path):
 
 
 if __name__ == "__main__":  # a rank of `test_ranks_do_not_change_the_gradient`
-    scored = build_trainer(sys.argv[1], Path(sys.argv[2]).parent / "ranks").likelihood(make_rows(7)).sums()
-    computed, _ = one_step(sys.argv[1], Path(sys.argv[2]).parent / "ranks", 4, 1)
+    with rank():
+        scored = build_trainer(sys.argv[1], Path(sys.argv[2]).parent / "ranks").likelihood(make_rows(7)).sums()
+        computed, _ = one_step(sys.argv[1], Path(sys.argv[2]).parent / "ranks", 4, 1)
     if int(os.environ["RANK"]) == 0:
         torch.save({"gradients": computed, "likelihood": scored}, sys.argv[2])
-    torch.distributed.destroy_process_group()

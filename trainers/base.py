@@ -23,6 +23,7 @@ from nanollada.trainers.setup import (
     hardware,
     last_complete_checkpoint,
     load_model_and_tokenizer,
+    own_process_group,
     versions,
 )
 
@@ -375,7 +376,8 @@ def main(trainer_class, config_class, model_class, argv: list[str] | None = None
 
     parser = TrlParser((ModelArguments, DataArguments, config_class))
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parser.parse_args_and_config(argv)
     script = f"trainers/{trainer_class.__name__.removesuffix('Trainer').lower()}.py"
     command = shlex.join(["accelerate", "launch", script, *map(str, argv)])
-    return train(trainer_class, model_class, model_args, data_args, args, command)
+    with own_process_group():  # which the arguments start
+        model_args, data_args, args = parser.parse_args_and_config(argv)
+        return train(trainer_class, model_class, model_args, data_args, args, command)

@@ -1,8 +1,10 @@
 """From arguments to a model and a tokenizer that fit each other, and the facts of a run that its files report."""
 
+import gc
 import json
 import os
 import platform
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -196,3 +198,21 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     return {name: version(name) for name in ("nanollada", "torch", "transformers", "accelerate", "datasets", "trl")}
+
+
+@contextmanager
+def own_process_group():
+    """
+    Ends the process group that its body started, together with the group's threads; one that stood before is left.
+
+    `destroy_process_group` alone frees nothing that a dead `Trainer` still refers to (its objects form cycles). gloo's
+    threads would then outlive the interpreter, and one that asks it to free a tensor aborts the process: a run whose
+    files are all written ends with "terminate called without an active exception" (pytorch/pytorch#65237). Of a run
+    with FSDP2, torch's own caches of sharded tensors keep the group.
+    """
+    available = torch.distributed.is_available()
+    given = available and torch.distributed.is_initialized()
+    yield
+    if available and torch.distributed.is_initialized() and not given:
+        gc.collect()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,22 @@
+"""What the scripts that `torchrun` starts in the tests share."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanollada.trainers.setup import own_process_group
+
+
+def gloo_threads():
+    """Names of this process's gloo threads; none where there is no /proc."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+@contextmanager
+def rank():
+    """The body starts gloo, and none of its threads outlives the group."""
+    with own_process_group():
+        yield
+        assert gloo_threads() or sys.platform != "linux"
+    assert not gloo_threads()
