@@ -390,7 +390,26 @@ def _values_said(section: list[str]) -> list[str]:
 def _index_of(text: str) -> list:
     from huggingface_hub import ModelCard
 
+    _check_keys(text)
     return ModelCard(text).data.eval_results or []
+
+
+def _check_keys(text: str) -> None:
+    """`ValueError` for a key that stands twice: huggingface_hub reads the last of its values, others the first."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.search(text)
+    nodes = [yaml.compose(block.group(2))] if block else []
+    while nodes:
+        node = nodes.pop()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs]
+        twice = [key for place, key in enumerate(keys) if key in keys[:place]]
+        if twice:
+            raise ValueError(f"`{twice[0]}` more than once")
+        nodes += [value for _, value in pairs]
+        nodes += node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def _through_index(results: list) -> list:

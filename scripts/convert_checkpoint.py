@@ -219,16 +219,11 @@ def generation_settings_of(source: Source) -> dict | None:
 
 
 def _write_ours(folder: Path, model_class, config, tensors: dict, tokenizer, settings: dict | None) -> None:
-    from transformers import GenerationConfig
-
-    from nanollada.scripts.convert_weights import filled, meta_model
+    from nanollada.scripts.convert_weights import filled, meta_model, our_generation_config
 
     model = filled(meta_model(config, model_class), tensors)
     if settings is not None and model_class.__name__ == "NanoLLaDAForCausalLM":  # diffusion decodes by other settings
-        generation = GenerationConfig.from_dict(settings)
-        generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), config.mask_token_id})
-        generation.pad_token_id = config.pad_token_id
-        model.generation_config = generation
+        model.generation_config = our_generation_config(settings, config)
     elif settings is not None and isinstance(settings.get("eos_token_id"), list):
         model.generation_config.eos_token_id = settings["eos_token_id"]
     model.save_pretrained(folder)

@@ -9,6 +9,7 @@ from nanollada.scripts.convert_weights import (
     filled,
     fit_weights,
     meta_model,
+    our_generation_config,
     read_json,
     read_weights,
     weight_files,
@@ -147,15 +148,22 @@ def foreign_config(config, to: str, rows: int, history: dict | None):
 
 
 def _generation_config(path: Path, config, history: dict | None, keep_mask: bool):
+    """The folder's; on the way back the original one, except for what has another value by now."""
     from transformers import GenerationConfig
 
-    if history is not None:
-        settings = history["generation_config"]
-        if settings is not None:
-            return GenerationConfig.from_dict(settings)
     file = path / "generation_config.json"
     generation = GenerationConfig.from_dict(read_json(file) if file.is_file() else {})
     others = [token for token in generation.suppress_tokens or [] if token != config.mask_token_id]
+    settings = history["generation_config"] if history is not None else None
+    if settings is not None:
+        now, then = generation.to_dict(), our_generation_config(settings, config).to_dict()
+        edited = {name for name in now if now[name] != then.get(name)} - {"transformers_version", "suppress_tokens"}
+        generation = GenerationConfig.from_dict(settings)
+        for name in edited if file.is_file() else ():
+            setattr(generation, name, now[name])
+        if file.is_file() and now["suppress_tokens"] != then["suppress_tokens"]:
+            generation.suppress_tokens = others or None
+        return generation
     kept = [config.mask_token_id] if keep_mask else []
     generation.suppress_tokens = sorted([*others, *kept]) or None
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -205,6 +205,16 @@ def filled(model, tensors: dict):
     return model
 
 
+def our_generation_config(settings: dict, config):
+    """Generation settings of another model for ours: the mask is never drawn, and padding is the tokenizer's."""
+    from transformers import GenerationConfig
+
+    generation = GenerationConfig.from_dict(settings)
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), config.mask_token_id})
+    generation.pad_token_id = config.pad_token_id
+    return generation
+
+
 def _check_frequencies(buffers: dict, config) -> None:
     import torch
 

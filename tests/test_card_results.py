@@ -250,6 +250,12 @@ SOURCES = [
         "README.md must keep the table of results between its marks, got one outside",
     ),
     ("      value: 0.795\n", "", "README.md must have readable metadata, got"),
+    (
+        "model-index:",
+        "model-index: []\nmodel-index:",
+        "metadata, got `model-index` more than once",
+    ),
+    ("      value: 0.795\n", "      value: 0.9\n      value: 0.795\n", "metadata, got `value` more than once"),
     ("---\n\n# small", "a: [\n---\n\n# small", "README.md must have readable metadata, got"),
 ]
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -128,31 +127,6 @@ def test_the_tokenizer_is_that_of_the_file(plain_tokenizer, tmp_path):
     converted = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert altered_part(tmp_path / "theirs", converted) is None
     assert converted(text).input_ids == file.encode(text).ids
-
-
-@pytest.mark.parametrize("to", ["causal", "masked"])
-@pytest.mark.parametrize("file", [True, False])
-def test_all_ends_of_text_come_along(to, file, tokenizer, tmp_path):
-    save_foreign(tmp_path / "theirs", "llama-linear-bias", tokenizer, eos_token_id=[2, 7])
-    if not file:
-        (tmp_path / "theirs" / "generation_config.json").unlink()
-    run(tmp_path / "theirs", to, tmp_path / "ours")
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
-    assert ours.generation_config.eos_token_id == [2, 7]
-
-
-def test_generation_settings_come_along(tokenizer, tmp_path):
-    save_foreign(tmp_path / "theirs", "qwen3", tokenizer)
-    GenerationConfig(eos_token_id=[2, 7], top_k=20, do_sample=True).save_pretrained(tmp_path / "theirs")
-    record = run(tmp_path / "theirs", "causal", tmp_path / "ours")
-    found = NanoLLaDAForCausalLM.from_pretrained(tmp_path / "ours")
-    assert found.generation_config.eos_token_id == [2, 7] and found.generation_config.top_k == 20
-    assert found.generation_config.suppress_tokens == [3] and found.config.eos_token_id == 2
-    assert record["vocabulary"]["mask"] == "own"
-    run(tmp_path / "ours", "qwen3", tmp_path / "back")
-    settings = GenerationConfig.from_pretrained(tmp_path / "back")
-    assert settings.suppress_tokens == [3] and settings.eos_token_id == [2, 7]
-    assert AutoTokenizer.from_pretrained(tmp_path / "back").mask_token_id == 3
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
