@@ -72,6 +72,9 @@ class NanoLLaDATrainingArguments(TrainingArguments):
     merge_top_k: int = field(
         default=0, metadata={"help": "Save the mean of the k evaluated states with the lowest eval_loss; 0: the last."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: every parameter is used; searching the graph for others costs time."}
+    )
     plot_loss: bool = field(default=True, metadata={"help": "Draw loss.png (needs the extra `plots`)."})
 
     def __post_init__(self):
