@@ -66,6 +66,19 @@ def test_a_fresh_model_follows_the_tokenizer(tmp_path, tokenizer):
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
+def test_a_fresh_model_of_another_architecture(tmp_path, tokenizer):
+    """Without QK norm it goes to Llama, with biases that the output lacks to Qwen2 (test_convert_checkpoint)."""
+    tokenizer.save_pretrained(tmp_path)
+    qwen2 = {"qk_norm": False, "attention_bias": True, "attention_output_bias": False}
+    for chosen in ({}, {"qk_norm": False}, qwen2):
+        arguments = ModelArguments(tokenizer_name_or_path=str(tmp_path), **SHAPE, **chosen)
+        model, _ = load_model_and_tokenizer(NanoLLaDAForCausalLM, arguments, seed=3)
+        names = {name.split("self_attn.")[1] for name, _ in model.named_parameters() if "self_attn" in name}
+        expected = {f"{kind}_proj.weight" for kind in "qkvo"}
+        expected |= {f"{kind}_proj.bias" for kind in "qkv"} if "attention_bias" in chosen else set()
+        assert names == expected | (set() if chosen else {"q_norm.weight", "k_norm.weight"})
+
+
 def test_a_foreign_tokenizer_gains_the_mask_and_the_model_follows(tmp_path, tokenizer):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

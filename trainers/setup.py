@@ -26,6 +26,9 @@ SHAPE = (
     "head_dim",
     "max_position_embeddings",
     "rope_parameters",
+    "qk_norm",
+    "attention_bias",
+    "attention_output_bias",
     "tie_word_embeddings",
 )
 DROPOUTS = ("attention_dropout", "hidden_dropout")
@@ -58,6 +61,14 @@ class ModelArguments:
     max_position_embeddings: int | None = field(default=None, metadata={"help": "Longest sequence (32768)."})
     rope_parameters: dict | str | None = field(
         default=None, metadata={"help": 'RoPE of a fresh model, as JSON, e.g. {"rope_type": "yarn", "factor": 16.0}.'}
+    )
+    qk_norm: bool | None = field(
+        default=None,
+        metadata={"help": "RMSNorm on queries and keys (true). Without: Llama's, with biases Qwen2's."},
+    )
+    attention_bias: bool | None = field(default=None, metadata={"help": "Biases in the attention (false)."})
+    attention_output_bias: bool | None = field(
+        default=None, metadata={"help": "A bias of its output projection (as attention_bias; Qwen2: false)."}
     )
     tie_word_embeddings: bool | None = field(default=None, metadata={"help": "Whether the head is the embedding."})
     attention_dropout: float | None = field(default=None, metadata={"help": "Also for a checkpoint."})
