@@ -6,6 +6,8 @@ python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The
 """
 
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -244,6 +246,27 @@ def effective_settings(model, **given) -> dict:
     own = {name: getattr(model.generation_config, name, None) for name in names}
     settings = {**own, **generation_settings(model, **given)}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+@contextlib.contextmanager
+def default_decoding(model):
+    """Within it `model.generate` knows the special tokens of the checkpoint's generation config, and nothing else."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    plain = type(own)(**{name: getattr(own, name) for name in names})
+    if not is_diffusion(model):  # one that samples excludes the mask by itself
+        plain.suppress_tokens = [model.config.mask_token_id]
+    model.generation_config = plain
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def keyed_seed(*key) -> int:
+    """A generator's seed that belongs to the key: numbers, texts, `None`."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seeded_generate(model, input_ids, attention_mask, seed: int, **settings):

@@ -2,7 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 from lm_eval.api.instance import Instance
@@ -13,6 +16,9 @@ from nanollada.scripts.generate import DecodingArguments
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DECODING = tuple(item.name for item in fields(DecodingArguments) if item.name != "max_new_tokens")
+DRAWN_TOGETHER = 16  # rows of a task that share a generator
+PARTS = 2**16  # choices of a row, or rows of a text, at most
+CHUNK = 64  # batches whose scores are kept together
 ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, the first wins
 
 
@@ -26,10 +32,14 @@ class NanoLLaDALM(TemplateLM):
     training.
 
     Log-likelihoods of a diffusion model are lower bounds (minus `score_continuations`'s nats), with masks that belong
-    to a task's row, whatever else is run beside it. `is_greedy` tells
-    whether greedy decoding writes the continuation: for AR, each of its tokens is the likeliest one; for diffusion, a
-    canvas of the continuation's length is filled token by token, the surest position first (`generate`'s default), in
-    the model's own blocks.
+    to the row and the choice, whatever else is run beside them. `is_greedy` tells whether greedy decoding writes the
+    continuation: for AR, each of its tokens is the likeliest one; for diffusion, a canvas of the continuation's length
+    is filled token by token, the surest position first, in the model's own blocks, whatever the checkpoint's
+    generation config says.
+
+    With `--use_cache` every answer is kept as soon as its batch is done, and a run that goes on from there has the
+    same numbers. Drawn texts are an exception: 16 rows of a task draw together, whatever the batch size, and those of
+    them that are missing draw others than a whole run.
 
     `loglikelihood_rolling` scores a text from `<|endoftext|>`, without an end-of-text behind it (lm-eval's rule;
     `evaluate.py` scores the end, too), in the rows of `rolling.rolling_rows`.
@@ -55,7 +65,8 @@ class NanoLLaDALM(TemplateLM):
             …). What a task says goes before them.
 
     Raises:
-        `ValueError`: for arguments out of range, unknown ones, and those that the kind of model has no use for.
+        `ValueError`: for arguments out of range, unknown ones, those that the kind of model has no use for, and in one
+            of several processes.
     """
 
     def __init__(
@@ -76,6 +87,8 @@ class NanoLLaDALM(TemplateLM):
         **decoding,
     ):
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"`nanollada` must run in one process, got WORLD_SIZE {os.environ['WORLD_SIZE']}")
         if max_batch_size is not None:
             raise ValueError(f"`max_batch_size` bounds an automatic batch size: it must be None, got {max_batch_size}")
         unknown = [name for name in decoding if name not in DECODING]
@@ -137,7 +150,8 @@ class NanoLLaDALM(TemplateLM):
         """What decides the scores beside the command line, for lm-eval's results file."""
         names = ("pretrained", "dtype", "samples", "seed", "max_length", "rolling_context", "scored_block_length")
         facts = {name: getattr(self, name) for name in names}
-        return {**facts, "bound": not self.is_causal, "model_num_parameters": self.model.num_parameters()}
+        facts |= {"bound": not self.is_causal, "model_num_parameters": self.model.num_parameters()}
+        return {**facts, "generation_config": self.model.generation_config.to_diff_dict()}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """
@@ -182,88 +196,107 @@ class NanoLLaDALM(TemplateLM):
             )
         return ids[:cut], ids[cut:]
 
-    def _check(self, number: int, ids: list[int], room: int = 0) -> None:
+    def _check(self, ids: list[int], room: int = 0) -> None:
         """Nothing is cut, and the mask token is no text."""
         if self.tokenizer.mask_token_id in ids:
-            raise ValueError(f"`requests`, number {number}: it must not hold {self.tokenizer.mask_token}, got it")
+            raise ValueError(f"it must not hold {self.tokenizer.mask_token}, got it")
         if len(ids) + room > self.max_length:
             raise ValueError(
-                f"`requests`, number {number}: its tokens must fit into `max_length`, got {len(ids)} "
-                f"and {room} to write with {self.max_length}"
+                f"its tokens must fit into `max_length`, got {len(ids)} and {room} to write with {self.max_length}"
             )
 
     # ---- scores
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), is_greedy) of each (context, continuation); see the class."""
-        pairs = []
+        asked = []
         for number, request in enumerate(requests):
-            context, continuation = request.args
-            try:
-                pairs.append(((context, continuation), *self._encode_pair(context, continuation)))
-            except ValueError as error:
-                raise ValueError(f"`requests`, number {number}: {error}") from error
-            self._check(number, pairs[-1][1] + pairs[-1][2])
-        answers = {}
-        for places in _by_task(requests):
-            found = self._loglikelihood_tokens([pairs[place] for place in places], disable_tqdm=disable_tqdm)
-            answers |= zip(places, found, strict=True)
-        return [answers[place] for place in range(len(requests))]
+            with _of(number, request):
+                context, continuation = request.args
+                asked.append(((context, continuation), *self._encode_pair(context, continuation)))
+                self._check(asked[-1][1] + asked[-1][2])
+        numbers = [_row_number(request) for request in requests]
+        order = sorted(range(len(asked)), key=lambda place: -len(asked[place][1]) - len(asked[place][2]))
+        answers, size = {}, CHUNK * self.batch_size
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            options = {"numbers": [numbers[place] for place in places], "disable_tqdm": disable_tqdm}
+            answers |= zip(
+                places, self._loglikelihood_tokens([asked[place] for place in places], **options), strict=True
+            )
+        return [answers[place] for place in range(len(asked))]
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, numbers: list[int] | None = None
+    ) -> list[tuple[float, bool]]:
         from tqdm.auto import tqdm
 
         from nanollada.trainers.continuations import score_continuations
 
-        pairs = [(context, continuation) for _, context, continuation in requests]
+        pairs, pad = [(context, continuation) for _, context, continuation in requests], self.tokenizer.pad_token_id
         bar = tqdm(total=len(pairs), desc="Scoring continuations", unit=" pairs", disable=disable_tqdm)
-        pad = self.tokenizer.pad_token_id
         options = {"pad_token_id": pad, "batch_size": self.batch_size, "progress": bar.update, **self._noise()}
-        found = score_continuations(self.model, pairs, **options)
+        scores = -score_continuations(self.model, pairs, numbers=numbers, **options).nats
         bar.close()
-        return list(zip((-found.nats).tolist(), greedy_matches(self.model, pairs, pad, self.batch_size), strict=True))
+        found = list(zip(scores.tolist(), greedy_matches(self.model, pairs, pad, self.batch_size), strict=True))
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
 
     def _noise(self) -> dict:
         return {"samples": self.samples, "seed": self.seed, "block_length": self.eval_block_length}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each text; 0 for an empty one."""
-        nats = {}
-        for places in _by_task(requests):
-            rows, owners = [], []
-            for place in places:
-                ids = self.tok_encode(requests[place].args[0])
-                self._check(place, [token for token in ids if token == self.tokenizer.mask_token_id])
-                rows += self._rolled(ids, len(rows))
-                owners += [place] * (len(rows) - len(owners))
-            found = self._row_nats(rows, disable_tqdm)
-            nats |= {place: 0.0 for place in places}
-            for owner, value in zip(owners, found, strict=True):
-                nats[owner] += value
-        return [0.0 - nats[place] for place in range(len(requests))]
+        """
+        log p of each text; 0 for an empty one.
 
-    def _rolled(self, ids: list[int], index: int) -> list[dict]:
+        Raises:
+            `ValueError`: for a text longer than `max_length` where that has no room for `rolling_context` and a block.
+        """
+        rows: list[list[dict]] = []
+        for number, request in enumerate(requests):
+            with _of(number, request):
+                ids = self.tok_encode(request.args[0])
+                self._check([token for token in ids if token == self.tokenizer.mask_token_id])
+                rows.append(self._rolled(ids, _row_number(request)))
+        found = []
+        for start in range(0, len(rows), CHUNK):
+            texts = rows[start : start + CHUNK]
+            nats = iter(self._row_nats([row for made in texts for row in made], disable_tqdm))
+            for request, made in zip(requests[start : start + CHUNK], texts, strict=True):
+                found.append(0.0 - sum(next(nats) for _ in made))
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def _rolled(self, ids: list[int], number: int) -> list[dict]:
         from nanollada.trainers.rolling import rolling_rows
 
-        place = {"block_length": self.scored_block_length, "index": index}
+        unit = self.scored_block_length or 1
+        if len(ids) < self.max_length:  # one row, wherever its blocks end
+            return list(rolling_rows(ids, self.max_length, 1, self.prefix_token_id, index=number))
+        if -(-self.rolling_context // unit) >= self.max_length // unit:
+            raise ValueError(
+                "`rolling_context` must leave room for a block in `max_length`, "
+                f"got {self.rolling_context} with blocks of {unit} and {self.max_length}"
+            )
+        place = {"block_length": self.scored_block_length, "index": number}
         return list(rolling_rows(ids, self.max_length, self.rolling_context, self.prefix_token_id, **place))
 
     def _row_nats(self, rows: list[dict], disable_tqdm: bool) -> list[float]:
-        """Nats of rows that are numbered by their place."""
+        """Nats of rows, in their order."""
         from tqdm.auto import tqdm
 
         from nanollada.trainers.collator import Collator
         from nanollada.trainers.likelihood import score_rows
 
-        longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))  # little padding
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))  # little padding
         collate, size = Collator(self.tokenizer.pad_token_id), self.batch_size
         starts = tqdm(range(0, len(rows), size), desc="Scoring texts", unit="batch", disable=disable_tqdm)
-        batches = (collate(longest_first[start : start + size]) for start in starts)
-        nats = [0.0] * len(rows)
-        for batch, found, _, _ in score_rows(self.model, batches, **self._noise()):
-            for index, value in zip(batch["index"].tolist(), found.tolist(), strict=True):
-                nats[index] = value
-        return nats
+        batches = (collate([rows[place] for place in order[start : start + size]]) for start in starts)
+        found = [nats.tolist() for _, nats, _, _ in score_rows(self.model, batches, **self._noise())]
+        nats = dict(zip(order, sum(found, []), strict=True))
+        return [nats[place] for place in range(len(rows))]
 
     # ---- generation
 
@@ -279,26 +312,55 @@ class NanoLLaDALM(TemplateLM):
 
         groups: dict[str, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
-            context, options = request.args
-            settings, until = self.settings_of(options)
-            ids = self.tok_encode(context, add_special_tokens=True)
-            self._check(number, ids, settings["max_new_tokens"])
+            with _of(number, request):
+                context, options = request.args
+                settings, until = self.settings_of(options)
+                ids = self.tok_encode(context, add_special_tokens=True)
+                self._check(ids, settings["max_new_tokens"])
             groups.setdefault(json.dumps([settings, until], sort_keys=True), []).append((number, ids))
-        texts, bar = (
-            [""] * len(requests),
-            tqdm(total=len(requests), desc="Writing", unit=" rows", disable=disable_tqdm),
-        )
-        for key, group in groups.items():
-            settings, until = json.loads(key)
-            group.sort(key=lambda item: len(item[1]))
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                answers = self._answers([ids for _, ids in batch], settings, until, self.seed + batch[0][0])
+        plan = [
+            (key, *batch)
+            for key, group in groups.items()
+            for batch in self._batches(json.loads(key)[0], group, requests)
+        ]
+        texts: list[str] = [""] * len(requests)
+        with tqdm(total=len(requests), desc="Writing", unit=" rows", disable=disable_tqdm) as bar:
+            for key, batch, seed in plan:
+                settings, until = json.loads(key)
+                answers = self._answers([ids for _, ids in batch], settings, until, seed)
                 for (number, _), text in zip(batch, answers, strict=True):
                     texts[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update(len(batch))
-        bar.close()
         return texts
+
+    def _batches(
+        self, settings: dict, group: list[tuple[int, list[int]]], requests: list[Instance]
+    ) -> Iterator[tuple]:
+        """
+        (batch, seed) of requests of the same settings: greedy ones by length; drawn ones in fixed groups of a task's
+        rows, a repeat of a request in another group. All settings are checked before anything is written.
+        """
+        from nanollada.scripts.generate import effective_settings, keyed_seed
+
+        number, _ = group[0]
+        with _of(number, requests[number]):
+            settings = effective_settings(self.model, **settings)
+        if not (settings.get("temperature") or settings.get("remasking") == "random" or settings.get("remdm")):
+            group = sorted(group, key=lambda item: len(item[1]))
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size], self.seed
+            return
+        together: dict[tuple, list] = {}
+        seen: Counter = Counter()
+        for number, ids in group:
+            request = requests[number]
+            row = (request.task_name, request.doc_id or 0, request.idx)
+            key = (request.task_name, (request.doc_id or 0) // DRAWN_TOGETHER, request.idx, seen[row])
+            together.setdefault(key, []).append((number, ids))
+            seen[row] += 1
+        for key, batch in together.items():
+            yield batch, keyed_seed(self.seed, *key)
 
     def settings_of(self, options: dict) -> tuple[dict, list[str]]:
         """From a task's `generation_kwargs` to the options of `generate`, and the strings to stop at."""
@@ -317,6 +379,10 @@ class NanoLLaDALM(TemplateLM):
             given["temperature"] = 0.0  # lm-eval's rule: `do_sample=False` goes before a temperature
         elif sampled and temperature is None:
             given["temperature"] = self.decoding.get("temperature") or 1.0
+        if given.get("temperature") == 0:  # several of lm-eval's own tasks say so; the likeliest token is in every set
+            idle = [name for name in ("top_k", "top_p") if given.pop(name, None)]
+            if idle:
+                logger.warning("%s of the task's `generation_kwargs` is of no use without draws", ", ".join(idle))
         room = _integer("max_gen_toks", rooms[0] if rooms else self.max_gen_toks, 1)
         return {"temperature": 0.0, **self.decoding, **given, "max_new_tokens": room}, [text for text in until if text]
 
@@ -343,12 +409,19 @@ def _integer(name: str, value, low: int = 0, high: int | None = None) -> int:
     return number
 
 
-def _by_task(requests: list[Instance]) -> list[list[int]]:
-    """Places of the requests of each task: masks belong to a task's row, whichever other tasks are run."""
-    places: dict = {}
-    for place, request in enumerate(requests):
-        places.setdefault(request.task_name, []).append(place)
-    return list(places.values())
+@contextmanager
+def _of(number: int, request: Instance):
+    """Says in which request a fault lies."""
+    try:
+        yield
+    except ValueError as error:
+        task = f" of task {request.task_name}" if request.task_name else ""
+        raise ValueError(f"`requests`, number {number}{task}: {error}") from error
+
+
+def _row_number(request: Instance) -> int:
+    """Of a task's row and the choice in it, with room for a text's parts behind it: what keys the masks."""
+    return ((request.doc_id or 0) * PARTS + request.idx) * PARTS
 
 
 def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id: int, batch_size: int) -> list[bool]:
@@ -377,22 +450,23 @@ def _causal_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_i
     (batch,) = conditional_rows(*zip(*pairs, strict=True), pad_token_id, len(pairs))
     labels = batch["labels"].to(model.device)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position i predicts token i + 1
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    inputs, keep = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}, targets != -100
     with torch.no_grad():
-        likeliest = model(**inputs, use_cache=False).logits.argmax(-1)  # [B, L]
-    return ((likeliest == targets) | (targets == -100)).all(-1).tolist()
+        right = model(**inputs, logits_to_keep=keep, use_cache=False).logits.argmax(-1) == targets[keep]  # [N]
+    return torch.ones_like(keep).masked_scatter(keep, right).all(-1).tolist()
 
 
 def _diffusion_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> list[bool]:
     import torch
 
-    from nanollada.scripts.generate import generation_settings, seeded_generate
+    from nanollada.scripts.generate import default_decoding, generation_settings, seeded_generate
 
     length, width = len(pairs[0][1]), max(len(context) for context, _ in pairs)
     ids = [[pad_token_id] * (width - len(context)) + context for context, _ in pairs]
     visible = [[0] * (width - len(context)) + [1] * len(context) for context, _ in pairs]
     whole = {"block_length": length} if model.config.block_length is None else {}
-    settings = generation_settings(model, max_new_tokens=length, temperature=0.0, **whole)
     tensors = (torch.tensor(rows, device=model.device) for rows in (ids, visible))  # [B, width]
-    said = seeded_generate(model, *tensors, 0, **settings)[:, width:].tolist()
+    with default_decoding(model):
+        settings = generation_settings(model, max_new_tokens=length, temperature=0.0, **whole)
+        said = seeded_generate(model, *tensors, 0, **settings)[:, width:].tolist()
     return [row == continuation for row, (_, continuation) in zip(said, pairs, strict=True)]

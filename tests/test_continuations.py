@@ -31,6 +31,25 @@ def test_a_pair_is_cut_where_the_context_ends(tokenizer):
         encode_pair(tokenizer, "a  ", "")
 
 
+def test_a_pair_spells_its_text_wherever_it_is_cut(tokenizer):
+    """A token that crosses the border (at most cuts) is neither the context's nor dropped."""
+    crossed = 0
+    for text in ("The cat sat on the mat.", "今天天气很好,我们去公园散步。", "def add(first, second):"):
+        for cut in range(1, len(text)):
+            prompt, target = encode_pair(tokenizer, text[:cut], text[cut:])
+            assert prompt == context_ids(tokenizer, text[:cut].rstrip())
+            assert tokenizer.decode(prompt[1:]) + tokenizer.decode(target) == text
+            crossed += prompt + target != context_ids(tokenizer, text)
+    assert crossed > 10
+
+
+def test_text_without_a_token_is_refused(char_tokenizer):
+    with pytest.raises(ValueError, match="the text is not in the vocabulary: '€'"):
+        encode_pair(char_tokenizer, "The ", "€")
+    with pytest.raises(ValueError, match="the text is not in the vocabulary: '€'"):
+        context_ids(char_tokenizer, "The €")
+
+
 @torch.no_grad()
 def test_scores_are_the_likelihoods():
     causal, masked = build(NanoLLaDAForCausalLM), build(NanoLLaDAForMaskedLM)
@@ -62,6 +81,11 @@ def test_noise_belongs_to_the_pair():
     torch.testing.assert_close(whole.nats[2:3], nats)
     torch.testing.assert_close(whole.variance[2:3], variance)
     assert not torch.equal(whole.nats, score_continuations(model, PAIRS, pad_token_id=0, samples=4, seed=4).nats)
+    numbers = [2**40, 1, 2, 3]  # the first is enumerated
+    named = score_continuations(model, PAIRS[::-1], pad_token_id=0, samples=4, seed=3, numbers=numbers[::-1])
+    again = score_continuations(model, PAIRS, pad_token_id=0, samples=4, seed=3, numbers=numbers)
+    torch.testing.assert_close(again.nats, whole.nats)
+    torch.testing.assert_close(named.nats.flip(0), whole.nats)
 
 
 @torch.no_grad()
@@ -81,5 +105,7 @@ def test_refusals():
         score_continuations(build(NanoLLaDAForCausalLM), [], pad_token_id=0)
     with pytest.raises(ValueError, match="must not be empty, got an empty one in pair 1"):
         score_continuations(build(NanoLLaDAForCausalLM), [([0], [1]), ([0], [])], pad_token_id=0)
+    with pytest.raises(ValueError, match="`numbers` must be one for each pair, got 1 for 4"):
+        score_continuations(build(NanoLLaDAForCausalLM), PAIRS, pad_token_id=0, numbers=[1])
     with pytest.raises(ValueError, match="`block_length` is for diffusion models, got 4"):
         score_continuations(build(NanoLLaDAForCausalLM), PAIRS, pad_token_id=0, block_length=4)

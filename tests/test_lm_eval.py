@@ -6,14 +6,12 @@ import sys
 
 import pytest
 import torch
-from generation_models import reference_greedy
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval_models import CLASSES, TEXTS, load, number, requests, save_checkpoints, written
 
-from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts import lm_eval_nanollada
 from nanollada.scripts.generate import prompt_ids
 from nanollada.scripts.lm_eval_model import NanoLLaDALM
@@ -22,50 +20,19 @@ from nanollada.trainers.data import Collator
 from nanollada.trainers.likelihood import evaluate_likelihood, exact_nelbo
 from nanollada.trainers.rolling import rolling_rows
 from nanollada.trainers.rows import Example, RowPolicy, parse_row
-from nanollada.trainers.setup import config_for
 from nanollada.trainers.tokenization import IGNORE, RowEncoder
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}
 TEMPLATES = lm_eval_nanollada.__file__.replace("lm_eval_nanollada.py", "lm_eval_tasks/")
-TEXTS = ["The cat sat on the mat. The dog sat on the log.", "", "今天天气很好,我们去公园散步。", "print(add(1, 2))\n"]
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for seed, (name, model_class) in enumerate(CLASSES.items()):
-        torch.manual_seed(seed)
-        block_length = 4 if name == "block" else None
-        config = config_for(
-            tokenizer, **SHAPE, block_length=block_length, max_position_embeddings=64, initializer_range=0.5
-        )
-        model_class(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return save_checkpoints(tokenizer, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
 def lms(folder):
     return {name: load(folder, name) for name in CLASSES}
-
-
-def load(folder, name, **options):
-    return NanoLLaDALM(str(folder / name), **{"dtype": "float64", "device": "cpu", "samples": 64, **options})
-
-
-def requests(kind, *arguments):
-    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
-
-
-def written(model, context, count):
-    """The continuation that a plain loop decodes, in token ids."""
-    if isinstance(model, NanoLLaDAForMaskedLM):
-        return reference_greedy(model, context, count)[len(context) :]
-    ids = list(context)
-    for _ in range(count):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(context) :]
 
 
 # ---- log-likelihoods
@@ -134,7 +101,8 @@ def test_scores_are_those_of_the_package(folder, lms, name):
     found = lm.loglikelihood(requests("loglikelihood", *asked))
     pairs = [encode_pair(lm.tokenizer, *pair) for pair in asked]
     own = {"samples": 4, "seed": 3, "block_length": 8} if options else {}
-    expected = score_continuations(lm.model, pairs, pad_token_id=0, batch_size=1, **own)
+    numbers = [number(0, place) for place in range(2)]
+    expected = score_continuations(lm.model, pairs, pad_token_id=0, batch_size=1, numbers=numbers, **own)
     assert [value for value, _ in found] == pytest.approx((-expected.nats).tolist(), rel=1e-9)
     if name != "ar":
         other = load(folder, name, batch_size=2, **{**options, "seed": 4})
@@ -155,10 +123,10 @@ def test_rolling_scores_are_those_of_the_rows(folder, name, window):
         context = 4  # one of two blocks
     assert (lm.rolling_context, lm.max_length) == (context, window.get("max_length", 64))
     rows = []
-    for text in TEXTS:
+    for place, text in enumerate(TEXTS):
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
         grid = lm.model.config.block_length
-        made = list(rolling_rows(ids, lm.max_length, context, 0, block_length=grid, index=sum(map(len, rows))))
+        made = list(rolling_rows(ids, lm.max_length, context, 0, block_length=grid, index=number(0, place)))
         assert (len(made) > 1) == (len(ids) >= lm.max_length)
         rows.append(made)
     collate = Collator(0)
@@ -279,12 +247,17 @@ def tasks(tmp_path_factory):
     words = ["The cat", "The dog", "the mat", "A bird", "你好", "the log", "a test", "the fish"]
     rows = {
         "choice": [{"ctx": f"It is {words[n]}", "choices": words[n : n + 3], "label": n % 3} for n in range(6)],
+        "digits": [
+            {"ctx": "12", "choices": ["3", "04"], "label": 1},
+            {"ctx": "[1]", "choices": ["a", "b"], "label": 0},
+        ],
         "pairs": [{"good": f"{word} sat.", "bad": f"sat {word}."} for word in words],
-        "text": [{"text": text * 3} for text in TEXTS if text],
+        "text": [{"text": "[1, 2]"}, *({"text": text * 3} for text in TEXTS if text)],
     }
     for kind, values in rows.items():
+        template = "choice" if kind == "digits" else kind
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
-        lines = [f"include: {TEMPLATES}{kind}", f"task: my_{kind}"]
+        lines = [f"include: {TEMPLATES}{template}", f"task: my_{kind}"]
         lines += [f"dataset_kwargs: {{data_files: {{test: {folder / kind}.jsonl}}}}"]
         (folder / f"{kind}.yaml").write_text("\n".join(lines))
     return folder, rows
@@ -307,8 +280,10 @@ def test_a_task_gives_the_shares_of_direct_scoring(folder, tasks, name):
         ("choice", [(row["ctx"], f" {choice}") for row in rows["choice"] for choice in row["choices"]]),
         ("pairs", [("", row[side]) for row in rows["pairs"] for side in ("good", "bad")]),
     ):
-        pairs = [encode_pair(lm.tokenizer, *pair) for pair in pairs]
-        scores[kind] = score_continuations(lm.model, pairs, pad_token_id=0, samples=4, seed=2).nats.tolist()
+        pairs, choices = [encode_pair(lm.tokenizer, *pair) for pair in pairs], {"choice": 3, "pairs": 2}[kind]
+        numbers = [number(*divmod(place, choices)) for place in range(len(pairs))]
+        found_scores = score_continuations(lm.model, pairs, pad_token_id=0, samples=4, seed=2, numbers=numbers)
+        scores[kind] = found_scores.nats.tolist()
     nats = [scores["choice"][start : start + 3] for start in range(0, len(scores["choice"]), 3)]
     right = normal = 0
     for row, values in zip(rows["choice"], nats, strict=True):
@@ -320,9 +295,9 @@ def test_a_task_gives_the_shares_of_direct_scoring(folder, tasks, name):
     halves = zip(scores["pairs"][::2], scores["pairs"][1::2], strict=True)
     assert results["my_pairs"]["acc,none"] == sum(good < bad for good, bad in halves) / 8
     made = []
-    for row in rows["text"]:
+    for place, row in enumerate(rows["text"]):
         ids = lm.tokenizer(row["text"], add_special_tokens=False).input_ids
-        made += rolling_rows(ids, 24, 8, 0, index=len(made))
+        made += rolling_rows(ids, 24, 8, 0, index=number(place))
     total = evaluate_likelihood(lm.model, [Collator(0)(made)], samples=4, seed=2).nats
     num_bytes = sum(len(row["text"].encode()) for row in rows["text"])
     assert results["my_text"]["bits_per_byte,none"] == pytest.approx(total / num_bytes / math.log(2), rel=1e-5)
@@ -340,9 +315,20 @@ def test_a_task_with_the_chat_template(folder, tasks, tokenizer):
     for row in rows["choice"][:2]:
         context = prompt_ids(tokenizer, [{"role": "user", "content": row["ctx"]}])
         pairs += [(context, tokenizer(choice, add_special_tokens=False).input_ids) for choice in row["choices"]]
-    expected = score_continuations(lm.model, pairs, pad_token_id=0, samples=2).nats.tolist()
+    numbers = [number(row, choice) for row in range(2) for choice in range(3)]
+    expected = score_continuations(lm.model, pairs, pad_token_id=0, samples=2, numbers=numbers).nats.tolist()
     scores = [answer[0] for sample in found for answer in sample["filtered_resps"]]
     assert [float(score) for score in scores] == pytest.approx([-nats for nats in expected], rel=1e-9)
+
+
+def test_text_that_looks_like_a_number_or_a_list_is_text(folder, tasks):
+    """lm-eval evaluates what a template renders; a column's name it takes as it is."""
+    manager = TaskManager(include_path=str(tasks[0]), include_defaults=False)
+    options = {"task_manager": manager, "bootstrap_iters": 0}
+    found = simple_evaluate(model=load(folder, "ar"), tasks=["my_digits"], **options)["samples"]["my_digits"]
+    asked = [tuple(pair) for sample in found for pair in sample["arguments"]]
+    assert asked == [("12", " 3"), ("12", " 04"), ("[1]", " a"), ("[1]", " b")]
+    assert [sample["target"] for sample in found] == [1, 0]
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .likelihood import is_causal, score_rows
+from .rows import BadRow
+from .tokenization import IGNORE, encode_spans
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,40 @@ class ContinuationScores:
 
 
 def context_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a plain text as the beginning of a document, `<|endoftext|>` first."""
-    return [tokenizer.pad_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    """
+    The token ids of a plain text as the beginning of a document, `<|endoftext|>` first.
+
+    Raises:
+        `ValueError`: for text that the vocabulary lacks.
+    """
+    return [tokenizer.pad_token_id, *_spans(tokenizer, text, 0)[0]]
+
+
+def _spans(tokenizer, text: str, cut: int) -> tuple[list[int], list[int]]:
+    """`encode_spans` of what stands behind `cut`."""
+    try:
+        return encode_spans(tokenizer, text, [(cut, len(text))])
+    except BadRow as error:
+        raise ValueError(f"the text is {error}") from error
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """
-    Token ids of a context (with `<|endoftext|>`) and of its continuation, cut where the context's own tokens end.
+    Token ids of a context (with `<|endoftext|>`) and of its continuation, cut where the context ends.
 
     Both are encoded together, as in text, with whitespace between them on the continuation's side (lm-eval's rule).
+    Where a token would cross the border, each is encoded alone: lm-eval then cuts behind as many tokens as the context
+    has, and scores a text that is not the continuation.
 
     Raises:
-        `ValueError`: for a continuation that is empty, or that adds no token to its context.
+        `ValueError`: for a continuation that is empty, and for text that the vocabulary lacks.
     """
-    cut = len(context.rstrip())
-    prompt, whole = context_ids(tokenizer, context[:cut]), context_ids(tokenizer, context + continuation)
-    if not continuation or len(whole) <= len(prompt):
+    cut, whole = len(context.rstrip()), context + continuation
+    if not continuation:
         raise ValueError(f"`continuation` must add a token to its context, got {continuation!r} behind {context!r}")
-    return prompt, whole[len(prompt) :]
+    ids, labels = _spans(tokenizer, whole, cut)
+    size = labels.count(IGNORE)
+    return [tokenizer.pad_token_id, *ids[:size]], ids[size:]
 
 
 def score_continuations(
@@ -62,11 +80,12 @@ def score_continuations(
     seed: int = 0,
     batch_size: int = 16,
     block_length: int | None = None,
+    numbers: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ContinuationScores:
     """
     Scores token ids given others, the longest pairs first. A pair's score depends on neither its neighbours nor
-    `batch_size`, up to float rounding: its noise is keyed by its place in `pairs`.
+    `batch_size`, up to float rounding: its noise is keyed by its number.
 
     Args:
         model ([`NanoLLaDAForCausalLM`] or [`NanoLLaDAForMaskedLM`]): The model, or a foreign causal one.
@@ -78,26 +97,29 @@ def score_continuations(
         seed (`int`, defaults to 0): Of these masks.
         batch_size (`int`, defaults to 16): Pairs per forward.
         block_length (`int`, *optional*): As in `likelihood.exact_nelbo`.
+        numbers (`Sequence[int]`, *optional*): Of the pairs, in [0, 2⁶³); by default their places in `pairs`.
         progress (`Callable[[int], None]`, *optional*): Is told how many pairs were scored.
 
     Raises:
-        `ValueError`: for an empty context or continuation, no pairs, and as `likelihood.score_rows`.
+        `ValueError`: for an empty context or continuation, no pairs, another number of `numbers`, and as
+            `likelihood.score_rows`.
     """
     if not pairs:
         raise ValueError("`pairs` must hold at least one pair to score, got none")
     prompts, targets = (list(column) for column in zip(*pairs, strict=True))
     order = sorted(range(len(pairs)), key=lambda place: -len(prompts[place]) - len(targets[place]))
     nats = torch.zeros(len(pairs), dtype=torch.double)
-    variance, how = torch.zeros_like(nats), set()
-    batches = conditional_rows(prompts, targets, pad_token_id, batch_size, order)
-    for batch, found, error, estimators in score_rows(
+    variance, how, done = torch.zeros_like(nats), set(), 0
+    batches = conditional_rows(prompts, targets, pad_token_id, batch_size, order, numbers)
+    for _, found, error, estimators in score_rows(
         model, batches, samples=samples, seed=seed, block_length=block_length
     ):
-        index = batch["index"].cpu()
-        nats[index], variance[index] = found.cpu(), error.cpu()
+        places = order[done : done + len(found)]
+        nats[places], variance[places] = found.cpu(), error.cpu()
         how |= estimators
+        done += len(found)
         if progress is not None:
-            progress(len(index))
+            progress(len(found))
     tokens = torch.tensor([len(target) for target in targets])
     return ContinuationScores(nats, variance, tokens, not is_causal(model), "; ".join(sorted(how)))
 
@@ -108,6 +130,7 @@ def conditional_rows(
     pad_token_id: int,
     batch_size: int = 32,
     order: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[dict]:
     """
     Batches that score `targets` given `prompts`, for `likelihood`'s functions.
@@ -118,11 +141,15 @@ def conditional_rows(
         targets (`list[list[int]]`): Token ids to score.
         pad_token_id (`int`): Fills the rows.
         batch_size (`int`, defaults to 32): Rows per batch.
-        order (`Sequence[int]`, *optional*): In which the pairs come. A row's `index` is always its place in the lists.
+        order (`Sequence[int]`, *optional*): In which the pairs come.
+        numbers (`Sequence[int]`, *optional*): The rows' `index`, by default their places in the lists.
 
     Raises:
         `ValueError`: for an empty prompt or target, and for lists of different lengths.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
+    if len(numbers) != len(prompts):
+        raise ValueError(f"`numbers` must be one for each pair, got {len(numbers)} for {len(prompts)}")
     if len(prompts) != len(targets):
         raise ValueError(f"`prompts` and `targets` must pair up, got {len(prompts)} and {len(targets)}")
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
@@ -137,6 +164,6 @@ def conditional_rows(
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "index": torch.tensor(places),
+            "index": torch.tensor([numbers[place] for place in places]),
             "num_bytes": torch.zeros(len(places), dtype=torch.long),
         }
