@@ -89,10 +89,10 @@ def run_text(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     nats, variance, tokens, num_bytes = (
         [record[name] for record in records] for name in ("nats", "variance", "tokens", "bytes")
     )
-    # Over rows in nats per token: a packed row's bytes are those of the texts that end in it.
-    per_token = {**ratio(nats, tokens), "mask_error": math.sqrt(math.fsum(variance)) / sum(tokens)}
-    scale = sum(tokens) / sum(num_bytes) / math.log(2)
-    per_byte = {name: None if value is None else value * scale for name, value in per_token.items()}
+    masks = math.sqrt(math.fsum(variance))
+    per_token = {**ratio(nats, tokens), "mask_error": masks / sum(tokens)}
+    bits = [value / math.log(2) for value in nats]
+    per_byte = {**ratio(bits, num_bytes), "mask_error": masks / math.log(2) / sum(num_bytes)}
     facts = {"bound": bench.is_diffusion, "rows": len(records)}
     facts |= {"documents": documents, "tokens": sum(tokens), "bytes": sum(num_bytes)}
     results = [

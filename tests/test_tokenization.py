@@ -392,17 +392,21 @@ def test_packing_loses_and_repeats_nothing(seed):
     assert all(len(row["input_ids"]) == max_length for row in rows[:-1])
     assert all(row["document_ids"] == sorted(row["document_ids"]) for row in rows)
     rebuilt, previous = [[]], None
-    booked = {row["index"]: 0 for row in rows}
+    booked = {row["index"]: [] for row in rows}
     for row, context, pieces in segments(rows):
         assert context == (rebuilt[-1][-1] if rebuilt[-1] else 0)  # where a document goes on, its last token
         assert not rebuilt[-1] or previous is not row  # which happens in the next row only
         rebuilt[-1] += pieces
         previous = row
+        document = documents[len(rebuilt) - 1]
+        booked[row["index"]].append(document["num_bytes"] * len(pieces) / len(document["input_ids"]))
         if rebuilt[-1] and rebuilt[-1][-1] == 2:
-            booked[row["index"]] += documents[len(rebuilt) - 1]["num_bytes"]
             rebuilt.append([])
     assert rebuilt == [*(document["input_ids"] for document in documents), []]
-    assert booked == {row["index"]: row["num_bytes"] for row in rows}
+    for row in rows:  # by tokens, up to one byte a document
+        shares = booked[row["index"]]
+        assert row["num_bytes"] == pytest.approx(sum(shares), abs=len(shares))
+    assert sum(row["num_bytes"] for row in rows) == sum(document["num_bytes"] for document in documents)
 
     trained = list(pack_documents(iter(documents), max_length, 0))
     full = [row for row in trained if row["index"] >= 0]
@@ -424,6 +428,6 @@ def test_packing_by_hand():
     assert second["input_ids"] == [0, 7, 2] and second["num_bytes"] == 20
     (only,) = pack_documents([{"input_ids": [5, 6, 7, 2], "num_bytes": 1}], 5, 0)
     assert only["index"] == 0 and only["num_bytes"] == 1
-    long = list(pack_documents([{"input_ids": [5, 6, 7, 8, 2], "num_bytes": 1}], 3, 0, keep_partial=True))
+    long = list(pack_documents([{"input_ids": [5, 6, 7, 8, 2], "num_bytes": 11}], 3, 0, keep_partial=True))
     assert [row["input_ids"] for row in long] == [[0, 5, 6], [6, 7, 8], [8, 2]]
-    assert [row["num_bytes"] for row in long] == [0, 0, 1]
+    assert [row["num_bytes"] for row in long] == [4, 4, 3]

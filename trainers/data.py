@@ -134,8 +134,8 @@ def prepare_data(
     Reads, checks, splits, tokenizes and packs the data of a run.
 
     Rows have `input_ids`, `labels` (−100 = never a target; not shifted), `document_ids`, `position_ids`, `index`, and
-    `num_bytes`: UTF-8 bytes of the text whose tokens are the row's targets (a packed document's are booked on the row
-    in which it ends).
+    `num_bytes`: UTF-8 bytes of the text whose tokens are the row's targets (a packed document's are shared among its
+    rows by tokens).
     Pretraining documents are packed, see [`~trainers.tokenization.pack_documents`]; SFT gives one row per source row,
     which ends with its last target.
 

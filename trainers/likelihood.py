@@ -27,7 +27,7 @@ class Likelihood:
         nats (`float`): The total over all targets.
         standard_error (`float`): Of `nats`, from the Monte Carlo draws alone; 0 where nothing is drawn.
         tokens (`int`), bytes (`int`), rows (`int`): What was scored. `bytes` counts UTF-8 bytes of the scored text.
-        row_moments (`tuple[float, float, float]`): Σ nats², Σ nats·tokens and Σ tokens² over rows.
+        row_moments (`tuple[float, float, float]`): Σ nats², Σ nats·bytes and Σ bytes² over rows.
         bound (`bool`): Whether `nats` is an upper bound (diffusion) or exact (AR).
         estimator (`str`): How it was computed.
     """
@@ -59,8 +59,8 @@ class Likelihood:
         """Standard error of `bits_per_byte` as an estimate for other rows of the kind; `None` for a single row."""
         if self.rows < 2:
             return None
-        mean, (nn, nt, tt) = self.nats_per_token, self.row_moments
-        residual = max(nn - 2 * mean * nt + mean**2 * tt, 0.0) * self.rows / (self.rows - 1)  # ratio estimator
+        mean, (nn, nb, bb) = self.nats / max(self.bytes, 1), self.row_moments
+        residual = max(nn - 2 * mean * nb + mean**2 * bb, 0.0) * self.rows / (self.rows - 1)  # ratio estimator
         return math.sqrt(residual) / math.log(2) / max(self.bytes, 1)
 
     def to_dict(self) -> dict:
@@ -353,7 +353,7 @@ def evaluate_likelihood(
         raise ValueError("`batches` must hold at least one row to score, got none")
     nats, variances, tokens, num_bytes = map(torch.cat, zip(*scored, strict=True))
     sums = [column.sum().item() for column in (nats, variances, tokens, num_bytes)]
-    moments = [column.sum().item() for column in (nats * nats, nats * tokens, tokens * tokens)]
+    moments = [column.sum().item() for column in (nats * nats, nats * num_bytes, num_bytes * num_bytes)]
     return Likelihood.from_sums([*sums, len(nats), *moments], bound, "; ".join(sorted(estimators)))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .tokenization import IGNORE
+from .tokenization import IGNORE, share_of_bytes
 
 
 def rolling_rows(
@@ -32,7 +32,7 @@ def rolling_rows(
         context_token_id (`int`): What stands before the text, `<|endoftext|>`; never scored.
         block_length (`int`, *optional*): The block model's, see `scored_block_length`. `None`, or at least
             `max_length`: no grid.
-        num_bytes (`int`, defaults to 0): UTF-8 bytes of the text, booked on its last row.
+        num_bytes (`int`, defaults to 0): UTF-8 bytes of the text, shared among its rows by tokens.
         index (`int`, defaults to 0): Number of the first row.
 
     Raises:
@@ -54,7 +54,7 @@ def rolling_rows(
             "labels": [IGNORE] * (done - start) + ids[done:end],
             "document_ids": [0] * (end - start),
             "position_ids": list(range(end - start)),
-            "num_bytes": num_bytes if end == len(ids) else 0,
+            "num_bytes": share_of_bytes(num_bytes, done - 1, end - 1, len(tokens)),
             "index": index,
         }
         done, start, index = end, end - kept, index + 1

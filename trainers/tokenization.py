@@ -338,7 +338,7 @@ def pack_documents(
     A row is made of segments, pieces of documents. A segment begins with one context token that is never a target:
     `context_token_id` where a document begins, the row before's last token where a document continues. Thus AR, which
     predicts the next token, and diffusion, which predicts the token itself, are scored on the same tokens. Each
-    segment has its own document id, and positions restart. A document's bytes are booked on the row in which it ends.
+    segment has its own document id, and positions restart. A document's bytes are shared among its rows by tokens.
     Where one place is left in a row, the next document's context token stands there alone, and again in the next row.
 
     Args:
@@ -356,12 +356,17 @@ def pack_documents(
             _append_segment(row, context, piece)
             start += len(piece)
             context = piece[-1] if piece else context
-            row["num_bytes"] += document["num_bytes"] if start == len(tokens) else 0
+            row["num_bytes"] += share_of_bytes(document["num_bytes"], start - len(piece), start, len(tokens))
             if len(row["input_ids"]) == max_length:
                 yield {**row, "index": index}
                 index, row = index + 1, _empty_row()
     if count_targets(row):
         yield {**row, "index": index if keep_partial else -1}
+
+
+def share_of_bytes(num_bytes: int, start: int, end: int, length: int) -> int:
+    """The bytes of a document's tokens [start, end) of `length`, as if all had as many. Parts add up."""
+    return num_bytes * end // length - num_bytes * start // length
 
 
 def _empty_row() -> dict[str, Any]:
