@@ -43,13 +43,17 @@ class ConvertArguments:
     )
     num_attention_heads: int | None = field(
         default=None,
-        metadata={"help": "Query heads: this and the next four are for weights that come without a config."},
+        metadata={"help": "Query heads: this and the next five are for weights that come without a config."},
     )
     hidden_act: str | None = field(default=None, metadata={"help": "Activation of the MLP, e.g. silu."})
     rms_norm_eps: float | None = field(default=None, metadata={"help": "Epsilon of the norms, e.g. 1e-5."})
     max_position_embeddings: int | None = field(default=None, metadata={"help": "Longest sequence, e.g. 32768."})
     rope_parameters: dict | str | None = field(
         default=None, metadata={"help": 'RoPE as JSON, e.g. {"rope_theta": 1e6}, with the keys that transformers has.'}
+    )
+    architecture: str | None = field(
+        default=None,
+        metadata={"help": "Whose forward pass it is, for tensors alone: qwen3, llama, qwen2, mistral or minimind."},
     )
     verify: bool = field(
         default=True, metadata={"help": "Load the output, and compare its logits with the source's on random ids."}
@@ -68,8 +72,8 @@ class ConvertArguments:
             raise ValueError(f"`{name}` is the nanollada checkpoint's own with `to` {self.to!r}, got one")
 
     def shape(self) -> dict:
-        """What was said of the shape."""
-        return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+        """What was said of the shape, and whose it is."""
+        return {name: getattr(self, name) for name in (*SHAPE, "architecture") if getattr(self, name) is not None}
 
 
 def convert(args: ConvertArguments) -> dict:
@@ -142,7 +146,7 @@ def to_nanollada(args: ConvertArguments, folder: Path) -> dict:
         "config": source.config,
         "generation_config": settings,
         "left_out": left_out,
-        "notes": source.notes,
+        "notes": [*source.notes, *_note_on_ends(settings, ids["eos_token_id"])],
     }
     if args.verify:
         compare_tokenizers(folder, tokenizer)
@@ -208,14 +212,22 @@ def with_mask_row(tensors: dict) -> dict:
 
 
 def generation_settings_of(source: Source) -> dict | None:
-    """generation_config.json of the source; without one its config's ends of text, if they are a list."""
+    """generation_config.json of the source; without one its config's ids, which transformers takes then."""
     from nanollada.scripts.convert_weights import read_json
 
     path = source.folder / "generation_config.json" if source.folder else None
     if path is not None and path.is_file():
         return read_json(path)
-    ends = source.config.get("eos_token_id")
-    return {"eos_token_id": ends} if isinstance(ends, list) else None
+    ids = {name: source.config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return {name: value for name, value in ids.items() if value is not None} or None
+
+
+def _note_on_ends(settings: dict | None, eos: int) -> list[str]:
+    ends = (settings or {}).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends == [None] or eos in ends:
+        return []
+    return [f"generation ends at the source's {ends}, but its tokenizer ends texts with {eos}"]
 
 
 def _write_ours(folder: Path, model_class, config, tensors: dict, tokenizer, settings: dict | None) -> None:
@@ -224,7 +236,7 @@ def _write_ours(folder: Path, model_class, config, tensors: dict, tokenizer, set
     model = filled(meta_model(config, model_class), tensors)
     if settings is not None and model_class.__name__ == "NanoLLaDAForCausalLM":  # diffusion decodes by other settings
         model.generation_config = our_generation_config(settings, config)
-    elif settings is not None and isinstance(settings.get("eos_token_id"), list):
+    elif settings is not None and settings.get("eos_token_id") is not None:
         model.generation_config.eos_token_id = settings["eos_token_id"]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

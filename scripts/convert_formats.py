@@ -8,10 +8,25 @@ from pathlib import Path
 from nanollada.scripts.convert_weights import digests, read_json, read_weights, weight_files
 
 RECORD = "conversion.json"
-FOREIGN = ("qwen3", "llama", "qwen2", "mistral")
+# The class that computes what is computed here; others (a classifier, an encoder) have the same tensors.
+FOREIGN = {
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # What a state dict alone cannot tell.
 SHAPE = ("num_attention_heads", "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_parameters")
+# Nor whose forward pass its names stand for (Gemma's and Granite's are Llama's), only what these need to look like.
+PLAIN = {"attention_bias": False, "attention_output_bias": False, "mlp_bias": False}
+ARCHITECTURES = {
+    "qwen3": {"qk_norm": True, "mlp_bias": False},
+    "llama": {"qk_norm": False},
+    "qwen2": {**PLAIN, "qk_norm": False, "attention_bias": True},
+    "mistral": {**PLAIN, "qk_norm": False},
+    "minimind": PLAIN,
+}
 SHARED = (
     "vocab_size",
     "hidden_size",
@@ -30,7 +45,6 @@ SHARED = (
 # Keys of a config.json that say nothing about the forward pass and that its config class does not know.
 HARMLESS = {
     *("do_sample", "max_length", "temperature", "top_k", "top_p"),  # generation settings of old times
-    "auto_map",
     "head_dim",  # Qwen2's class has no such field, its attention reads it
     "pretraining_tp",
     "rope_scaling",
@@ -43,6 +57,12 @@ HARMLESS = {
 }
 PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset")  # of transformers
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
+# minimind's folders come with its code, whose structure is known.
+MINIMIND_CODE = {
+    "AutoConfig": "MiniMindConfig",
+    "AutoModel": "MiniMindModel",
+    "AutoModelForCausalLM": "MiniMindForCausalLM",
+}
 # What minimind's config.json may hold beside the shape, and the one value that is understood, where there is but one.
 MINIMIND_REST = {
     **dict.fromkeys(("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")),
@@ -107,7 +127,8 @@ def read_source(source: str | Path, given: dict, to: str) -> Source:
 
     Args:
         source (`str` or `Path`): A folder with config.json, or a file of weights.
-        given (`dict`): What the user says of the shape (`SHAPE`), for weights that come without a config.
+        given (`dict`): What the user says of the shape (`SHAPE`) and of the `architecture`, for weights that come
+            without a config.
         to (`str`): "causal" or "masked".
 
     Raises:
@@ -121,6 +142,8 @@ def read_source(source: str | Path, given: dict, to: str) -> Source:
     has_config = (folder / "config.json").is_file()
     tensors, beside = read_weights(files)
     if "token_emb.weight" in tensors or "model.token_emb.weight" in tensors:
+        if "architecture" in given:
+            raise ValueError(f"`architecture` is said by Nano-LLaDA's tensors, got {given['architecture']!r}")
         found = _nano_llada(tensors, beside, given, to)
     elif has_config:
         if given:
@@ -139,12 +162,34 @@ def _with_config(tensors: dict, raw: dict) -> Source:
     kind = raw.get("model_type")
     if raw.get("quantization_config"):
         raise ValueError("quantised weights are not converted, got `quantization_config` in config.json")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"`model_type` of the source must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+    own = FOREIGN.get(kind, MINIMIND_CODE["AutoModelForCausalLM"])
+    if (classes := raw.get("architectures") or [own]) != [own]:
+        raise ValueError(f"`architectures` of a {kind} model must be [{own!r}] or absent, got {classes}")
+    _refuse_two_ropes(raw)
     if kind == "minimind":
         return Source(kind, _minimind_shape(tensors, raw), tensors, {}, raw)
-    if kind not in FOREIGN:
-        known = ", ".join((*FOREIGN, "minimind"))
-        raise ValueError(f"`model_type` of the source must be one of {known}, got {kind!r}")
     return Source(kind, foreign_shape(kind, raw), tensors, {}, raw)
+
+
+def _refuse_two_ropes(raw: dict) -> None:
+    """Where RoPE is spelt twice, transformers takes one and drops the other without a word: they must agree."""
+    ropes = [raw.get(name) for name in ("rope_parameters", "rope_scaling")]
+    ropes = [rope for rope in ropes if rope and isinstance(rope, dict)]
+    theta, names = raw.get("rope_theta"), (("rope_type", "type"), ("type", "rope_type"))
+    thetas = [rope.get("rope_theta", theta) for rope in ropes] + ([] if theta is None else [theta])
+    apart = {"rope_theta", "rope_type", "type"}
+    said = {
+        "rope_theta": thetas,
+        "rope_type": [rope.get(one) or rope.get(other) or "default" for rope in ropes for one, other in names],
+        "rope_scaling": [{key: value for key, value in rope.items() if key not in apart} for rope in ropes],
+    }
+    for name, values in said.items():
+        if differing := [value for value in values if value != values[0]]:
+            raise ValueError(
+                f"`{name}` must be the same wherever config.json has it, got {values[0]} and {differing[0]}"
+            )
 
 
 def load_tokenizer(path: str | Path, kind: str):
@@ -192,8 +237,8 @@ def foreign_shape(kind: str, raw: dict) -> dict:
 
     config_class = CONFIG_MAPPING[kind]
     known = {*config_class().to_dict(), *HARMLESS}
-    if raw.get("is_causal") is False:
-        raise ValueError("`is_causal` must not be False: nanollada's class decides, got a model that sees both ways")
+    if raw.get("is_causal") not in (None, True):
+        raise ValueError(f"`is_causal` must be true or absent: nanollada's class decides, got {raw['is_causal']!r}")
     known |= {*PRIVATE, "is_causal"}
     odd = [key for key in raw if key not in known and raw[key] is not None]
     odd = [key for key in odd if not (key.startswith("_") and isinstance(raw[key], str))]  # where something came from
@@ -255,6 +300,8 @@ def _minimind_shape(tensors: dict, raw: dict) -> dict:
     known = {*MINIMIND, *MINIMIND_REST, *SHAPE, *PRIVATE} - {"rope_parameters"}
     odd = [key for key in raw if key not in known and raw[key] is not None]
     odd += [key for key, value in MINIMIND_REST.items() if value is not None and raw.get(key, value) != value]
+    code = (raw.get("auto_map") or {}).items()
+    odd += [f"{auto}: {name}" for auto, name in code if str(name).rpartition(".")[2] != MINIMIND_CODE.get(auto)]
     if odd:
         raise ValueError(f"a minimind config.json must hold what minimind's dense model has, got {odd[0]!r}")
     found = raw.get("rope_scaling")
@@ -305,16 +352,22 @@ def minimind_rope(theta: float, scaled: bool, max_position_embeddings: int, head
 
 
 def _state_dict(tensors: dict, given: dict) -> Source:
-    _require_shape(given)
+    _require_given(given, (*SHAPE, "architecture"))
+    kind = given["architecture"]
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"`architecture` must be one of {', '.join(ARCHITECTURES)}, got {kind!r}")
     embedding, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
     if embedding is None:
         raise ValueError(f"a state dict must have model.embed_tokens.weight or token_emb.weight, got {min(tensors)}")
     shape = _derived(tensors, given, tied=head is None or head.equal(embedding))
+    for name, value in ARCHITECTURES[kind].items():
+        if shape[name] != value:
+            raise ValueError(f"`architecture` {kind!r} has `{name}` {value}, got tensors that have it {shape[name]}")
     return Source("state dict", shape, tensors, {}, dict(given))
 
 
-def _require_shape(given: dict) -> None:
-    absent = [name for name in SHAPE if given.get(name) is None]
+def _require_given(given: dict, names: tuple[str, ...] = SHAPE) -> None:
+    absent = [name for name in names if given.get(name) is None]
     if absent:
         options = " ".join(f"--{name} …" for name in absent)
         raise ValueError(
@@ -397,7 +450,7 @@ def _nano_llada_shape(args: dict, given: dict) -> dict:
     if twice:
         raise ValueError(f"`{twice[0]}` is in the checkpoint's `args`: {found[twice[0]]}, got {given[twice[0]]}")
     shape = {**found, **given}
-    _require_shape(shape)
+    _require_given(shape)
     return shape
 
 

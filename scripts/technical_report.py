@@ -30,12 +30,22 @@ class ReportArguments:
             raise ValueError(
                 f"`names` must name each file of `collect`, got {len(self.names)} for {len(self.collect)} files"
             )
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(f"`names` must differ, got {twice[0]!r} twice")
 
 
 def portable(value):
-    """A JSON value without its machine: absolute paths keep their last two parts, recipes the repository's."""
+    """
+    A JSON value without its machine: absolute paths keep their last two parts, recipes the repository's.
+
+    Raises:
+        `ValueError`: for two keys of an object that would become one.
+    """
     if isinstance(value, dict):
-        return {portable(key): portable(item) for key, item in value.items()}
+        keys = [portable(key) for key in value]
+        if twice := [key for key, short in zip(value, keys, strict=True) if keys.count(short) > 1]:
+            raise ValueError(f"`collect` must have keys that differ in their last two parts, got {', '.join(twice)}")
+        return dict(zip(keys, map(portable, value.values()), strict=True))
     if isinstance(value, list):
         return [portable(item) for item in value]
     if not isinstance(value, str):
@@ -49,7 +59,8 @@ def collect(path: Path, target: Path) -> None:
     Copies a run's JSON file into the folder of results.
 
     Raises:
-        `ValueError`: if it is no result of a kind that the report knows.
+        `ValueError`: if it is no result of a kind that the report knows, or has two keys that are one without the
+            folders before them.
     """
     found = portable(json.loads(path.read_text(encoding="utf-8")))
     kind_of(found, path)
@@ -86,15 +97,47 @@ PARTS = {
 }
 
 
+def every(values) -> str:
+    """All different ones."""
+    return " / ".join(dict.fromkeys(values))
+
+
+def training_tokens(found: dict) -> str:
+    """
+    How many tokens the models of a study's rows were trained on, before their start from another run, too.
+
+    Raises:
+        `ValueError`: if such a run is not in the file.
+    """
+    from nanollada.scripts.study import VARIANTS
+
+    seen = {run["run"]: run["tokens_seen"] for run in found["runs"]}
+
+    def total(name: str, seed: int) -> int:
+        if f"{name}-{seed}" not in seen:
+            raise ValueError(f"`results` must have the runs that others start from, got no {name}-{seed}")
+        init = VARIANTS[name].init
+        return seen[f"{name}-{seed}"] + (total(init, seed) if init else 0)
+
+    titles = {}  # by number of tokens
+    for name, title in dict.fromkeys((row["run"], row["title"]) for row in found["rows"]):
+        seeds = [run["seed"] for run in found["runs"] if run["run"] == f"{name}-{run['seed']}"]
+        titles.setdefault(every(f"{total(name, seed) / 1e6:.2f}M" for seed in seeds), []).append(title)
+    *few, most = sorted(titles.items(), key=lambda pair: len(pair[1]))
+    parts = [f"{tokens} ({'; '.join(names)})" for tokens, names in few]
+    return ", ".join([*parts, f"{most[0]} ({'all others' if few else 'all'})"])
+
+
 def study_part(found: dict) -> tuple[str, str]:
     """Title and text of a part of the study."""
     from nanollada.scripts import study_report
 
     part = found["part"]
-    run = found["runs"][0]
-    tokens = f"{found['settings']['tokens'] / 1e6:.1f}M" if part != "c" else f"{found['settings']['small_tokens']:,}"
-    text = f"{run['parameters'] / 1e6:.2f}M parameters, {tokens} training tokens"
-    text += " in many epochs" if part == "c" else " each"
+    parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in found["runs"])
+    text = f"{parameters} parameters. Training tokens, with those of the run that one starts from: "
+    text += training_tokens(found)
+    if part == "c":
+        text += f"; the text has {found['corpus']['small']['tokens']:,}"
     text += ". ± is over the held-out texts, and over seeds where there are several; the masks' noise is in it.\n\n"
     if part == "c":
         return PARTS[part], text + study_report.curve_table(found["rows"])
@@ -144,15 +187,16 @@ KINDS = {
 
 
 def provenance(name: str, found: dict) -> list[str]:
-    """Where a file's numbers come from: file, hardware, versions, command."""
-    first = found["runs"][0] if "part" in found else found
-    versions = ", ".join(
-        f"{key} {value}" for key, value in first["versions"].items() if key in ("torch", "transformers")
+    """Where a file's numbers come from: file, hardware, versions, command; a study's runs have their own."""
+    makers = [*found["runs"], *found.get("noise", [])] if "part" in found else [found]
+    versions = every(
+        ", ".join(f"{key} {value}" for key, value in maker["versions"].items() if key in ("torch", "transformers"))
+        for maker in makers
     )
-    command = first.get("scored_by") or first["command"]
-    if "part" in found:
-        command = re.sub(r" --only \S+", f" --part {found['part']}", command)
-    return [f"`results/{name}.json`", first["hardware"], versions, f"`{command}`".replace("|", "\\|")]
+    commands = list(dict.fromkeys(maker.get("scored_by") or maker["command"] for maker in makers))
+    many = f"{len(commands)} commands, the first: " if len(commands) > 1 else ""
+    command = many + f"`{commands[0]}`".replace("|", "\\|")
+    return [f"`results/{name}.json`", every(maker["hardware"] for maker in makers), versions, command]
 
 
 def report(results: Path) -> str:

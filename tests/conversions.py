@@ -62,6 +62,7 @@ BARE = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_theta": 1e6},
+    "architecture": "minimind",
 }
 SEED_ARGS = {
     "hidden_size": 16,

@@ -200,7 +200,8 @@ CONFIGS = {
     ),
     "switched off": ({"use_rope": False}, "got 'use_rope'"),
     "private": ({"_attn_scale": 3.0}, "got '_attn_scale'"),
-    "both ways": ({"is_causal": False}, "`is_causal` must not be False"),
+    "both ways": ({"is_causal": False}, "`is_causal` must be true or absent"),
+    "both ways, as a number": ({"is_causal": 0}, "`is_causal` must be true or absent"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "activation": ({"hidden_act": "snake"}, "`hidden_act` must be .*'snake'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "`quantization_config`"),
@@ -461,6 +462,7 @@ def test_the_command_line(tokenizer, tmp_path, capsys):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # --help is fast
     given = ["--rope_parameters", '{"rope_theta": 1e6}', "--num_attention_heads", "4", "--hidden_act", "silu"]
     given += ["--rms_norm_eps", "1e-6", "--max_position_embeddings", "64", "--verify", "false"]
+    given += ["--architecture", "minimind"]
     torch.save(minimind_weights(), tmp_path / "a.pth")
     paths = [
         "--source",

@@ -6,13 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conversions import BARE, DIFFUSION_ARGS, SEED_ARGS, difference, edit, logits_of, run, some_ids
-from published_models import minimind_logits, minimind_weights, nano_llada_logits, nano_llada_weights
-from transformers import (
-    AutoModelForCausalLM,
+from conversions import (
+    BARE,
+    DIFFUSION_ARGS,
+    MODELS,
+    SEED_ARGS,
+    SIZES,
+    difference,
+    edit,
+    logits_of,
+    randomise,
+    run,
+    save_foreign,
+    some_ids,
 )
+from published_models import minimind_logits, minimind_weights, nano_llada_logits, nano_llada_weights
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
+from nanollada.scripts.convert_formats import SHAPE
 
 # ---- minimind
 
@@ -32,6 +45,10 @@ MINIMIND = {
     "rope_scaling": None,
     "use_moe": False,
     "dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "model_minimind.MiniMindConfig",
+        "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM",
+    },
 }
 SCALED = {"beta_fast": 32, "beta_slow": 1, "factor": 16, "original_max_position_embeddings": 2048, "type": "yarn"}
 SCALED["attention_factor"] = 1.0
@@ -100,6 +117,16 @@ def test_minimind_files_and_what_they_lack(plain_tokenizer, tmp_path):
         ({"sliding_window": 4}, "must hold what minimind's dense model has, got 'sliding_window'"),
         ({"use_moe": True}, "must hold what minimind's dense model has, got 'use_moe'"),
         ({"num_hidden_layers": 3}, r"missing: model\.layers\.2"),
+        (
+            {"rope_scaling": {**SCALED, "rope_theta": 5.0}, "inference_rope_scaling": True},
+            "`rope_theta` must be the same",
+        ),
+        (
+            {"architectures": ["MiniMindForEmbedding"]},
+            "`architectures` of a minimind model must be .'MiniMindForCausalLM",
+        ),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "dense model has, got 'AutoModelForCausalLM: own.Own'"),
+        ({"auto_map": {"AutoTokenizer": ["own.Own", None]}}, "dense model has, got \"AutoTokenizer: .'own.Own"),
     ],
 )
 def test_minimind_configs_that_are_refused(changes, message, plain_tokenizer, tmp_path):
@@ -109,6 +136,101 @@ def test_minimind_configs_that_are_refused(changes, message, plain_tokenizer, tm
     edit(tmp_path / "theirs" / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "theirs", "causal", tmp_path / "ours")
+
+
+# ---- what tensors do not say
+
+
+def bare_file(folder, model, tokenizer):
+    """A state dict without its config, and what is said of its shape."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "bare.safetensors")
+    names = [name for name in SHAPE if name != "rope_parameters"]
+    said = {name: getattr(model.config, name) for name in names}
+    said["rope_parameters"] = {name: value for name, value in model.config.rope_parameters.items() if value}
+    return folder / "bare.safetensors", {"tokenizer": str(folder / "tokenizer"), **said}
+
+
+def test_tensors_alone_do_not_say_whose_they_are(plain_tokenizer, tmp_path):
+    """Gemma's have Llama's names and shapes, and other logits."""
+    config = GemmaConfig(**SIZES, head_dim=4, hidden_act="gelu_pytorch_tanh")
+    file, said = bare_file(tmp_path, randomise(GemmaForCausalLM(config)), plain_tokenizer)
+    with pytest.raises(ValueError, match="do not say architecture, and nothing is guessed: give --architecture"):
+        run(file, "causal", tmp_path / "ours", **said)
+    with pytest.raises(ValueError, match="`architecture` must be one of qwen3, .* minimind, got 'gemma'"):
+        run(file, "causal", tmp_path / "ours", **said, architecture="gemma")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-linear-bias", "qwen2", "mistral"])
+def test_tensors_of_a_stated_architecture(name, plain_tokenizer, tmp_path):
+    model_class, config = MODELS[name]
+    theirs, architecture = randomise(model_class(config)), name.partition("-")[0]
+    file, said = bare_file(tmp_path, theirs, plain_tokenizer)
+    record = run(file, "causal", tmp_path / "ours", **said, architecture=architecture)
+    assert record["config"]["architecture"] == architecture
+    ours, ids = NanoLLaDAForCausalLM.from_pretrained(tmp_path / "ours"), some_ids()
+    assert difference(logits_of(ours, ids)[..., :300], logits_of(theirs, ids)) <= 1e-5
+    wrong = {"qwen3": "llama", "llama": "minimind", "qwen2": "mistral", "mistral": "qwen3"}[architecture]
+    with pytest.raises(ValueError, match=f"`architecture` '{wrong}' has `.*` (True|False), got tensors that have it"):
+        run(file, "causal", tmp_path / "x", **said, architecture=wrong)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+TWO_ROPES = {
+    "theta": ({"rope_theta": 5.0}, "`rope_theta` must be the same .* got 10000.0 and 5.0"),
+    "no theta": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_theta` must be .* got 10000.0 and None"),
+    "type": (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "`rope_type` must be .* got linear and dynamic",
+    ),
+    "factor": (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}},
+        "`rope_scaling` must be .*2.0.* and .*8.0",
+    ),
+    "none": (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "`rope_type` must be .* got default and linear",
+    ),
+    "in one": ({"rope_parameters": {**LINEAR, "type": "dynamic"}}, "`rope_type` must be .* got linear and dynamic"),
+}
+
+
+@pytest.mark.parametrize("case", TWO_ROPES)
+def test_two_spellings_of_rope_that_disagree(case, tokenizer, tmp_path):
+    changes, message = TWO_ROPES[case]
+    save_foreign(tmp_path / "theirs", "llama-linear-bias", tokenizer, rope_parameters=LINEAR)
+    edit(tmp_path / "theirs" / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "theirs", "causal", tmp_path / "ours", verify=False)
+
+
+def test_two_spellings_of_rope_that_agree(tokenizer, tmp_path):
+    save_foreign(tmp_path / "theirs", "llama-linear-bias", tokenizer, rope_parameters=LINEAR)
+    twice = {"rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 2}}
+    edit(tmp_path / "theirs" / "config.json", **twice)
+    run(tmp_path / "theirs", "causal", tmp_path / "ours")
+    assert NanoLLaDAForCausalLM.from_pretrained(tmp_path / "ours").config.rope_parameters == LINEAR
+
+
+CODE = {
+    "head": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "`architectures` of a llama model must be .*Causal",
+    ),
+    "encoder": ({"architectures": ["LlamaEncoderModel"]}, "`architectures` of a llama .* got .'LlamaEncoderModel"),
+    "code": ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "of transformers' llama only, got 'auto_map'"),
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_classes_of_ones_own_are_refused(case, tokenizer, tmp_path):
+    changes, message = CODE[case]
+    save_foreign(tmp_path / "theirs", "llama-llama3", tokenizer)
+    edit(tmp_path / "theirs" / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "theirs", "causal", tmp_path / "ours", verify=False)
+    edit(tmp_path / "theirs" / "config.json", architectures="REMOVED", auto_map="REMOVED")
+    run(tmp_path / "theirs", "causal", tmp_path / "ours", verify=False)
 
 
 # ---- Nano-LLaDA
@@ -157,7 +279,9 @@ def test_nano_llada_weights_alone(plain_tokenizer, tmp_path):
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, tmp_path / "run_state_dict.pt")
     with pytest.raises(ValueError, match="do not say num_attention_heads"):
         run(tmp_path / "run_state_dict.pt", "causal", tmp_path / "ours", **options)
-    given = {name: SEED_ARGS[name] for name in BARE if name != "rope_parameters"}
+    given = {name: SEED_ARGS[name] for name in SHAPE if name != "rope_parameters"}
+    with pytest.raises(ValueError, match="`architecture` is said by Nano-LLaDA's tensors, got 'llama'"):
+        run(tmp_path / "run.pt", "causal", tmp_path / "x", **options, architecture="llama")
     run(
         tmp_path / "run_state_dict.pt",
         "causal",

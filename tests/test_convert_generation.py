@@ -13,9 +13,25 @@ def test_all_ends_of_text_come_along(to, file, tokenizer, tmp_path):
     save_foreign(tmp_path / "theirs", "llama-linear-bias", tokenizer, eos_token_id=[2, 7])
     if not file:
         (tmp_path / "theirs" / "generation_config.json").unlink()
-    run(tmp_path / "theirs", to, tmp_path / "ours")
+    record = run(tmp_path / "theirs", to, tmp_path / "ours")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
-    assert ours.generation_config.eos_token_id == [2, 7]
+    assert ours.generation_config.eos_token_id == [2, 7] and record["notes"] == []
+
+
+@pytest.mark.parametrize("to", ["causal", "masked"])
+@pytest.mark.parametrize("file", [True, False])
+def test_one_end_of_text_that_is_not_the_tokenizers_comes_along(to, file, tokenizer, tmp_path):
+    save_foreign(tmp_path / "theirs", "qwen3", tokenizer, eos_token_id=5)
+    if not file:
+        (tmp_path / "theirs" / "generation_config.json").unlink()
+    record = run(tmp_path / "theirs", to, tmp_path / "ours")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    assert ours.generation_config.eos_token_id == 5 and ours.config.eos_token_id == 2
+    assert ours.generation_config.bos_token_id == 1 and ours.generation_config.pad_token_id is not None
+    assert record["notes"] == ["generation ends at the source's [5], but its tokenizer ends texts with 2"]
+    if to == "causal":
+        run(tmp_path / "ours", "qwen3", tmp_path / "back")
+        assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == 5
 
 
 def test_generation_settings_come_along(tokenizer, tmp_path):

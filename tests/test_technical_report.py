@@ -34,6 +34,50 @@ def test_numbers_come_from_the_files(tmp_path):
     assert "≤ 9.877" in report(tmp_path) and "9.877" not in report(RESULTS)
 
 
+def row_of(text, name):
+    return next(line for line in text.splitlines() if line.startswith(f"| `results/{name}.json` |"))
+
+
+def test_the_set_up_is_that_of_all_runs(tmp_path):
+    found = json.loads((RESULTS / "study_b.json").read_text(encoding="utf-8"))
+    alone = {"hardware": "one", "versions": {"torch": "1", "transformers": "2"}}
+    for run in (*found["runs"], *found["noise"]):
+        run |= alone
+    (tmp_path / "study_b.json").write_text(json.dumps(found))
+    commands = [run["scored_by"] for run in found["runs"]] + [noise["command"] for noise in found["noise"]]
+    cells = f"one | torch 1, transformers 2 | {len(commands)} commands, the first: `{commands[0]}` |"
+    assert row_of(report(tmp_path), "study_b").endswith(f" | {cells}")
+    found["runs"][-1]["hardware"], found["noise"][-1]["hardware"] = "two", "three"
+    found["runs"][-1]["versions"] = {"torch": "3", "transformers": "2"}
+    (tmp_path / "study_b.json").write_text(json.dumps(found))
+    row = row_of(report(tmp_path), "study_b")
+    assert "| one / two / three | torch 1, transformers 2 / torch 3, transformers 2 |" in row
+
+
+def test_tokens_are_those_of_each_row(tmp_path):
+    """What a run saw, and what the run saw that it starts from."""
+    found = json.loads((RESULTS / "study_d.json").read_text(encoding="utf-8"))
+    for run in found["runs"]:
+        half = run["run"].startswith("ar_half")
+        run["tokens_seen"] = 2_000_000 if half else 3_000_000
+    (tmp_path / "study_d.json").write_text(json.dumps(found))
+    line = "with those of the run that one starts from: 2.00M (AR, first half only (no decay)), 5.00M (all others). ±"
+    assert line in report(tmp_path)
+    found["runs"][-1]["parameters"] = 4_000_000
+    found["runs"][-1]["tokens_seen"] = 1_000_000
+    (tmp_path / "study_d.json").write_text(json.dumps(found))
+    text = report(tmp_path)
+    assert "3.05M / 4.00M parameters." in text and "3.00M (AR → MDLM, both), 5.00M (all others). ±" in text
+    found["runs"] = [run for run in found["runs"] if run["run"] != "ar_half-2"]
+    (tmp_path / "study_d.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="must have the runs that others start from, got no ar_half-2"):
+        report(tmp_path)
+
+
+def test_epochs_have_their_texts_tokens():
+    assert ": 3.95M (MDLM), 1.98M (all others); the text has 100,294. ±" in report(RESULTS)
+
+
 def test_results_name_no_machine():
     for path in [*RESULTS.glob("*.json"), SCRIPTS / "REPORT.md"]:
         assert not re.search(r"(?<![\w.:/<])/(?:tmp|home|work|root|mnt|data)/", path.read_text(encoding="utf-8")), path
@@ -44,6 +88,8 @@ def test_portable_paths():
     assert portable(command) == "python a.py --data train/x.jsonl.xz --config scripts/recipes/r.yaml --lr 1/2 and/or"
     assert portable({"/a/b/c": ["/a/b/c/d", 3, None]}) == {"b/c": ["c/d", 3, None]}
     assert portable("https://example.org/a/b/c") == "https://example.org/a/b/c"
+    with pytest.raises(ValueError, match="keys that differ in their last two parts, got /one/b/c, /other/b/c"):
+        portable([{"/one/b/c": 1, "/other/b/c": 2, "d": 3}])
 
 
 def test_collecting(tmp_path):
@@ -63,3 +109,5 @@ def test_refusals(tmp_path):
         report(tmp_path)
     with pytest.raises(ValueError, match="`names` must name each file of `collect`, got 1 for 2 files"):
         main(["--collect", "a.json", "b.json", "--names", "a"])
+    with pytest.raises(ValueError, match="`names` must differ, got 'x' twice"):
+        main(["--collect", "a.json", "b.json", "--names", "x", "x"])
