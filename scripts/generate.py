@@ -248,6 +248,15 @@ def effective_settings(model, **given) -> dict:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def draws(model, **given) -> bool:
+    """Whether what `generate` writes with these options depends on a seed."""
+    settings, config = generation_settings(model, **given), model.generation_config
+    if not is_diffusion(model):
+        return bool(settings.get("do_sample", config.do_sample))
+    random = settings.get("remasking", config.remasking) == "random" or settings.get("remdm", config.remdm)
+    return bool(settings.get("temperature", config.get_temperature()) or random)
+
+
 @contextlib.contextmanager
 def default_decoding(model):
     """Within it `model.generate` knows the special tokens of the checkpoint's generation config, and nothing else."""

@@ -341,12 +341,12 @@ class NanoLLaDALM(TemplateLM):
         (batch, seed) of requests of the same settings: greedy ones by length; drawn ones in fixed groups of a task's
         rows, a repeat of a request in another group. All settings are checked before anything is written.
         """
-        from nanollada.scripts.generate import effective_settings, keyed_seed
+        from nanollada.scripts.generate import draws, keyed_seed
 
         number, _ = group[0]
         with _of(number, requests[number]):
-            settings = effective_settings(self.model, **settings)
-        if not (settings.get("temperature") or settings.get("remasking") == "random" or settings.get("remdm")):
+            drawn = draws(self.model, **settings)
+        if not drawn:
             group = sorted(group, key=lambda item: len(item[1]))
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size], self.seed

@@ -45,19 +45,21 @@ def room_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding: l
     return room
 
 
-def write_answers(bench: Bench, prompts: list[list[int]], settings: dict, drawn: bool) -> list[tuple[list[int], bool]]:
+def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: dict) -> list[tuple[list[int], bool]]:
     """
     The new token ids of each prompt up to the first EOS, and whether there was one. Greedy answers come in batches of
     prompts of like length; drawn ones in fixed groups in order, each with a seed of its own.
     """
     from nanollada.scripts.evaluate import answers_to
+    from nanollada.scripts.generate import draws, generation_settings, keyed_seed
 
+    settings, drawn = generation_settings(bench.model, **decoding), draws(bench.model, **decoding)
     order = range(len(prompts)) if drawn else sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     size, said = DRAWN_TOGETHER if drawn else bench.batch_size, {}
     for start in range(0, len(prompts), size):
         places = list(order[start : start + size])
         batch = [prompts[place] for place in places]
-        found = answers_to(bench.model, bench.tokenizer, batch, bench.seed + start, settings)
+        found = answers_to(bench.model, bench.tokenizer, batch, keyed_seed(bench.seed, task.name, start), settings)
         said.update(zip(places, found, strict=True))
         bench.progress(len(places))
     return [said[place] for place in range(len(prompts))]
@@ -85,13 +87,12 @@ def own_settings(bench: Bench, decoding: dict) -> dict:
 
 def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
-    from nanollada.scripts.generate import effective_settings, generation_settings
+    from nanollada.scripts.generate import effective_settings
 
     decoding = own_settings(bench, {"temperature": 0.0, **task.options["decoding"]})
     asked = questions(bench, task, rows)
     decoding["max_new_tokens"] = room_for(bench, task, rows, asked, [task.options["decoding"]])
-    settings = generation_settings(bench.model, **decoding)
-    said = write_answers(bench, [prompt for prompt, _ in asked], settings, decoding["temperature"] > 0)
+    said = write_answers(bench, task, [prompt for prompt, _ in asked], decoding)
     records = []
     for row, (ids, ended) in zip(rows, said, strict=True):
         answer = bench.tokenizer.decode(ids, skip_special_tokens=True)
@@ -152,9 +153,10 @@ def _presets(task: Task):
 
 def _one(bench: Bench, task: Task, place: int, row: Row, prompt: list[int], options: dict) -> dict:
     """One prompt's answer and verdict, and what it took; a forward pass with guidance counts once."""
-    from nanollada.scripts.generate import generate
+    from nanollada.scripts.generate import generate, keyed_seed
 
-    made = generate(bench.model, bench.tokenizer, prompt, seed=bench.seed + place, **options)
+    seed = keyed_seed(bench.seed, task.name, place)
+    made = generate(bench.model, bench.tokenizer, prompt, seed=seed, **options)
     bench.progress(1)
     facts = {"source_row": row.number, "answer": made.text, "ended": made.finished, "tokens": made.tokens}
     return {**facts, "forwards": made.tokens / made.tokens_per_forward, **verdict(task, row, made.text)}
@@ -169,12 +171,11 @@ def run_statistics(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     whose `rows` says so): distinct-1 to -3 and unigram entropy over the model's own tokens, the share of 4-grams that
     stand earlier in the text; and a judge's nats, over all texts.
     """
-    from nanollada.scripts.generate import effective_settings, generation_settings
+    from nanollada.scripts.generate import effective_settings
 
-    decoding = own_settings(bench, {**task.options["decoding"], "max_new_tokens": task.options["max_new_tokens"]})
-    prompts = _prompts(bench, task, rows)
-    settings = generation_settings(bench.model, **decoding)
-    said = write_answers(bench, prompts, settings, bool(decoding.get("temperature")))
+    decoding = {"temperature": 1.0, **task.options["decoding"], "max_new_tokens": task.options["max_new_tokens"]}
+    decoding = own_settings(bench, decoding)
+    said = write_answers(bench, task, _prompts(bench, task, rows), decoding)
     records = [
         {"text": bench.tokenizer.decode(ids, skip_special_tokens=True), "tokens": ids, "ended": ended}
         for ids, ended in said
@@ -186,7 +187,7 @@ def run_statistics(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     ended = share([record["ended"] for record in records])
     results.append({"metric": "ended", "unit": "share", **ended})
     if bench.judge is not None:
-        results += _judged(bench, records)
+        results += _judged(bench, task, rows, records)
     return Outcome(results, records, {"generate": effective_settings(bench.model, **decoding)})
 
 
@@ -215,9 +216,19 @@ def _prompts(bench: Bench, task: Task, rows: list[Row]) -> list[list[int]]:
     return prompts
 
 
-def _judged(bench: Bench, records: list[dict]) -> list[dict]:
-    """The judge's nats by its tokens and by bytes, and the perplexity exp(nats per token)."""
-    found = [judge_nats(*bench.judge, record["text"]) for record in records]
+def _judged(bench: Bench, task: Task, rows: list[Row], records: list[dict]) -> list[dict]:
+    """
+    The judge's nats by its tokens and by bytes, and the perplexity exp(nats per token); of a text given its prompt,
+    but of an answer in a chat by itself: the judge knows no chats.
+    """
+    found = []
+    for row, record in zip(rows, records, strict=True):
+        prompt = row.values["prompt"]
+        context = prompt if isinstance(prompt, str) and not task.options["chat"] else ""
+        try:
+            found.append(judge_nats(*bench.judge, record["text"], context))
+        except ValueError as error:
+            raise row.error(str(error)) from error
     for record, (nats, tokens) in zip(records, found, strict=True):
         record |= {"judge_nats": nats, "judge_tokens": tokens}
     nats, tokens = zip(*found, strict=True)
@@ -237,31 +248,40 @@ def _judged(bench: Bench, records: list[dict]) -> list[dict]:
     ]
 
 
-def judge_nats(model, tokenizer, text: str) -> tuple[float, int]:
+def judge_nats(model, tokenizer, text: str, context: str = "") -> tuple[float, int]:
     """
-    −log p of a text under a causal model, and the number of its tokens. The first is predicted from the token that
-    begins the judge's documents: ours begin with `<|endoftext|>`, others with their BOS, or else their EOS.
+    −log p of a text behind its context under a causal model, and the number of the text's tokens. In front of both
+    stands what begins the judge's documents: ours begin with `<|endoftext|>`, others with their BOS, or else their
+    EOS.
 
     Raises:
-        `ValueError`: for a text longer than the judge's positions, and for a judge without such a token.
+        `ValueError`: for a text longer than the judge's positions, or that its vocabulary lacks, and for a judge
+            without such a token.
     """
     import torch
+
+    from nanollada.trainers.rows import BadRow
+    from nanollada.trainers.tokenization import IGNORE, encode_spans
 
     ours = model.config.model_type == "nanollada"
     names = ("pad_token_id",) if ours else ("bos_token_id", "eos_token_id")
     start = next((token for name in names if (token := getattr(tokenizer, name)) is not None), None)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    most = getattr(model.config, "max_position_embeddings", None)
     if start is None:
         raise ValueError("`judge` must have a token that begins a text (BOS or EOS), got a tokenizer with none")
+    try:
+        ids, labels = encode_spans(tokenizer, context + text, [(len(context), len(context + text))])
+    except BadRow as error:
+        raise ValueError(f"the drawn text of this row is for `judge` {error}") from error
+    most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and len(ids) + 1 > most:
         raise ValueError(f"`judge` must have room for a text, got {len(ids) + 1} tokens and {most} positions")
-    if not ids:
+    count = len(ids) - labels.count(IGNORE)
+    if not count:
         return 0.0, 0
     row = torch.tensor([[start, *ids]], device=model.device)
     with torch.no_grad():
-        logits = model(row, attention_mask=torch.ones_like(row)).logits[0, :-1].double()  # [N, V]
-    return torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item(), len(ids)
+        logits = model(row, attention_mask=torch.ones_like(row)).logits[0, -count - 1 : -1].double()  # [count, V]
+    return torch.nn.functional.cross_entropy(logits, row[0, -count:], reduction="sum").item(), count
 
 
 # ---- speed

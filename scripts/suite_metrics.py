@@ -5,7 +5,7 @@ Everything is float64 (Python's own), and nothing here knows a model.
 
 import math
 import re
-import unicodedata
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
@@ -14,6 +14,7 @@ NORMAL = NormalDist()
 NODES = 200  # of the integral over the noise of one choice: good to about a thousandth
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 ARTICLES = ("a", "an", "the")
+CMRC_DELETES = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"  # one character each: its "……" never matches
 
 
 # ---- estimates
@@ -96,13 +97,14 @@ def decisions(scores: Sequence[Sequence[float]], variances: Sequence[Sequence[fl
 
 def units(text: str, language: str | None = None) -> list[str]:
     """
-    What two answers are compared by: lower-case words without punctuation, and each Chinese character by itself.
+    What two answers are compared by: lower-case words, and each Chinese character by itself.
 
-    Chinese (`language="zh"`): punctuation parts words (CMRC 2018's segmentation). Otherwise it is deleted, and a, an,
-    the go (SQuAD's normalisation).
+    Chinese (`language="zh"`): what CMRC 2018's official script deletes is deleted (dashes, colons and full-width
+    punctuation; not `.`, `,` or `%`), and the rest is parted as there, but that words end at spaces alone, where it
+    asks NLTK. Otherwise ASCII punctuation is deleted, and a, an, the go (SQuAD's normalisation).
     """
-    blank = " " if language == "zh" else ""
-    text = "".join(blank if unicodedata.category(c)[0] in "PS" else c for c in text.lower())
+    deleted = CMRC_DELETES if language == "zh" else string.punctuation
+    text = "".join(character for character in text.lower() if character not in deleted)
     words = re.sub(f"([{HAN}])", r" \1 ", text).split()
     return words if language == "zh" else [word for word in words if word not in ARTICLES]
 

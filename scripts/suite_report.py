@@ -23,7 +23,7 @@ DEFINITIONS = {
     "greedy_match": "share of answers whose tokens are the greedy ones; diffusion sees how many there are.",
     "accuracy": "share of pairs whose good text has fewer nats, or of answers that the verifier accepts.",
     "exact_match": "share of answers that equal a reference; of questions on a context without case, punctuation and "
-    "articles (SQuAD), in Chinese without case, punctuation and spaces (CMRC).",
+    "articles (SQuAD), in Chinese without case, spaces and what CMRC's script deletes.",
     "f1": "mean of 2·common / (units of answer and reference); SQuAD's common words, in Chinese CMRC's longest common "
     "run of characters.",
     "tokens_per_forward": "tokens kept by forward passes; a pass with guidance reads the row twice and counts once.",
@@ -34,7 +34,8 @@ DEFINITIONS = {
     "unigram_entropy": "entropy of a drawn text's token frequencies in nats, mean over texts.",
     "tokens": "tokens of a drawn text.",
     "ended": "share of drawn texts that ended by themselves.",
-    "judge_nats_per_token": "nats of the drawn texts under the judge by its tokens.",
+    "judge_nats_per_token": "nats of the drawn texts under the judge given their prompts (answers in a chat: by "
+    "themselves), by its tokens.",
     "judge_bits_per_byte": "the same in bits by UTF-8 bytes.",
     "judge_perplexity": "exp of the judge's nats per token; read it beside the entropy: repetition is cheap.",
     "tokens_per_second": "tokens kept by the seconds of `generate`, medians of repeats.",

@@ -85,6 +85,8 @@ def run_text(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
             records.append(dict(zip(("row", "nats", "variance", "tokens", "bytes"), values, strict=True)))
         estimators |= how
         bench.progress(len(nats))
+    if odd := [record for record in records if not math.isfinite(record["nats"])]:
+        raise ValueError(f"the model must give finite nats, got {odd[0]['nats']} in packed row {odd[0]['row']}")
     records.sort(key=lambda record: record["row"])
     nats, variance, tokens, num_bytes = (
         [record[name] for record in records] for name in ("nats", "variance", "tokens", "bytes")
@@ -110,6 +112,8 @@ def _token_rows(bench: Bench, task: Task, rows: list[Row]) -> tuple[list[dict], 
     from nanollada.trainers.tokenization import RowEncoder, answer_rows, pack_documents
 
     length, context = task.options["max_length"], task.options["rolling_context"]
+    if length < 2:  # a context token, and one that is scored
+        raise ValueError(f"`max_length` of task {task.name} must be at least 2, got {length}")
     examples = [Example(row.source, row.number, **parse_row(row.values)) for row in rows]
     for row, example in zip(rows, examples, strict=True):
         if context is not None:
@@ -131,18 +135,28 @@ def _token_rows(bench: Bench, task: Task, rows: list[Row]) -> tuple[list[dict], 
         made = sorted(answer_rows(documents), key=lambda row: -len(row["input_ids"]))
     else:
         made = list(pack_documents(documents, length, pad, keep_partial=True))
-    bench.require_room(rows[0], max(len(row["input_ids"]) for row in made), "a row of `max_length` tokens")
+    most, longest = bench.model.config.max_position_embeddings, max(made, key=lambda row: len(row["input_ids"]))
+    if examples[0].format == "sft":
+        bench.require_room(rows[longest["index"]], len(longest["input_ids"]), "it")
+    elif len(longest["input_ids"]) > most:
+        rule = f"`max_length` of task {task.name} must fit into `max_position_embeddings`"
+        raise ValueError(f"{rule}, got {length} and {most}")
     return made, len(documents)
 
 
 # ---- given a context
 
 
-def _score(bench: Bench, task: Task, pairs: list):
+def _score(bench: Bench, task: Task, pairs: list, rows: list[Row]):
+    """Scores of pairs, of which `rows` are the owners, one each; all finite."""
     from nanollada.trainers.continuations import score_continuations
 
     options = {"batch_size": bench.batch_size, "progress": bench.progress, **bench.noise(task)}
-    return score_continuations(bench.model, pairs, pad_token_id=bench.tokenizer.pad_token_id, **options)
+    found = score_continuations(bench.model, pairs, pad_token_id=bench.tokenizer.pad_token_id, **options)
+    for row, nats in zip(rows, found.nats.tolist(), strict=True):
+        if not math.isfinite(nats):  # the least of several would be any
+            raise row.error(f"the model must give finite nats, got {nats}")
+    return found
 
 
 def _encoded(bench: Bench, row: Row, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -154,6 +168,15 @@ def _encoded(bench: Bench, row: Row, context: str, continuation: str) -> tuple[l
         raise row.error(str(error)) from error
     _check_ids(bench, row, pair)
     return pair
+
+
+def _context_ids(bench: Bench, row: Row, text: str) -> list[int]:
+    from nanollada.trainers.continuations import context_ids
+
+    try:
+        return context_ids(bench.tokenizer, text)
+    except ValueError as error:
+        raise row.error(str(error)) from error
 
 
 def _check_ids(bench: Bench, row: Row, pair: tuple[list[int], list[int]]) -> None:
@@ -170,14 +193,12 @@ def delimiter_of(task: Task) -> str:
 
 def encoded_pairs(bench: Bench, task: Task, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
     """(context, continuation) as token ids, row by row: every choice, or the answer, or the good and the bad text."""
-    from nanollada.trainers.continuations import context_ids
-
     pairs, gap = [], delimiter_of(task) if "delimiter" in task.options else ""
     for row in rows:
         values = row.values
         if task.kind == "pairs":
             for text in (values["good"], values["bad"]):
-                start, *ids = context_ids(bench.tokenizer, text)
+                start, *ids = _context_ids(bench, row, text)
                 pairs.append(([start], ids))
                 _check_ids(bench, row, pairs[-1])
         else:
@@ -193,7 +214,7 @@ def run_choice(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     byte (`acc_bytes`) of the choice without its delimiter; lm-eval's three.
     """
     pairs = encoded_pairs(bench, task, rows)
-    found = _score(bench, task, pairs)
+    found = _score(bench, task, pairs, [row for row in rows for _ in row.values["choices"]])
     nats, variance, tokens = found.nats.tolist(), found.variance.tolist(), found.tokens.tolist()
     labels = [row.values["label"] for row in rows]
     records, start = [], 0
@@ -230,7 +251,7 @@ def run_pairs(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     `mask_error`, which take them for independent, are on the safe side.
     """
     pairs = encoded_pairs(bench, task, rows)
-    good, bad = _score(bench, task, pairs[::2]), _score(bench, task, pairs[1::2])
+    good, bad = _score(bench, task, pairs[::2], rows), _score(bench, task, pairs[1::2], rows)
     scores = list(zip(good.nats.tolist(), bad.nats.tolist(), strict=True))
     noise = list(zip(good.variance.tolist(), bad.variance.tolist(), strict=True))
     records, groups = [], {}
@@ -260,7 +281,7 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     (its surest position first, one token a step), an AR model does not.
     """
     pairs = encoded_pairs(bench, task, rows)
-    found = _score(bench, task, pairs)
+    found = _score(bench, task, pairs, rows)
     said = _greedy(bench, pairs)
     records = [
         {
@@ -285,9 +306,12 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 
 def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[str, bool]]:
-    """For each pair the greedy text in the answer's place, and whether its tokens are the answer's."""
+    """
+    For each pair the greedy text in the answer's place, and whether its tokens are the answer's; whatever the
+    checkpoint's generation config says.
+    """
     from nanollada.scripts.evaluate import answers_to
-    from nanollada.scripts.generate import generation_settings
+    from nanollada.scripts.generate import default_decoding, generation_settings
 
     order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
     said: dict[int, tuple[str, bool]] = {}
@@ -296,10 +320,10 @@ def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> list[tupl
         length = len(pairs[order[start]][1])
         places = [place for place in order[start : start + bench.batch_size] if len(pairs[place][1]) == length]
         whole = {"block_length": length} if bench.is_diffusion and bench.model.config.block_length is None else {}
-        settings = generation_settings(bench.model, max_new_tokens=length, temperature=0.0, **whole)
         prompts = [pairs[place][0] for place in places]
-        for place, (ids, _) in zip(
-            places, answers_to(bench.model, bench.tokenizer, prompts, 0, settings), strict=True
-        ):
+        with default_decoding(bench.model):
+            settings = generation_settings(bench.model, max_new_tokens=length, temperature=0.0, **whole)
+            answers = answers_to(bench.model, bench.tokenizer, prompts, 0, settings)
+        for place, (ids, _) in zip(places, answers, strict=True):
             said[place] = (bench.tokenizer.decode(ids), ids == pairs[place][1])
     return [said[place] for place in range(len(pairs))]

@@ -47,7 +47,7 @@ def rows(task, *values):
 def scripted(monkeypatch, replies):
     """`write_answers` that says these texts; `None`: does not end."""
 
-    def write(bench, prompts, settings, drawn):
+    def write(bench, task, prompts, decoding):
         assert len(prompts) == len(replies)
         return [(bench.tokenizer(reply.rstrip("…")).input_ids, not reply.endswith("…")) for reply in replies]
 
@@ -109,16 +109,15 @@ def test_the_room_for_answers(tokenizer):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_batches_do_not_change_answers(tokenizer, name, temperature):
     prompts = [prompt_ids(tokenizer, "The cat " * (i % 4 + 1)) for i in range(20)]
-    settings = {"max_new_tokens": 4, "do_sample": temperature > 0, **({"temperature": 1.0} if temperature else {})}
-    said = [
-        write_answers(bench(name, tokenizer, batch_size=size), prompts, settings, temperature > 0)
-        for size in (1, 7, 32)
-    ]
+    settings, of = {"max_new_tokens": 4, "temperature": temperature}, task("statistics", max_new_tokens=4)
+    said = [write_answers(bench(name, tokenizer, batch_size=size), of, prompts, settings) for size in (1, 7, 32)]
     assert said[0] == said[1] == said[2]
     if temperature:
-        assert write_answers(bench(name, tokenizer, seed=1), prompts, settings, True) != said[0]
-        alike = write_answers(bench(name, tokenizer), prompts[:1] * 32, settings, True)
-        assert alike[:16] != alike[16:]  # each group has a seed of its own
+        assert write_answers(bench(name, tokenizer, seed=1), of, prompts, settings) != said[0]
+        alike = write_answers(bench(name, tokenizer), of, prompts[:1] * 32, settings)
+        assert alike[:16] != alike[16:]  # each group has a seed of its own,
+        other = write_answers(bench(name, tokenizer, seed=16), of, prompts[:1] * 16, settings)
+        assert other != alike[16:]  # and no other run's has it
     else:
         own = bench(name, tokenizer)
         one = generate(own.model, tokenizer, prompts[3], max_new_tokens=4, temperature=0.0).text
@@ -150,7 +149,8 @@ def test_presets_are_paired(tokenizer, monkeypatch):
     difference = found["exact_match/all − one"]
     assert difference["value"] == -0.25
     assert difference["standard_error"] == pytest.approx(math.sqrt((3 * 0.25**2 + 0.75**2) / 3 / 4))
-    assert [item[1:] for item in seen] == 2 * [(5 + i, 4, 0.5, 0.0) for i in range(4)]  # the same room and seeds
+    assert [item[1:] for item in seen[:4]] == [item[1:] for item in seen[4:]]  # the same room and seeds
+    assert len({item[1] for item in seen}) == 4 and {item[2:] for item in seen} == {(4, 0.5, 0.0)}
     assert [record["preset"] for record in outcome.records] == ["one"] * 4 + ["all"] * 4
     assert found["exact_match/all"]["generate"]["block_length"] == 4
 
@@ -215,6 +215,24 @@ def test_prompts_are_continued(tokenizer):
         run_statistics(own, settings, rows(settings, {"prompt": "a <|mask|>"}))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_checkpoints_own_draws_do_not_depend_on_the_batch(tokenizer, name):
+    """Free text is drawn at temperature 1, whatever else `decoding` says; elsewhere the checkpoint may draw."""
+    asked = task("statistics", max_new_tokens=6, decoding={"repetition_penalty": 1.1})
+    outcome = run_statistics(bench(name, tokenizer), asked, rows(asked, *[{"prompt": "The cat"}] * 8))
+    assert len({record["text"] for record in outcome.records}) > 4
+    assert outcome.settings["generate"]["temperature"] == 1.0
+    said = []
+    for size in (3, 16):
+        own = bench(name, tokenizer, batch_size=size)
+        if name == "ar":
+            own.model.generation_config.do_sample = True
+        else:
+            own.model.generation_config.remasking = "random"
+        said.append(write_answers(own, asked, [prompt_ids(tokenizer, "The cat")] * 8, {"max_new_tokens": 6}))
+    assert said[0] == said[1]
+
+
 # ---- the judge
 
 
@@ -231,6 +249,22 @@ def test_the_judge_says_what_the_loss_of_hf_says(tokenizer):
         nats, count = judge_nats(model, tokenizer, "The cat sat on 你好")
         assert count == len(ids) and nats / count == pytest.approx(loss, rel=1e-6)
     assert judge_nats(ours, tokenizer, "") == (0.0, 0)
+    whole, part = judge_nats(ours, tokenizer, "The cat sat on"), judge_nats(ours, tokenizer, "The cat")
+    behind, count = judge_nats(ours, tokenizer, " sat on", "The cat")  # the chain rule
+    assert (behind, count) == (pytest.approx(whole[0] - part[0], rel=1e-5), whole[1] - part[1])
+
+
+def test_a_text_is_judged_behind_its_prompt(tokenizer, char_tokenizer, monkeypatch):
+    own = bench("ar", tokenizer, judge=(bench("ar", tokenizer).model, tokenizer))
+    scripted(monkeypatch, [" sat on"])
+    for chat, context in ((False, "The cat"), (True, "")):
+        asked = task("statistics", max_new_tokens=9, chat=chat)
+        (record,) = run_statistics(own, asked, rows(asked, {"prompt": "The cat"})).records
+        assert record["judge_nats"] == judge_nats(*own.judge, record["text"], context)[0]
+    own.judge = (own.judge[0], char_tokenizer)
+    scripted(monkeypatch, ["é"])
+    with pytest.raises(DataError, match="x.jsonl, row 1: the drawn text of this row is for `judge` not in the voc"):
+        run_statistics(own, asked, rows(asked, {"prompt": "The cat"}))
 
 
 def test_what_a_judge_cannot_read(tokenizer):

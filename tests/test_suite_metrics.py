@@ -84,11 +84,13 @@ def test_decisions_count_the_first_of_the_lowest():
     [
         ("The cat, a well-known one!", "en", ["cat", "wellknown", "one"]),
         ("An apple costs $3.50", "en", ["apple", "costs", "350"]),
-        ("范廷颂是什么?", "zh", list("范廷颂是什么")),
-        ("GPT-4模型,在2023年。", "zh", ["gpt", "4", "模", "型", "在", "2023", "年"]),
+        ("范廷颂是什么？", "zh", list("范廷颂是什么")),
+        ("GPT-4模型,在2023年。", "zh", ["gpt4", "模", "型", ",", "在", "2023", "年"]),  # a full-width comma goes
+        ("3.14%，约1,000", "zh", ["3.14%", "约", "1,000"]),
+        ("10–20 €5", "en", ["10–20", "€5"]),  # SQuAD deletes ASCII punctuation alone
         ("the 张伟 of A", "en", ["张", "伟", "of"]),  # mixed text: articles go, characters stand alone
         ("the A座", "zh", ["the", "a", "座"]),  # no articles in Chinese
-        ("  …  ", "zh", []),
+        ("  ·、  ", "zh", []),
     ],
 )
 def test_units(text, language, expected):
@@ -108,7 +110,10 @@ def test_units(text, language, expected):
         ("1963 年。", ["1963年"], "zh", True, 1.0),
         ("他在1963年出生", ["1963年"], "zh", False, 2 * 2 / (6 + 2)),  # 他 在 1963 年 出 生
         ("生出年1963", ["1963年"], "zh", False, 2 * 1 / (4 + 2)),  # the longest run, not the units in common
-        ("GPT-4", ["gpt4"], "zh", True, 1.0),  # equal without punctuation, although it parts the words
+        ("GPT-4", ["gpt4"], "zh", True, 1.0),
+        ("1.5", ["15"], "zh", False, 0.0),
+        ("50%", ["50"], "zh", False, 0.0),
+        ("3.14", ["3.15"], "zh", False, 0.0),
     ],
 )
 def test_answers(answer, references, language, match, f1):

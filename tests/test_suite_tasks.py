@@ -240,11 +240,53 @@ def test_what_is_too_long_is_refused(tokenizer):
     ):
         with pytest.raises(DataError, match=f"x.jsonl, row 2: .* {fits}"):
             run(own, task(kind), rows(values))
-    with pytest.raises(DataError, match=f"a row of `max_length` tokens {fits}"):
+    with pytest.raises(ValueError, match="`max_length` of task t must fit into `max_position_embeddings`, got .* 20"):
         run_text(own, task("text"), rows([{"text": long}]))
+    with pytest.raises(ValueError, match="`max_length` of task t must be at least 2, got 1"):
+        run_text(own, task("text", max_length=1), rows([{"text": long}]))
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": long}]
     with pytest.raises(DataError, match="x.jsonl, row 1: it must fit into `max_length` of task t, got .* and 20"):
         run_text(bench("ar", tokenizer), task("text", max_length=20), rows([{"messages": turn}]))
+    short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match=f"x.jsonl, row 2: it {fits}"):
+        run_text(own, task("text"), rows([{"messages": short}, {"messages": turn}]))
+
+
+def test_scores_that_are_no_numbers_are_refused(tokenizer):
+    """The least of them would be the first choice, which may be the right one."""
+    own = bench("ar", tokenizer)
+    own.model.lm_head.weight.data[:] = math.nan
+    for run, kind, values in (
+        (run_choice, "choice", CHOICES[:1]),
+        (run_cloze, "cloze", [{"ctx": "It is", "answer": "a"}]),
+        (run_pairs, "pairs", [{"good": "a", "bad": "b"}]),
+    ):
+        with pytest.raises(DataError, match="x.jsonl, row 1: the model must give finite nats, got nan"):
+            run(own, task(kind), rows(values))
+    with pytest.raises(ValueError, match="the model must give finite nats, got nan in packed row 0"):
+        run_text(own, task("text"), rows([{"text": "The cat"}]))
+
+
+def test_text_that_the_vocabulary_lacks_is_named(char_tokenizer):
+    own = bench("ar", char_tokenizer)
+    for run, kind, values in (
+        (run_choice, "choice", [{**CHOICES[0], "choices": ["a", "€"]}]),
+        (run_cloze, "cloze", [{"ctx": "€", "answer": "a"}]),
+        (run_pairs, "pairs", [{"good": "a", "bad": "€"}]),
+    ):
+        with pytest.raises(DataError, match="x.jsonl, row 1: the text is not in the vocabulary: '€'"):
+            run(own, task(kind), rows(values))
+
+
+def test_a_cloze_knows_nothing_of_the_generation_config(tokenizer):
+    for name in CLASSES:
+        own = bench(name, tokenizer)
+        values = rows([{"ctx": "The cat", "answer": " sat on the mat and sat."}])
+        (plain,) = run_cloze(own, task("cloze"), values).records
+        own.model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
+        if name != "ar":
+            own.model.generation_config.update(steps=1, remasking="random")
+        assert run_cloze(own, task("cloze"), values).records == [plain]
 
 
 def test_rows_that_cannot_be_scored(tokenizer):
