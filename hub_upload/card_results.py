@@ -1,18 +1,15 @@
-"""Results in the card, from evaluation.json alone: the evaluation section, the `model-index`, and their check.
+"""Results in the card, from evaluation.json alone: the evaluation section and the `model-index`.
 
-[`card_faults`] makes both again from the evaluation.json that lies beside a README.md, and compares: a card cannot say
-a number that no file holds. Above its functions this file imports the standard library only, so that verify.py has it
-where nanollada is not installed.
+Which results are good, and of which model they are, is decided here, too; card_check.py compares a card with them.
+Above its functions this file imports the standard library only, so that verify.py has it where nanollada is not
+installed.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from difflib import SequenceMatcher
-from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
@@ -36,15 +33,10 @@ SUITE_METRICS = {
 COLUMNS = ("Data", "Metric", "Value", "Standard errors", "Scored on", "How")
 SUITE_COLUMNS = ("Task", "Language", "Metric", "Value ± s.e.", "Chance", "Rows", "Data", "How")
 SHA_SHOWN = 12  # hexadecimal digits in the table; the `model-index` has all
-
-
-def weights_digest(folder: str | os.PathLike) -> str:
-    """SHA-256 over the SHA-256 of each of a folder's safetensors files, sorted by name, as in evaluation.json."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+# Of config.json: who wrote it, from where its code is loaded, and the dtype, for all is measured in float32.
+BOOKKEEPING = ("transformers_version", "auto_map", "dtype", "torch_dtype", "_name_or_path")
+# Nats and bits of a text: exact of a causal class, a bound of a masked one.
+LIKELIHOODS = ("nll", "nelbo", "bits_per_byte", "nats_per_token", "nats_per_answer")
 
 
 def sentence(template: str, *values) -> str | None:
@@ -59,7 +51,167 @@ def number(value) -> str | None:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+# ---- the model that results are of
+
+
+def weights_digest(folder: str | os.PathLike) -> str:
+    """
+    SHA-256 over the SHA-256 of each of a folder's safetensors files, sorted by name, as in evaluation.json.
+
+    Raises:
+        `ValueError`: for a folder without any: pickled weights would all be the same nothing.
+    """
+    digests = [bytes.fromhex(file_digest(path)) for path in sorted(Path(folder).glob("*.safetensors"))]
+    if not digests:
+        raise ValueError(f"{Path(folder).name} must hold safetensors, got none")
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def config_digest(folder: str | os.PathLike) -> str:
+    """
+    SHA-256 of what of a folder's config.json decides the computation: all (the class in `architectures`, too) but
+    [`BOOKKEEPING`], so that a key that is new here counts.
+
+    Raises:
+        `ValueError`: for a config.json that is not there or no JSON object.
+    """
+    config = {name: value for name, value in _read_config(folder).items() if name not in BOOKKEEPING}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _read_config(folder: str | os.PathLike) -> dict:
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`folder` must hold a readable config.json, got {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`folder` must hold a JSON object in config.json, got {type(config).__name__}")
+    return config
+
+
+def model_digests(folder: str | os.PathLike) -> dict[str, str]:
+    """What evaluation.json says of the model: `weights_sha256` and `config_sha256`."""
+    return {"weights_sha256": weights_digest(folder), "config_sha256": config_digest(folder)}
+
+
+def check_model(evaluation: dict, folder: Path, file: str = EVALUATION) -> None:
+    """
+    Whether results are of the model in a folder.
+
+    Args:
+        evaluation (`dict`): Content of evaluation.json.
+        folder (`Path`): With config.json and safetensors.
+        file (`str`): What messages call the evaluation.
+
+    Raises:
+        `ValueError`: if a digest is missing or another's, for results that such a class does not have, and as
+            `results_of`.
+    """
+    for name, digest in model_digests(folder).items():
+        got = evaluation.get(name)
+        if got is None:
+            raise ValueError(f"{file} must name its model by `{name}`, got none (of an older version? measure again)")
+        if got != digest:
+            raise ValueError(f"{file} must be of the model in {folder.name}, got `{name}` {got}")
+    architecture = str((_read_config(folder).get("architectures") or [None])[0])
+    for result in results_of(evaluation):
+        bound, likelihood = bool(result.get("bound")), result["metric"] in LIKELIHOODS
+        if bound != ("MaskedLM" in architecture) and (bound or likelihood):
+            kind = "upper bounds of a masked class and exact likelihoods of a causal one"
+            raise ValueError(f"{file} must hold {kind}, got {metric_name(result)} of {architecture}")
+
+
 # ---- one result
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _name(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\S(.*\S)?", value, re.DOTALL) is not None
+
+
+def _or_null(rule: tuple) -> tuple:
+    return f"{rule[0]} or null", lambda value: value is None or rule[1](value)
+
+
+# What a field must be: in words, and as a test.
+SIZE = ("a number >= 0", lambda value: _finite(value) and value >= 0)
+SHARE = ("a share in [0, 1]", lambda value: _finite(value) and 0 <= value <= 1)
+DIFFERENCE = ("a difference of shares in [-1, 1]", lambda value: _finite(value) and -1 <= value <= 1)
+COUNT = ("a whole number >= 1", lambda value: _whole(value) and value >= 1)
+AMOUNT = ("a whole number >= 0", lambda value: _whole(value) and value >= 0)
+SEED = ("a whole number", _whole)
+NAME = ("a name", _name)
+FLAG = ("true or false", lambda value: isinstance(value, bool))
+TRUE, FALSE = ("true", lambda value: value is True), ("false", lambda value: value is False)
+OBJECT = ("an object", lambda value: isinstance(value, dict))
+DIGEST = ("64 hexadecimal digits", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value))
+
+RUN = {"command": _or_null(NAME), "seed": _or_null(SEED)}
+OF_DATA = {"data": NAME, "settings": _or_null(OBJECT), **RUN}
+LIKELIHOOD = {"bits_per_byte": SIZE, "nats_per_token": _or_null(SIZE), "standard_error": SIZE, **OF_DATA}
+LIKELIHOOD |= {"sampling_error": _or_null(SIZE), "estimator": _or_null(NAME)}
+LIKELIHOOD |= dict.fromkeys(("tokens", "bytes", "documents", "rows", "samples", "max_length"), _or_null(COUNT))
+FIELDS = {
+    "nll": {**LIKELIHOOD, "bound": FALSE},
+    "nelbo": {**LIKELIHOOD, "bound": TRUE},
+    "exact_match": {"value": SHARE, "standard_error": SIZE, "bound": _or_null(FALSE), "rows": COUNT, **OF_DATA},
+}
+FIELDS["exact_match"] |= dict.fromkeys(("correct", "truncated"), _or_null(AMOUNT))
+SUITE_FIELDS = {"task": NAME, "metric": NAME, "standard_error": _or_null(SIZE), "bound": FLAG, "rows": COUNT}
+SUITE_FIELDS |= {**OF_DATA, "data": _or_null(NAME), "data_sha256": _or_null(DIGEST), "chance": _or_null(SHARE)}
+SUITE_FIELDS |= {"language": _or_null(NAME), "unit": _or_null(NAME)}
+SHARES = ("acc", "acc_norm", "acc_bytes", "accuracy", "exact_match", "f1", "greedy_match", "ended")  # or by their unit
+
+
+def results_of(evaluation: dict) -> list[dict]:
+    """
+    The results of an evaluation, each checked by the rules of its kind.
+
+    Raises:
+        `ValueError`: for any other, naming the field; one that is missing counts as null.
+    """
+    results = evaluation.get("results")
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise ValueError(f"`evaluation` must hold a list of `results`, got {type(results).__name__}")
+    _check_fields(evaluation, {**RUN, "of": _or_null(NAME)}, "the run")
+    for result in results:
+        _check_result(result)
+    return results
+
+
+def _check_result(result: dict) -> None:
+    metric = result.get("metric")
+    if not is_suite(result):
+        if not isinstance(metric, str) or metric not in METRICS:
+            raise ValueError(f"`metric` in `evaluation` must be one of {', '.join(METRICS)}, got {metric!r}")
+        _check_fields(result, FIELDS[metric], f"{metric} on {result.get('data')}")
+        return
+    _check_fields(result, SUITE_FIELDS, f"task {result['task']!r}")
+    if "standard_error" not in result:  # null says that none is defined
+        raise ValueError(f"`evaluation` must give `standard_error` of task {result['task']!r}, or null, got none")
+    kind, _, variant = metric.partition("/")
+    share = kind in SHARES or str(result.get("unit")).startswith("share")
+    value = SIZE if not share else DIFFERENCE if " − " in variant else SHARE  # of one decoding setting to another
+    _check_fields(result, {"value": value}, f"{metric} of task {result['task']!r}")
+
+
+def _check_fields(given: dict, rules: dict, of: str) -> None:
+    for name, (kind, good) in rules.items():
+        if not good(given.get(name)):
+            raise ValueError(f"`evaluation` must give `{name}` of {of} as {kind}, got {given.get(name)!r}")
 
 
 def is_suite(result: dict) -> bool:
@@ -68,15 +220,10 @@ def is_suite(result: dict) -> bool:
 
 
 def metric_type(result: dict) -> str:
-    """The metric's name on the Hub. `ValueError` for a metric that is unknown, or no name."""
-    metric = result.get("metric")
+    """The metric's name on the Hub."""
     if is_suite(result):
-        if not isinstance(metric, str) or not re.fullmatch(r"\S(.*\S)?", metric):
-            raise ValueError(f"`metric` in `evaluation` must be a name, got {metric!r}")
-        return metric
-    if metric not in METRICS:
-        raise ValueError(f"`metric` in `evaluation` must be one of {', '.join(METRICS)}, got {metric!r}")
-    return "exact_match" if metric == "exact_match" else "bits_per_byte"
+        return result["metric"]
+    return "exact_match" if result["metric"] == "exact_match" else "bits_per_byte"
 
 
 def metric_name(result: dict) -> str:
@@ -84,50 +231,13 @@ def metric_name(result: dict) -> str:
     kind, _, preset = metric_type(result).partition("/")  # "accuracy/on": of one of several decoding settings
     if not is_suite(result):
         return METRICS[result["metric"]]
-    parts = [SUITE_METRICS.get(kind, kind.replace("_", " ")), preset, "upper bound" if result.get("bound") else ""]
+    parts = [SUITE_METRICS.get(kind, kind.replace("_", " ")), preset, "upper bound" if result["bound"] else ""]
     return ", ".join(part for part in parts if part)
 
 
 def value_of(result: dict) -> float:
-    """
-    The result's number.
-
-    Raises:
-        `ValueError`: if value or standard error is no finite number (a suite's error may be `None`: undefined), and
-            for a suite's row without task or rows.
-    """
-    suite, metric = is_suite(result), result.get("metric")
-    key = "value" if suite or metric == "exact_match" else "bits_per_byte"
-    for name in (key, "standard_error"):
-        undefined = suite and name == "standard_error" and result.get(name, 0) is None
-        if not undefined and not _finite(result.get(name)):
-            raise ValueError(
-                f"`evaluation` must give `{name}` of {metric} as a number, got {result.get(name)!r} for "
-                f"{result['task'] if suite else result.get('data')}"
-            )
-    if suite:
-        _check_suite_row(result)
-    return result[key]
-
-
-def _finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_suite_row(result: dict) -> None:
-    """The protocol without which a number of the suite says nothing."""
-    rules = {
-        "task": ("a name", lambda value: isinstance(value, str) and value),
-        "data": ("a name or null", lambda value: value is None or (isinstance(value, str) and value)),
-        "rows": ("a number of rows", lambda value: isinstance(value, int) and value is not True and value > 0),
-        "chance": ("a number or null", lambda value: value is None or _finite(value)),
-        "settings": ("an object", lambda value: value is None or isinstance(value, dict)),
-    }
-    for name, (kind, good) in rules.items():
-        if not good(result.get(name)):
-            raise ValueError(
-                f"`evaluation` must give `{name}` of task {result['task']!r} as {kind}, got {result.get(name)!r}"
-            )
+    """The result's number."""
+    return result["value" if is_suite(result) or result["metric"] == "exact_match" else "bits_per_byte"]
 
 
 def _data_of(result: dict) -> str:
@@ -149,12 +259,15 @@ def eval_results(evaluation: dict, repo_id: str, revision: str = "main") -> list
 
     A suite's task is the `dataset_config`, the SHA-256 of its data the `dataset_revision` (both keep results of other
     tasks and other data apart in the index); what else makes the number stands in `metric_args`.
+
+    Raises:
+        `ValueError`: as `results_of`.
     """
     from huggingface_hub import EvalResult
 
     source = {"source_name": EVALUATION, "source_url": _source_url(repo_id, revision)}
     found = []
-    for result in evaluation.get("results", []):
+    for result in results_of(evaluation):
         value, error, data = value_of(result), result["standard_error"], _data_of(result)
         arguments = {} if error is None else {"standard_error": round(error, 6)}
         of_suite = {}
@@ -199,9 +312,9 @@ def evaluation_section(evaluation: dict) -> str:
     means, and the commands. Empty without results.
 
     Raises:
-        `ValueError`: as `value_of` and `metric_type`.
+        `ValueError`: as `results_of`.
     """
-    results = evaluation.get("results", [])
+    results = results_of(evaluation)
     if not results:
         return ""
     rows = [_data_row(result) for result in results if not is_suite(result)]
@@ -239,10 +352,9 @@ def _data_row(result: dict) -> list[str]:
     samples = sentence("{} samples", number(result.get("samples")))
     length = sentence("at most {} tokens a row", number(result.get("max_length")))
     how = [result.get("estimator") or samples, length, *settings]
-    name = metric_name(result)  # before the value: an unknown metric is named as such
     return [
         f"`{result.get('data')}`",
-        name,
+        metric_name(result),
         f"{'≤ ' if result.get('bound') else ''}{value_of(result):.4f}",
         _errors(result),
         ", ".join(part for part in scored if part) or "–",
@@ -293,196 +405,6 @@ def _settings_shown(settings: dict) -> str:
 
 def _commands(evaluation: dict) -> list[dict]:
     """Every command that results came from, once; older files have one for all."""
-    runs = [{name: result.get(name) for name in ("command", "seed")} for result in evaluation.get("results", [])]
+    runs = [{name: result.get(name) for name in ("command", "seed")} for result in evaluation["results"]]
     runs = [run for run in runs if run["command"]] or [evaluation]
     return [run for place, run in enumerate(runs) if run.get("command") and run not in runs[:place]]
-
-
-# ---- the check
-
-
-def card_faults(folder: str | os.PathLike) -> list[str]:
-    """
-    Compares a folder's card with the evaluation.json beside it.
-
-    Every result of the card's `model-index` must be one of the file's: same value, metric, dataset, error and
-    settings; that some are left out is no fault. The marked section must be the file's, line by line (blank lines and
-    the padding of table cells don't count). The file must be of the folder's weights. Prose outside the marks is the
-    writer's own. Results of other tools in the `model-index` are faults, too: nobody could check them.
-
-    Args:
-        folder (`str` or `os.PathLike`): With README.md.
-
-    Returns:
-        `list[str]`: the faults, each naming the number or the line; empty for a good card.
-    """
-    folder = Path(folder)
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    section, faults = _marked(text)
-    try:
-        found = _index_of(text)
-    except Exception as error:  # whatever the YAML parser and huggingface_hub raise
-        return [*faults, f"README.md must have readable metadata, got {error}"]
-    said = [_say(result) for result in found] or _values_said(section)
-    try:
-        evaluation = _read_evaluation(folder)
-    except ValueError as error:
-        needed = said or (folder / EVALUATION).is_file()  # what is there must be good, even if no number is said
-        return [*faults, f"{error}; README.md says {_some(said)}"] if needed else faults
-    try:
-        expected, source = _through_index(eval_results(evaluation, "any/name")), evaluation_section(evaluation)
-    except ValueError as error:
-        return [*faults, f"{EVALUATION} must hold results, got {error}"]
-    return [*faults, *_index_faults(found, expected), *_section_faults(section, source)]
-
-
-def _read_evaluation(folder: Path) -> dict:
-    path = folder / EVALUATION
-    if not path.is_file():
-        raise ValueError(f"`folder` must hold {EVALUATION}, got none in {folder.name}")
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{EVALUATION} must be JSON, got {error}") from error
-    results = evaluation.get("results") if isinstance(evaluation, dict) else None
-    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-        raise ValueError(f"{EVALUATION} must hold a list of `results`, got {type(results).__name__}")
-    if evaluation.get("weights_sha256") != weights_digest(folder):
-        digest = evaluation.get("weights_sha256")
-        raise ValueError(f"{EVALUATION} must be of the weights in {folder.name}, got `weights_sha256` {digest}")
-    return evaluation
-
-
-def _marked(text: str) -> tuple[list[str], list[str]]:
-    """The lines between the marks, and what is wrong with the marks."""
-    marks, section = (text.count(START), text.count(END)), ""
-    faults = []
-    if marks == (1, 1) and text.index(START) < text.index(END):
-        before, _, rest = text.partition(START)
-        section, _, after = rest.partition(END)
-        text = before + after
-    elif marks != (0, 0):
-        faults.append(f"README.md must hold the marks of the evaluation once, in order, got {marks[0]} and {marks[1]}")
-    outside = {_canonical(line) for line in text.splitlines()}
-    tables = [columns for columns in (COLUMNS, SUITE_COLUMNS) if _canonical(f"| {' | '.join(columns)} |") in outside]
-    if tables and not faults:
-        faults.append("README.md must keep the table of results between its marks, got one outside (export again?)")
-    return [_canonical(line) for line in section.splitlines() if line.strip()], faults
-
-
-def _canonical(line: str) -> str:
-    """Without what formatters of Markdown change in a table."""
-    line = line.strip()
-    return re.sub(r"-{3,}", "---", re.sub(r"\s*\|\s*", "|", line)) if line.startswith("|") else line
-
-
-def _cells(line: str) -> list[str]:
-    return re.split(r"(?<!\\)\|", line)[1:-1] if line.startswith("|") else []
-
-
-def _values_said(section: list[str]) -> list[str]:
-    """Lines of the tables, without their heads."""
-    rows = [", ".join(_cells(line)) for line in section if line.startswith("|")]
-    heads = [", ".join(columns) for columns in (COLUMNS, SUITE_COLUMNS)]
-    return [row for row in rows if row not in heads and not row.startswith("---")]
-
-
-def _index_of(text: str) -> list:
-    from huggingface_hub import ModelCard
-
-    _check_keys(text)
-    return ModelCard(text).data.eval_results or []
-
-
-def _check_keys(text: str) -> None:
-    """`ValueError` for a key that stands twice: huggingface_hub reads the last of its values, others the first."""
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    block = REGEX_YAML_BLOCK.search(text)
-    nodes = [yaml.compose(block.group(2))] if block else []
-    while nodes:
-        node = nodes.pop()
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        keys = [key.value for key, _ in pairs]
-        twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-        if twice:
-            raise ValueError(f"`{twice[0]}` more than once")
-        nodes += [value for _, value in pairs]
-        nodes += node.value if isinstance(node, yaml.SequenceNode) else []
-
-
-def _through_index(results: list) -> list:
-    """As they come back from a card: what is `None` is gone."""
-    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-
-    return model_index_to_eval_results(eval_results_to_model_index("any", results))[1]
-
-
-def _say(result) -> str:
-    """A result of the index in words."""
-    arguments = result.metric_args if isinstance(result.metric_args, dict) else {}
-    error = arguments.get("standard_error")
-    error = "" if error is None else f" ± {error}"
-    config = f" ({result.dataset_config})" if result.dataset_config else ""
-    return f"{result.metric_type} {result.metric_value}{error} on {result.dataset_name}{config}"
-
-
-def _some(texts: list[str], shown: int = 3) -> str:
-    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return "; ".join(texts[:shown]) + more if texts else "no number"
-
-
-def _fields(result) -> dict:
-    """What must agree; a source that is our file may have any repository's name, or be left out."""
-    fields = dataclasses.asdict(result)
-    name, url = fields.pop("source_name"), fields.pop("source_url")
-    ours = (name, url) == (None, None) or (name == EVALUATION and SOURCE_URL.fullmatch(str(url)))
-    return fields if ours else {**fields, "source": f"{name} ({url})"}
-
-
-def _index_faults(found: list, expected: list) -> list[str]:
-    def place(result):
-        return result.dataset_name, result.dataset_config, result.metric_type
-
-    source = [_fields(result) for result in expected]
-    said = [_fields(result) for result in found]
-    faults = []
-    for result, fields in zip(found, said, strict=True):
-        if fields in source:
-            continue
-        alike = [other for other in expected if place(other) == place(result)]
-        alike = [other for other in alike if _fields(other) not in said] or alike
-        has = " and ".join(_say(other) for other in alike) or "no such result"
-        if alike and _say(alike[0]) == _say(result):
-            other = _fields(alike[0])
-            odd = [name for name in fields if fields[name] != other.get(name)]
-            has += f", but {', '.join(f'`{name}` {other.get(name)!r} and not {fields[name]!r}' for name in odd)}"
-        elif not alike:
-            has += " (what other tools measured is prose: write it outside `model-index` and the marks)"
-        faults.append(f"README.md says {_say(result)}, {EVALUATION} has {has}")
-    return faults
-
-
-def _section_faults(section: list[str], source: str) -> list[str]:
-    """A card may leave the whole section out, and no line of it."""
-    if not section:
-        return []
-    expected = [_canonical(line) for line in source.splitlines() if line.strip()][1:-1]  # without the marks
-    faults = []
-    for tag, start, end, other, other_end in SequenceMatcher(None, section, expected, False).get_opcodes():
-        pairs = zip_longest(section[start:end], expected[other:other_end]) if tag != "equal" else ()
-        faults += [_difference(mine, theirs) for mine, theirs in pairs]
-    return faults
-
-
-def _difference(mine: str | None, theirs: str | None) -> str:
-    if mine is None:
-        return f"README.md leaves out {theirs!r} of {EVALUATION}"
-    cells, others = _cells(mine), _cells(theirs or "")
-    if not cells or len(cells) != len(others) or cells[0] != others[0]:
-        return f"README.md says {mine!r}, {EVALUATION} has {'no such line' if theirs is None else repr(theirs)}"
-    same = [cell for cell, other in zip(cells, others, strict=True) if cell == other][:3]
-    odd = [(cell, other) for cell, other in zip(cells, others, strict=True) if cell != other]
-    says, has = (", ".join(side) for side in zip(*odd, strict=True))
-    return f"README.md says {says} for {', '.join(same)}; {EVALUATION} has {has}"

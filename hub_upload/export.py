@@ -13,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from nanollada.hub_upload.model_card import Facts, build_card, read_facts, weights_digest
+from nanollada.hub_upload.card_results import model_digests
+from nanollada.hub_upload.model_card import Facts, build_card, read_facts
 from nanollada.hub_upload.verify import check_files, check_results
 
 
@@ -160,8 +161,8 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")
     evaluation = facts.evaluation
-    if evaluation is not None:  # of these tensors, as `read_facts` saw, in the files they are in now
-        evaluation = {**evaluation, "weights_sha256": weights_digest(folder)}
+    if evaluation is not None:  # of this model, as `read_facts` saw, in the files it is in now
+        evaluation = {**evaluation, **model_digests(folder)}
     records = {"run.json": facts.run, "evaluation.json": evaluation}
     for name, record in records.items():
         if record is not None:

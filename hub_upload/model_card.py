@@ -14,12 +14,14 @@ from typing import Any
 
 from nanollada.hub_upload.card_results import (
     EVALUATION,
+    check_model,
     eval_results,
     evaluation_section,
+    file_digest,
     metric_type,
     number,
+    results_of,
     sentence,
-    weights_digest,
 )
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -60,7 +62,8 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
         evaluation (`str` or `os.PathLike`, *optional*): File. Defaults to the checkpoint's `evaluation.json`.
 
     Raises:
-        `ValueError`: for a file that is not there or not JSON, and for the evaluation of another checkpoint.
+        `ValueError`: for a file that is not there or not JSON, for an evaluation that names no model or another than
+            the checkpoint's, and if the files that `run.json` evaluated are not those of the checkpoint.
     """
     folder = Path(checkpoint).resolve()
     facts = Facts(stages=_read_stages(folder))
@@ -69,25 +72,26 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
     file = Path(evaluation) if evaluation is not None else folder / EVALUATION
     if evaluation is not None or file.is_file():
         facts.evaluation = _read_json(file, "evaluation")
-        _check_evaluated(facts.evaluation, folder, file)
-    elif facts.stages and facts.stages[-1].get("evaluation"):
-        facts.evaluation = _evaluation_of_run(facts.stages[-1])
-    else:
+        check_model(facts.evaluation, folder, file.name)
+    elif not facts.stages or not facts.stages[-1].get("evaluation"):
         facts.missing.append("evaluation: neither evaluation.json nor an evaluation in run.json")
+    elif not facts.stages[-1].get("sha256"):
+        facts.missing.append("evaluation: that of run.json is of unknown weights (no `sha256`), measure again")
+    else:
+        _check_saved(facts.stages[-1]["sha256"], folder)
+        facts.evaluation = _evaluation_of_run(facts.stages[-1])
     facts.stages, facts.evaluation = without_paths(facts.stages), without_paths(facts.evaluation)
     facts.run = facts.stages[-1] if (folder / "run.json").is_file() else None
     return facts
 
 
-def _check_evaluated(evaluation: dict, folder: Path, file: Path) -> None:
-    """By the weights where the evaluation has their digest, else by the name that it must have then."""
-    digest, of = evaluation.get("weights_sha256"), evaluation.get("checkpoint")
-    if digest is None and of is None:
-        raise ValueError(f"{file.name} must say what it is of: `weights_sha256` or `checkpoint`, got neither")
-    if digest is not None and digest != weights_digest(folder):
-        raise ValueError(f"`evaluation` must be of the weights in {folder.name}, got {file.name} of other weights")
-    if digest is None and of is not None and Path(of).resolve().name != folder.name:
-        raise ValueError(f"`evaluation` must be of the checkpoint {folder.name}, got {file.name} of {Path(of).name}")
+def _check_saved(saved: dict, folder: Path) -> None:
+    """The files that the run scored and saved must be those that are there, by their SHA-256."""
+    there = {path.name: file_digest(path) for path in (*folder.glob("*.safetensors"), *folder.glob("config.json"))}
+    if odd := [name for name in {**saved, **there} if saved.get(name) != there.get(name)]:
+        raise ValueError(
+            f"run.json must be of the model in {folder.name}, got an `evaluation` of another {odd[0]} (measure again)"
+        )
 
 
 def _read_stages(folder: Path) -> list[dict]:
@@ -205,7 +209,7 @@ def build_card(
     """
     from huggingface_hub import ModelCard
 
-    evaluation = facts.evaluation or {}
+    evaluation = facts.evaluation or {"results": []}
     data = _metadata(model, facts, evaluation, model_name, repo_id or model_name)
     data.license, data.language, data.base_model = license, language, base_model
     data.datasets = datasets or data.datasets
@@ -226,7 +230,7 @@ def build_card(
 def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: str):
     from huggingface_hub import ModelCardData
 
-    results = evaluation.get("results", [])
+    results = results_of(evaluation)
     kind = ["diffusion", "masked-diffusion", "llada"] if is_diffusion(model) else ["autoregressive"]
     return ModelCardData(
         library_name="transformers",

@@ -115,17 +115,17 @@ def check_files(folder: Path) -> dict:
 def check_results(folder: Path) -> None:
     """
     Whether every number of the card's `model-index` and evaluation section stands in evaluation.json beside it, which
-    must be of these weights. See [`~hub_upload.card_results.card_faults`].
+    must be of these weights and this config. See [`~hub_upload.card_check.card_faults`].
 
     Raises:
         `VerificationError`: naming what stands in the card and what in the file.
     """
     try:
-        from nanollada.hub_upload.card_results import card_faults
+        from nanollada.hub_upload.card_check import card_faults
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "nanollada":
             raise
-        from card_results import card_faults  # this file runs by its path, without nanollada: its neighbour
+        from card_check import card_faults  # this file runs by its path, without nanollada: its neighbour
     faults = card_faults(folder)
     more = f"; and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
     _require(not faults, f"results: {'; '.join(faults[:FAULTS])}{more}")

@@ -99,21 +99,24 @@ def evaluate_checkpoint(
         source_options: `data_config`, `data_split`, `sample_by`, `on_bad_rows`, `streaming` of the sources.
 
     Returns:
-        `dict`: `checkpoint`, `weights_sha256`, `command`, `seed`, `results`; each result names its `data`, `metric`,
-            `command` and `seed`. `standard_error` is that of the random masks; `sampling_error` that of bits per byte
-            as an estimate for other rows of the kind (`None` for a single row).
+        `dict`: `checkpoint`, `weights_sha256` and `config_sha256` (`None` for a name on the Hub), `command`, `seed`,
+            `results`; each result names its `data`, `metric`, `command` and `seed`. `standard_error` is that of the
+            random masks; `sampling_error` that of bits per byte as an estimate for other rows of the kind (`None` for
+            a single row).
 
     Raises:
         `ValueError`: for unknown metrics, for a `batch_size` below 1, for `decoding` without exact match, for exact
             match on rows without an answer, for `rolling_context` on rows with one, and as `load_checkpoint`,
             `prepare_data`, `rolling_rows` and `evaluate_likelihood`.
     """
-    from nanollada.hub_upload.model_card import weights_digest
+    from nanollada.hub_upload.card_results import model_digests
     from nanollada.scripts.generate import generation_settings, load_checkpoint
     from nanollada.trainers.likelihood import scored_block_length
     from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
 
     _check(metrics, batch_size, decoding)
+    digests = {"weights_sha256": None, "config_sha256": None}
+    digests |= model_digests(checkpoint) if Path(checkpoint).is_dir() else {}
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
     generation_settings(model, **(decoding or {}))  # before anything takes long
     blocks = scored_block_length(model, eval_block_length)
@@ -136,8 +139,7 @@ def evaluate_checkpoint(
             examples = read_examples(resolve_source(source, arguments), RowPolicy(arguments.on_bad_rows))
             result = exact_match(model, tokenizer, examples, batch_size=batch_size, seed=seed, **(decoding or {}))
             results.append({"data": source, **result, **run})
-    digest = weights_digest(checkpoint) if Path(checkpoint).is_dir() else None
-    return {"checkpoint": checkpoint, "weights_sha256": digest, **run, "results": results}
+    return {"checkpoint": checkpoint, **digests, **run, "results": results}
 
 
 def _check(metrics: Iterable[str], batch_size: int, decoding: dict | None) -> None:
@@ -336,19 +338,23 @@ def _text(tokenizer, ids: list[int]) -> str:
 
 def save_evaluation(evaluation: dict, path: str | Path) -> dict:
     """
-    Writes results, and keeps those that the file has of the same weights: a new result takes the place of the one with
-    the same data, metric, rows, block length and generation settings; of a suite, with the same task and settings.
+    Writes results, and keeps those that the file has of the same weights and config: a new result takes the place of
+    the one with the same data, metric, rows, block length and generation settings; of a suite, with the same task and
+    settings. Of others (of another model, of an older version) it says on stderr how many it dropped.
 
     Returns:
         `dict`: what the file now says. `command` and `seed` at its top are the latest; every result has its own.
     """
     path = Path(path)
     old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    names = ("checkpoint",) if evaluation["weights_sha256"] is None else ("weights_sha256",)
+    names = ("checkpoint",) if evaluation["weights_sha256"] is None else ("weights_sha256", "config_sha256")
     new = {_identity(result) for result in evaluation["results"]}
     kept = []
-    if all(old.get(name) == evaluation[name] for name in names):
+    if all(old.get(name) == evaluation.get(name) for name in names):
         kept = [result for result in old["results"] if _identity(result) not in new]
+    elif old.get("results"):
+        others = f"{len(old['results'])} results, which don't name this model by {' and '.join(names)}"
+        print(f"{path}: dropped {others}", file=sys.stderr)
     merged = {**evaluation, "results": [*kept, *evaluation["results"]]}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")  # a killed run leaves no half file

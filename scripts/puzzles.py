@@ -37,12 +37,18 @@ def countdown(rng: random.Random, numbers: int = 3, largest: int = 20, target: i
     """
     Numbers to be made into a target of 1 to `target` with + - * / and parentheses, each used exactly once:
     `{"prompt": "Countdown 3 7 12 target 33", "answer": "3*7+12", "numbers": [3, 7, 12], "target": 33}`.
+
+    Raises:
+        `ValueError`: if draws in vain find no numbers that make such a target.
     """
-    while True:
+    for _ in range(DRAWS):
         given = [rng.randint(1, largest) for _ in range(numbers)]
         value, text = _combined(rng, [(Fraction(number), str(number), 3) for number in given])
         if value is not None and value.denominator == 1 and 1 <= value <= target:
             break
+    else:
+        found = f"none in {DRAWS:,} draws of {numbers} numbers up to {largest}"
+        raise ValueError(f"`target` must be within reach, got {target} and {found}")
     prompt = f"Countdown {' '.join(map(str, sorted(given)))} target {value}"
     return {"prompt": prompt, "answer": text, "numbers": sorted(given), "target": int(value)}
 
@@ -75,7 +81,7 @@ def sudoku(rng: random.Random, side: str, min_blanks: int = 8, max_blanks: int =
 PUZZLES: dict[str, Callable] = {"arithmetic": arithmetic, "countdown": countdown, "sudoku": sudoku}
 
 
-def make_rows(puzzle: str, count: int, seed: int, side: str = "test", **options) -> list[dict]:
+def make_rows(puzzle: str, count: int, seed: int, side: str = "test", /, **options) -> list[dict]:
     """
     Different problems of one side, the same ones for the same arguments.
 
@@ -88,7 +94,7 @@ def make_rows(puzzle: str, count: int, seed: int, side: str = "test", **options)
 
     Raises:
         `ValueError`: for another name, a `count` below 1, options that the puzzle does not have or that are out of
-            range, and if there are fewer such problems than `count`.
+            range, and if there are fewer such problems than `count`, or too few to be found.
     """
     _check(puzzle, count, side, options)
     rng, found = random.Random(f"{seed}/{puzzle}/{side}"), {}
@@ -139,7 +145,7 @@ def _check(puzzle: str, count: int, side: str, options: dict) -> None:
                 raise ValueError(f"`operators` must be some of + - *, got {value!r}")
             continue
         low, high = RANGES[puzzle][name]
-        if not isinstance(value, int) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             raise ValueError(f"`{name}` must be a whole number from {low} to {high}, got {value!r}")
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nanollada.scripts.suite_rows import Row, Task, read_suite, rows_of
+from nanollada.trainers.rows import DataError
 
-PROTOCOL = 1  # raised whenever the same arguments would give other numbers
+PROTOCOL = 2  # raised whenever the same arguments would give other numbers
 SCORED = ("text", "choice", "cloze", "pairs")
 DIFFUSION_KINDS = ("presets",)  # what AR models have no settings for
 # What of a checkpoint decides its numbers beside the weights.
@@ -122,9 +123,41 @@ def digest_files(folder: str | Path) -> str:
 
 def model_facts(name: str, folder: str) -> dict:
     """What is known of a model without loading it; `kind` and `parameters` follow."""
-    from nanollada.hub_upload.model_card import weights_digest
+    from nanollada.hub_upload.card_results import model_digests
 
-    return {"name": name, "checkpoint": folder, "weights_sha256": weights_digest(folder)}
+    return {"name": name, "checkpoint": folder, **model_digests(folder)}
+
+
+def machine(device: str | None) -> dict:
+    """What the speed of a model depends on beside the model."""
+    import torch
+
+    from nanollada.trainers.setup import hardware, versions
+
+    libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {"hardware": hardware(), "device": device, "versions": libraries}
+
+
+def check_evaluation(checkpoint: str) -> None:
+    """
+    Reads the `evaluation.json` that the results go to, if there is one.
+
+    Raises:
+        `ValueError`: if it can't be read, or holds no list of results.
+    """
+    from nanollada.scripts.evaluate import EVALUATION
+
+    path = Path(checkpoint) / EVALUATION
+    if not path.exists():
+        return
+    try:
+        results = json.loads(path.read_text("utf-8"))["results"]
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+            raise TypeError("`results` is no list of objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"must hold no {EVALUATION}, or one with `results`"
+        raise ValueError(f"`checkpoints` {rule}, got {path}: {error!r}") from error
 
 
 def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tuple:
@@ -154,7 +187,7 @@ def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tupl
 class Runner:
     """
     Runs what is not finished yet. A result counts as finished if its identity is the one that is asked for (weights,
-    files beside them, data, settings, seed, protocol) and its records are whole.
+    files beside them, data, settings, seed, protocol; of speed the machine) and its records are whole.
 
     Args:
         args ([`SuiteArguments`]): The run.
@@ -162,7 +195,7 @@ class Runner:
     """
 
     def __init__(self, args: SuiteArguments, planned: list[Planned]):
-        from nanollada.hub_upload.model_card import weights_digest
+        from nanollada.hub_upload.card_results import weights_digest
 
         self.args, self.planned, self.judge = args, planned, None
         self.folder = Path(args.output)
@@ -173,18 +206,24 @@ class Runner:
 
     def run(self) -> tuple[list[dict], list[dict]]:
         """The models' facts, and all results."""
-        from nanollada.scripts.evaluate import EVALUATION, save_evaluation
-
         models, results = [], []
         for name, checkpoint in zip(self.args.names, self.args.checkpoints, strict=True):
             facts, own = self.run_model(model_facts(name, checkpoint))
             models.append(facts)
             results += [{"model": name, **result} for result in own]
-            kept = [result for result in own if "group" not in result]
-            run = {"command": self.command, "seed": self.args.seed}
-            told = {"checkpoint": checkpoint, "weights_sha256": facts["weights_sha256"], **run, "results": kept}
-            save_evaluation(told, Path(checkpoint) / EVALUATION)
         return models, results
+
+    def save(self, models: list[dict], results: list[dict]) -> None:
+        """Each model's own results, without those of groups, into its checkpoint's `evaluation.json`."""
+        from nanollada.scripts.evaluate import EVALUATION, save_evaluation
+
+        for facts in models:
+            own = [result for result in results if result["model"] == facts["name"] and "group" not in result]
+            kept = [{name: value for name, value in result.items() if name != "model"} for result in own]
+            run = {"command": self.command, "seed": self.args.seed}
+            digests = {digest: facts[digest] for digest in ("weights_sha256", "config_sha256")}
+            told = {"checkpoint": facts["checkpoint"], **digests, **run, "results": kept}
+            save_evaluation(told, Path(facts["checkpoint"]) / EVALUATION)
 
     def run_model(self, facts: dict) -> tuple[dict, list[dict]]:
         """Everything of one model, which is loaded only if something is left to do."""
@@ -222,6 +261,8 @@ class Runner:
             identity["samples"] = self.args.samples
         if task.kind == "statistics":
             identity["judge"] = self.judge_digest
+        if task.kind == "speed":
+            identity |= machine(self.args.device)
         return json.loads(json.dumps(identity))  # as it will be read back
 
     def paths(self, model: str, task: str) -> tuple[Path, Path]:
@@ -247,7 +288,12 @@ class Runner:
         skipped = item.task.kind in DIFFUSION_KINDS and not bench.is_diffusion
         with tqdm(total=_steps(item), desc=f"{model}: {item.task.name}", unit=" rows") as bar:
             bench.progress = bar.update
-            outcome = Outcome([], []) if skipped else RUN[item.task.kind](bench, item.task, item.rows)
+            try:
+                outcome = Outcome([], []) if skipped else RUN[item.task.kind](bench, item.task, item.rows)
+            except DataError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"task {item.task.name} of {model}: {error}") from error
         path, records = self.paths(model, item.task.name)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
         write(records, text)
@@ -319,19 +365,22 @@ def write(path: Path, text: str) -> None:
 
 def run_suite(args: SuiteArguments) -> dict:
     """
-    Measures the models and writes `suite.json`, `suite.md`, `suite.png`.
+    Measures the models and writes `suite.json`, `suite.md`, `suite.png`, and then each checkpoint's `evaluation.json`.
 
     Returns:
         `dict`: what `suite.json` says: `protocol`, `command`, `seed`, `hardware`, `versions`, `models`, `results`.
 
     Raises:
-        `ValueError`: for a suite, rows or models that cannot be used; `DataError` names file and row.
+        `ValueError`: for a suite, rows, models or an `evaluation.json` that cannot be used; `DataError` names file and
+            row.
     """
     from nanollada.scripts.suite_report import DEFINITIONS, draw, tables
     from nanollada.trainers.setup import hardware, versions
 
     description, planned = plan(args)
     runner = Runner(args, planned)
+    for checkpoint in args.checkpoints:
+        check_evaluation(checkpoint)
     models, results = runner.run()
     told = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
     metrics = {result["metric"].partition("/")[0] for result in results}
@@ -347,6 +396,7 @@ def run_suite(args: SuiteArguments) -> dict:
     write(folder / "suite.json", _json(found))
     write(folder / "suite.md", tables(found))
     draw(folder / "suite.png", found)
+    runner.save(models, results)
     return found
 
 

@@ -3,20 +3,23 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanollada.trainers.rows import BadRow, DataError, SourceArguments, parse_row, resolve_source
+from nanollada.scripts.suite_checks import COMMON, KINDS, checked_options, read_content
+from nanollada.trainers.rows import (
+    BUILDERS,
+    BadRow,
+    DataError,
+    SourceArguments,
+    _checked_text,
+    _decoded,
+    _kind,
+    parse_row,
+    resolve_source,
+)
 
-LANGUAGES = ("en", "zh")
-VERIFIERS = ("exact", "qa", "arithmetic", "countdown", "sudoku")
-PRESETS = {
-    "cfg": {"off": {"cfg_scale": 0.0}, "on": {"cfg_scale": 1.5}},
-    # LLaDA 1.0 decides one token a step in blocks; 2.0 all that is surer than a threshold (2512.15745, §3.5)
-    "llada_styles": {"llada_1": {"block_length": 32}, "llada_2": {"block_length": 32, "threshold": 0.95}},
-}
 FILE = re.compile(r"\.(jsonl|txt|json|parquet|csv)(\.gz|\.xz)?$", re.I)
 
 
@@ -30,7 +33,7 @@ class Task:
         kind (`str`): What is measured, see `KINDS`.
         language (`str`, *optional*): "en" or "zh": how contexts and answers are joined and compared.
         data (`str`, *optional*): File, glob, folder or name of a dataset; none where the rows are made.
-        data_split, data_config (`str`, *optional*): Of a dataset.
+        data_split, data_config (`str`, *optional*): Of a dataset; by default "train", and its only configuration.
         columns (`dict`): This protocol's column names to the data's.
         match (`str`, *optional*): Only rows whose JSON has this regular expression.
         limit (`int`, *optional*): At most so many rows, evenly spread over all of them.
@@ -42,17 +45,18 @@ class Task:
     options: dict
     language: str | None = None
     data: str | None = None
-    data_split: str = "train"
+    data_split: str | None = None
     data_config: str | None = None
     columns: dict | None = None
     match: str | None = None
     limit: int | None = None
 
     def settings(self) -> dict:
-        """What the results depend on beside model and data: everything that is set."""
+        """What the results depend on beside model and data: all but what is nothing, and is so by default."""
         names = ("data_split", "data_config", "columns", "match", "limit")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "train")}
-        return {**own, **{name: value for name, value in self.options.items() if value not in (None, "", {})}}
+        values = {**{name: getattr(self, name) for name in names}, **self.options}
+        nothing = {name: default for name, (default, _) in KINDS[self.kind].items() if default in ("", {})}
+        return {name: value for name, value in values.items() if value != nothing.get(name)}
 
 
 @dataclass(frozen=True)
@@ -69,57 +73,16 @@ class Row:
 
 # ---- the file of a suite
 
-COUNT, TEXT, FLAG, SETTINGS, NAME = "a whole number from 1 on", "a string", "true or false", "a mapping", "one of "
-SCORED = {"eval_block_length": (None, "a whole number from 0 on")}
-ASKED = {
-    "puzzle": (None, f"{NAME}arithmetic, countdown, sudoku"),
-    "rows": (100, COUNT),
-    "puzzle_options": ({}, SETTINGS),
-    "verify": (None, NAME + ", ".join(VERIFIERS)),
-    "chat": (True, FLAG),
-    "template": ("{context}\n{question}", TEXT),
-    "max_new_tokens": (None, COUNT),
-    "decoding": ({}, SETTINGS),
-}
-KINDS = {
-    "text": {"max_length": (512, COUNT), "rolling_context": (None, COUNT), **SCORED},
-    "choice": {"delimiter": (None, TEXT), "suffix": ("", TEXT), **SCORED},
-    "cloze": {"delimiter": (None, TEXT), **SCORED},
-    "pairs": {**SCORED},
-    "generation": ASKED,
-    "presets": {**ASKED, "presets": ("cfg", SETTINGS)},
-    "statistics": {
-        **{"rows": (32, COUNT), "max_new_tokens": (128, COUNT), "chat": (False, FLAG)},
-        "decoding": ({"temperature": 1.0}, SETTINGS),
-    },
-    "speed": {
-        **{"max_new_tokens": (128, COUNT), "repeats": (3, COUNT), "chat": (True, FLAG)},
-        "decoding": ({}, SETTINGS),
-    },
-}
-COMMON = ("name", "kind", "language", "data", "data_split", "data_config", "columns", "match", "limit")
-
 
 def read_suite(path: str | Path) -> tuple[str, list[Task]]:
     """
     The description and the tasks of a YAML or JSON file `{"description": …, "tasks": [{…}, …]}`.
 
     Raises:
-        `ValueError`: naming file and task, for whatever is missing, unknown, of another type, or there twice.
+        `ValueError`: naming file and task, for whatever is missing, unknown, of another type, without effect, or there
+            twice.
     """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"`suite` must be a YAML or JSON file, got {path}, which does not exist")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`suite` must be a YAML or JSON file, got {path}: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
-        raise ValueError(f"`suite` must hold a list of `tasks`, got none in {path}")
-    if unknown := sorted(set(content) - {"description", "tasks"}):
-        raise ValueError(f"`suite` must hold `description` and `tasks`, got `{unknown[0]}` in {path}")
+    content = read_content(path)
     tasks = [parse_task(item, f"{path}, task {number}") for number, item in enumerate(content["tasks"], start=1)]
     names = [task.name.lower() for task in tasks]  # some file systems don't know case
     if twice := [name for name in names if names.count(name) > 1]:
@@ -128,69 +91,9 @@ def read_suite(path: str | Path) -> tuple[str, list[Task]]:
 
 
 def parse_task(item: Any, place: str) -> Task:
-    """One task from its mapping; `place` begins the messages of its errors."""
-
-    def wrong(name: str, rule: str, value: Any) -> ValueError:
-        return ValueError(f"{place}: `{name}` must be {rule}, got {value!r}")
-
-    if not isinstance(item, dict):
-        raise ValueError(f"{place}: must be a mapping, got {type(item).__name__}")
-    name, kind = item.get("name"), item.get("kind")
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.A):
-        raise wrong("name", "of letters, digits, _, - and .", name)
-    place = f"{place} ({name})"
-    if kind not in KINDS:
-        raise wrong("kind", f"one of {', '.join(KINDS)}", kind)
-    if unknown := [key for key in item if key not in KINDS[kind] and key not in COMMON]:
-        raise wrong(unknown[0], f"no setting of a {kind} task: its own are {', '.join(KINDS[kind])}", item[unknown[0]])
-    rules = {key: TEXT for key in ("data", "data_split", "data_config", "match")}
-    rules |= {"limit": COUNT, "columns": SETTINGS, "language": f"{NAME}{', '.join(LANGUAGES)}"}
-    rules |= {key: rule for key, (_, rule) in KINDS[kind].items()}
-    for key, rule in rules.items():
-        if key in item and not _fits(item[key], rule) and not (key == "presets" and item[key] in PRESETS):
-            raise wrong(key, rule, item[key])
-    options = {key: item.get(key, default) for key, (default, _) in KINDS[kind].items()}
-    common = {key: item[key] for key in COMMON if item.get(key) is not None}
-    task = Task(**common, options=_completed(kind, options, item, wrong))
-    if task.data is None and kind in ("text", "choice", "cloze", "pairs"):
-        raise wrong("data", "given", None)
-    return task
-
-
-def _fits(value: Any, rule: str) -> bool:
-    if rule.startswith("a whole number"):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= (1 if rule == COUNT else 0)
-    if rule.startswith(NAME):
-        return value in rule.removeprefix(NAME).split(", ")
-    return isinstance(value, {TEXT: str, FLAG: bool, SETTINGS: dict}[rule])
-
-
-def _completed(kind: str, options: dict, item: dict, wrong: Callable) -> dict:
-    """What follows from other options: the verifier, the presets by name; and what contradicts them."""
-    if "puzzle" in options:
-        if (options["puzzle"] is None) == (item.get("data") is None):
-            raise wrong("puzzle", "given where there is no `data`, and only there", options["puzzle"])
-        if options["puzzle"] is None and (made := [name for name in ("rows", "puzzle_options") if name in item]):
-            raise wrong(made[0], "of a `puzzle`", item[made[0]])
-        options["verify"] = options["verify"] or options["puzzle"] or "exact"
-        if options["puzzle"] not in (None, options["verify"]):
-            raise wrong("verify", f"that of the puzzle, {options['puzzle']!r}", options["verify"])
-        if options["puzzle"] is None:
-            options.update(rows=None)
-    if kind == "statistics" and item.get("data") is not None:
-        if "rows" in item:
-            raise wrong("rows", "left out where `data` has the prompts", item["rows"])
-        options.update(rows=None)
-    if "presets" in options:
-        presets = options["presets"]
-        options["presets"] = PRESETS[presets] if isinstance(presets, str) else presets
-        if bare := [
-            name for name in options["presets"] if not isinstance(name, str)
-        ]:  # YAML's off and on are no words
-            raise wrong("presets", "mappings by name (in quotes, where YAML reads a name otherwise)", bare[0])
-        if len(options["presets"]) < 2 or not all(isinstance(part, dict) for part in options["presets"].values()):
-            raise wrong("presets", f"two or more mappings by name, or {' or '.join(PRESETS)}", presets)
-    return options
+    """One task from its mapping; `place` begins the messages of its errors, see `checked_options`."""
+    options = checked_options(item, place)
+    return Task(**{key: item[key] for key in COMMON if item.get(key) is not None}, options=options)
 
 
 # ---- rows
@@ -238,13 +141,17 @@ def read_rows(task: Task, base: str | None) -> tuple[list[Row], str]:
         base (`str`, *optional*): Folder in which files are looked for.
 
     Raises:
-        `DataError`: at a broken row. `ValueError`: for no data or no rows.
+        `DataError`: at a broken row. `ValueError`: for no data or no rows, and settings that files don't have.
     """
     spec = task.data
     if base is not None and (FILE.search(spec) or (Path(base) / spec).exists()):
         spec = str(Path(base) / spec)
-    source = resolve_source(spec, SourceArguments(data_config=task.data_config, data_split=task.data_split))
-    rows = [_renamed(Row(name, number, _decoded(name, number, raw)), task) for name, number, raw in _raw(source)]
+    arguments = SourceArguments(data_config=task.data_config, data_split=task.data_split or "train")
+    source = resolve_source(spec, arguments)
+    for name in ("data_split", "data_config"):
+        if source.files and getattr(task, name) is not None:
+            raise ValueError(f"task {task.name}: `{name}` must be left out for files, got {getattr(task, name)!r}")
+    rows = [_renamed(Row(name, number, _object(name, number, raw)), task) for name, number, raw in _raw(source)]
     if len(source.files) == 1:
         digest = source.identity()[0][1]
     else:
@@ -267,7 +174,7 @@ def limited(rows: list, limit: int | None) -> list:
 
 
 def digest_of(values: Any) -> str:
-    return hashlib.sha256(_json(values).encode()).hexdigest()
+    return hashlib.sha256(_json(values).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _json(values: Any) -> str:
@@ -276,22 +183,26 @@ def _json(values: Any) -> str:
 
 def _raw(source):
     """(file, row, raw row); datasets with all of their columns."""
-    if source.files and all(re.search(r"\.(jsonl|txt)(\.gz|\.xz)?$", file, re.I) for file in source.files):
-        yield from source.raw_rows()
-        return
+    for file in source.files or (None,):
+        kind = _kind(file or "")
+        if kind in (".jsonl", ".txt"):
+            yield from replace(source, files=(file,)).raw_rows()
+        else:
+            table = source.load(False) if file is None else _table(file, BUILDERS[kind])
+            yield from ((file or source.spec, number, row) for number, row in enumerate(table, start=1))
+
+
+def _table(file: str, builder: str):
     import datasets
 
-    for file in source.files or (None,):
-        kind = Path(file or "").suffix.lstrip(".").lower()
-        table = source.load(False) if file is None else datasets.load_dataset(kind, data_files=file, split="train")
-        yield from ((file or source.spec, number, row) for number, row in enumerate(table, start=1))
+    return datasets.load_dataset(builder, data_files=file, split="train")
 
 
-def _decoded(name: str, number: int, raw: Any) -> dict:
+def _object(name: str, number: int, raw: Any) -> dict:
     try:
-        value = raw if not isinstance(raw, bytes) else {"text": raw.decode()} if ".txt" in name else json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}, row {number}: bad JSON: {error}") from error
+        value = _decoded(name, raw)
+    except BadRow as error:
+        raise DataError(f"{name}, row {number}: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{name}, row {number}: a row must be an object, got {type(value).__name__}")
     return {key: part for key, part in value.items() if part is not None}
@@ -323,11 +234,10 @@ def _text(row: Row, name: str, allow_empty: bool = False) -> str:
 
 
 def _string(row: Row, name: str, value: Any, allow_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise row.error(f"`{name}` must be a string, got {type(value).__name__}")
-    if not allow_empty and not value.strip():
-        raise row.error(f"`{name}` must not be empty, got {value!r}")
-    return value
+    try:
+        return _checked_text(value, name, allow_empty)
+    except BadRow as error:
+        raise row.error(str(error)) from error
 
 
 def _check_text(row: Row, task: Task) -> dict:
@@ -342,8 +252,14 @@ def _check_choice(row: Row, task: Task) -> dict:
     """`ctx`, `choices` and `label`; also `choices` as `{"text", "label"}` and a label's name or digits (ARC)."""
     context, choices, label = _text(row, "ctx"), row.values.get("choices"), row.values.get("label")
     if isinstance(choices, dict) and {"text", "label"} <= set(choices):
-        names, choices = list(choices["label"]), choices["text"]
-        label = names.index(label) if label in names else label
+        names, choices = choices["label"], choices["text"]
+        if not (isinstance(names, list) and isinstance(choices, list) and len(names) == len(choices)):
+            raise row.error(f"`choices` must have a label for each text, got {names!r} and {choices!r}")
+        names = [str(name) for name in names]
+        if str(label) in names:
+            label = names.index(str(label))
+        elif any(name.isdecimal() for name in names):  # is it a place, or a name that is not there?
+            raise row.error(f"`label` must be among the labels {', '.join(names)} of `choices`, got {label!r}")
     if not isinstance(choices, list) or len(choices) < 2:
         raise row.error(f"`choices` must be a list of two or more, got {choices!r}")
     choices = [_string(row, f"choices[{i}]", choice) for i, choice in enumerate(choices)]
@@ -356,12 +272,17 @@ def _check_choice(row: Row, task: Task) -> dict:
 
 
 def _check_cloze(row: Row, task: Task) -> dict:
-    """`ctx` (or `context`) and `answer`; or LAMBADA's own `text`, whose last word is the answer."""
+    """
+    `ctx` (or `context`) and `answer`; or LAMBADA's own `text`, whose last word is the answer, and whose own `gap`
+    before it stands in the delimiter's place.
+    """
     if "answer" not in row.values and "text" in row.values:
-        context, blank, answer = _text(row, "text").strip().rpartition(" ")
-        if not blank:
+        parts = re.fullmatch(r"(.*\S)(\s+)(\S+)", _text(row, "text").strip(), re.S)
+        if parts is None:
             raise row.error("`text` must have two words or more to ask for the last one")
-        return {"ctx": context, "answer": answer}
+        if task.options["delimiter"] is not None:
+            raise row.error(f"`delimiter` of task {task.name} must be left out for a `text`, which has its own")
+        return {"ctx": parts[1], "gap": parts[2], "answer": parts[3]}
     return {"ctx": _text(row, "ctx" if "ctx" in row.values else "context"), "answer": _text(row, "answer")}
 
 
@@ -375,11 +296,14 @@ def _check_pairs(row: Row, task: Task) -> dict:
 
 def _check_question(row: Row, task: Task) -> dict:
     """`prompt` of a question (a text or messages), its `answers`, and what a puzzle's verifier needs."""
-    values, chat = row.values, task.options["chat"]
+    values, chat, template = row.values, task.options["chat"], task.options["template"]
+    if template is not None and "question" not in values:
+        raise row.error(f"`template` of task {task.name} must be left out for a row without `question`")
     if "question" in values:
-        context = _text(row, "context") if "{context}" in task.options["template"] else ""
+        template = template or "{context}\n{question}"
+        context = _text(row, "context") if "{context}" in template else ""
         parts = {"context": context, "question": _text(row, "question")}
-        prompt = re.sub(r"\{(context|question)\}", lambda name: parts[name[1]], task.options["template"])
+        prompt = re.sub(r"\{(context|question)\}", lambda name: parts[name[1]], template)
         answers = values.get("answers", values.get("answer"))
         answers = answers.get("text") if isinstance(answers, dict) else answers  # as SQuAD and CMRC nest them
         answers = [answers] if isinstance(answers, str) else answers
@@ -389,15 +313,15 @@ def _check_question(row: Row, task: Task) -> dict:
     elif "answer" in values and "prompt" in values and "completion" not in values:
         prompt, answers = values["prompt"], [_text(row, "answer")]
     else:
-        return {**_data_room(row), **_puzzle(row, task)}
+        return {**_data_room(row, task), **_puzzle(row, task)}
     turn = {"role": "assistant", "content": answers[0]}
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": _string(row, "prompt", prompt)}]
-    plain = not chat and isinstance(prompt, str)
+    plain = chat is False and isinstance(prompt, str)
     asked = {"prompt": prompt, "completion": answers[0]} if plain else {"messages": [*messages, turn]}
-    return {**_data_room(Row(row.source, row.number, asked)), "answers": answers, **_puzzle(row, task)}
+    return {**_data_room(Row(row.source, row.number, asked), task), "answers": answers, **_puzzle(row, task)}
 
 
-def _data_room(row: Row) -> dict:
+def _data_room(row: Row, task: Task) -> dict:
     """A row with an answer in the training formats: `asked`, as the data room reads it, and the `answers`."""
     try:
         asked = parse_row(row.values)
@@ -408,6 +332,9 @@ def _data_room(row: Row) -> dict:
     answer = asked["messages"][-1]["content"] if "messages" in asked else asked["completion"]
     if "messages" in asked and asked["messages"][-1]["role"] != "assistant":
         raise row.error("`messages` must end with the answer of the assistant")
+    if task.options["chat"] not in (None, "messages" in asked):
+        kind = "messages" if "messages" in asked else "a `prompt` and `completion` of strings"
+        raise row.error(f"`chat` of task {task.name} must be left out for {kind}, got {task.options['chat']}")
     return {"asked": asked, "answers": [answer]}
 
 
@@ -441,7 +368,7 @@ def _check_prompt(row: Row, task: Task) -> dict:
     if isinstance(prompt, list):
         while prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
             prompt = prompt[:-1]
-        _data_room(Row(row.source, row.number, {"messages": [*prompt, {"role": "assistant", "content": "."}]}))
+        _data_room(Row(row.source, row.number, {"messages": [*prompt, {"role": "assistant", "content": "."}]}), task)
         return {"prompt": prompt}
     return {"prompt": _string(row, "prompt", prompt)}
 

@@ -204,7 +204,7 @@ def encoded_pairs(bench: Bench, task: Task, rows: list[Row]) -> list[tuple[list[
         else:
             context = values["ctx"] + task.options.get("suffix", "")
             answers = values["choices"] if task.kind == "choice" else [values["answer"]]
-            pairs += [_encoded(bench, row, context, gap + answer) for answer in answers]
+            pairs += [_encoded(bench, row, context, values.get("gap", gap) + answer) for answer in answers]
     return pairs
 
 

@@ -11,15 +11,18 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
+from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import upload as upload_module
 from nanollada.hub_upload import verify as verify_module
+from nanollada.hub_upload.card_check import card_faults
 from nanollada.hub_upload.card_results import (
+    BOOKKEEPING,
     END,
     START,
-    card_faults,
+    config_digest,
     eval_results,
     evaluation_section,
-    weights_digest,
+    model_digests,
     with_source,
 )
 from nanollada.hub_upload.verify import VerificationError, check_results, verify
@@ -49,6 +52,10 @@ CHOICE |= {"bound": False, "data": "arc|easy", "chance": 0.25, "unit": None, "se
 SPEED = {**CHOICE, "task": "speed", "kind": "speed", "metric": "tokens_per_second", "value": 1234.56, "chance": None}
 SPEED |= {"language": None, "standard_error": None, "unit": "tokens/s", "data": None, "data_sha256": None}
 RESULTS = [BOARDS, TEXT, CHOICE, SPEED]
+NLL = {"data": "held-out", "metric": "nll", "bound": False, "bits_per_byte": 1.8, "standard_error": 0.0, "tokens": 10}
+NELBO = {**NLL, "metric": "nelbo", "bound": True}
+CONFIG = {"architectures": ["NanoLLaDAForMaskedLM"], "block_length": None, "rope_parameters": {"rope_theta": 1e6}}
+CONFIG |= {"transformers_version": "5.17.0", "dtype": "float32"}
 
 SUITE_TABLE = """
 | Task | Language | Metric | Value ± s.e. | Chance | Rows | Data | How |
@@ -72,7 +79,8 @@ def folder(tmp_path) -> Path:
     path = tmp_path / "small"
     path.mkdir()
     save_file({"weight": torch.arange(4.0)}, path / "model.safetensors")
-    evaluation = {"weights_sha256": weights_digest(path), "results": RESULTS}
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    evaluation = {**model_digests(path), "results": RESULTS}
     (path / "evaluation.json").write_text(json.dumps(evaluation))
     (path / "README.md").write_text(card_of(evaluation))
     return path
@@ -144,31 +152,75 @@ def test_the_index_keeps_tasks_apart_and_names_its_source():
     assert "standard_error" not in speed.metric_args and "upper bound" in text.metric_name
 
 
+BROKEN = [
+    (CHOICE, {"value": None}, r"`value` of acc_norm of task 'arc' as a share in \[0, 1\], got None"),
+    (CHOICE, {"value": True}, r"`value` of acc_norm of task 'arc' as a share in \[0, 1\], got True"),
+    (CHOICE, {"value": 31}, r"`value` of acc_norm of task 'arc' as a share in \[0, 1\], got 31"),
+    (CHOICE, {"metric": "exact_match/a", "value": -0.1}, "as a share in"),
+    (CHOICE, {"metric": "exact_match/a − b", "value": -1.1}, r"as a difference of shares in \[-1, 1\], got -1.1"),
+    (CHOICE, {"metric": "hits", "unit": "share", "value": 2.0}, r"`value` of hits .* as a share in \[0, 1\], got 2.0"),
+    (TEXT, {"value": -1.8}, "`value` of bits_per_byte of task 'wiki_en' as a number >= 0, got -1.8"),
+    (CHOICE, {"standard_error": float("inf")}, "`standard_error` of task 'arc' as a number >= 0 or null, got inf"),
+    (CHOICE, {"standard_error": -1}, "`standard_error` of task 'arc' as a number >= 0 or null, got -1"),
+    (CHOICE, {"metric": "acc "}, "`metric` of task 'arc' as a name, got 'acc '"),
+    (CHOICE, {"rows": 0}, "`rows` of task 'arc' as a whole number >= 1, got 0"),
+    (CHOICE, {"rows": 12.5}, "`rows` of task 'arc' as a whole number >= 1, got 12.5"),
+    (CHOICE, {"chance": "1/4"}, r"`chance` of task 'arc' as a share in \[0, 1\] or null, got '1/4'"),
+    (CHOICE, {"bound": "false"}, "`bound` of task 'arc' as true or false, got 'false'"),
+    (CHOICE, {"data": ""}, "`data` of task 'arc' as a name or null, got ''"),
+    (CHOICE, {"data_sha256": "f"}, "`data_sha256` of task 'arc' as 64 hexadecimal digits or null, got 'f'"),
+    (CHOICE, {"unit": 3}, "`unit` of task 'arc' as a name or null, got 3"),
+    (CHOICE, {"settings": [8]}, r"`settings` of task 'arc' as an object or null, got \[8\]"),
+    (CHOICE, {"command": 5}, "`command` of task 'arc' as a name or null, got 5"),
+    (CHOICE, {"task": ""}, "`task` of task '' as a name, got ''"),
+    (BOARDS, {"value": 79.5}, r"`value` of exact_match on boards as a share in \[0, 1\], got 79.5"),
+    (BOARDS, {"value": 1.7}, "`value` of exact_match on boards as a share"),
+    (BOARDS, {"value": -0.2}, "`value` of exact_match on boards as a share"),
+    (BOARDS, {"standard_error": -1}, "`standard_error` of exact_match on boards as a number >= 0, got -1"),
+    (BOARDS, {"rows": None}, "`rows` of exact_match on boards as a whole number >= 1, got None"),
+    (BOARDS, {"bound": True}, "`bound` of exact_match on boards as false or null, got True"),
+    (BOARDS, {"settings": []}, r"`settings` of exact_match on boards as an object or null, got \[\]"),
+    (NLL, {"bits_per_byte": -1.8}, "`bits_per_byte` of nll on held-out as a number >= 0, got -1.8"),
+    (NLL, {"bound": "false"}, "`bound` of nll on held-out as false, got 'false'"),
+    (NLL, {"bound": True}, "`bound` of nll on held-out as false, got True"),
+    (NELBO, {"bound": False}, "`bound` of nelbo on held-out as true, got False"),
+    (NLL, {"tokens": True}, "`tokens` of nll on held-out as a whole number >= 1 or null, got True"),
+    (NLL, {"tokens": "12"}, "`tokens` of nll on held-out as a whole number >= 1 or null, got '12'"),
+    (NLL, {"sampling_error": float("nan")}, "`sampling_error` of nll on held-out as a number >= 0 or null, got nan"),
+    (NLL, {"sampling_error": "0.1"}, "`sampling_error` of nll on held-out as a number >= 0 or null, got '0.1'"),
+    (NLL, {"data": None}, "`data` of nll on None as a name, got None"),
+    (NLL, {"metric": ["nll"]}, "`metric` in `evaluation` must be one of nll, nelbo, exact_match, got"),
+]
+
+
+@pytest.mark.parametrize(("row", "change", "match"), BROKEN)
+def test_a_field_out_of_its_range_is_refused(row, change, match):
+    for make in (evaluation_section, lambda evaluation: eval_results(evaluation, "me/small")):
+        make({"results": [row]})
+        with pytest.raises(ValueError, match=match):
+            make({"results": [{**row, **change}]})
+
+
 @pytest.mark.parametrize(
-    ("change", "match"),
+    ("evaluation", "match"),
     [
-        ({"value": None}, "`evaluation` must give `value` of acc_norm as a number, got None for arc"),
-        ({"value": True}, "`evaluation` must give `value` of acc_norm as a number, got True for arc"),
+        ({}, "`evaluation` must hold a list of `results`, got NoneType"),
+        ({"results": [3]}, "`evaluation` must hold a list of `results`, got list"),
+        ({"results": [NLL], "command": 5}, "`evaluation` must give `command` of the run as a name or null, got 5"),
         (
-            {"standard_error": float("inf")},
-            "`evaluation` must give `standard_error` of acc_norm as a number, got inf for arc",
+            {"results": [NLL], "seed": "0"},
+            "`evaluation` must give `seed` of the run as a whole number or null, got '0'",
         ),
-        ({"metric": "acc "}, "`metric` in `evaluation` must be a name, got 'acc '"),
-        ({"rows": 0}, "`evaluation` must give `rows` of task 'arc' as a number of rows, got 0"),
-        ({"chance": "1/4"}, "`evaluation` must give `chance` of task 'arc' as a number or null, got '1/4'"),
-        ({"data": ""}, "`evaluation` must give `data` of task 'arc' as a name or null, got ''"),
-        ({"settings": [8]}, r"`evaluation` must give `settings` of task 'arc' as an object, got \[8\]"),
     ],
 )
-def test_a_row_without_its_protocol_is_refused(change, match):
-    for make in (evaluation_section, lambda evaluation: eval_results(evaluation, "me/small")):
-        with pytest.raises(ValueError, match=match):
-            make({"results": [{**CHOICE, **change}]})
+def test_an_evaluation_that_is_none_is_refused(evaluation, match):
+    with pytest.raises(ValueError, match=match):
+        evaluation_section(evaluation)
 
 
 def test_an_error_must_be_said_to_be_undefined():
     row = {name: item for name, item in SPEED.items() if name != "standard_error"}
-    with pytest.raises(ValueError, match="`evaluation` must give `standard_error` of tokens_per_second as a number"):
+    with pytest.raises(ValueError, match="must give `standard_error` of task 'speed', or null, got none"):
         evaluation_section({"results": [row]})
 
 
@@ -200,7 +252,7 @@ def test_a_card_without_numbers_needs_no_file(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# small\n\n0.95 is a number in prose.\n")
     check_results(folder)
     rewrite(folder, weights_sha256="0" * 64)  # what is there must be good all the same
-    with pytest.raises(VerificationError, match="must be of the weights in small, got .*; README.md says no number"):
+    with pytest.raises(VerificationError, match="must be of the model in small, got .*; README.md says no number"):
         check_results(folder)
     (folder / "evaluation.json").unlink()
     check_results(folder)
@@ -225,14 +277,14 @@ SOURCES = [
     ("    - type: acc_norm\n", "    - type: acc\n", "says acc 0.31 .*, evaluation.json has no such result"),
     ("      name: boards\n", "      name: gsm8k\n", "says exact_match 0.795 ± 0.02855 on gsm8k, .* no such result"),
     ("      config: arc\n", "      config: piqa\n", r"says acc_norm 0.31 ± 0.02 on arc\|easy \(piqa\), .* no such"),
-    ("        bound: true\n", "", "`metric_args` {'standard_error': 0.0123, .*'bound': True.* and not {"),
-    (f"revision: {'f' * 64}", f"revision: {'e' * 64}", "`dataset_revision` 'f+' and not 'e+'"),
+    ("        bound: true\n", "", "`metrics.args` {'standard_error': 0.0123, .*'bound': True.* and not {"),
+    (f"revision: {'f' * 64}", f"revision: {'e' * 64}", "`dataset.revision` 'f+' and not 'e+'"),
     (
         "      name: evaluation.json\n",
         "      name: leaderboard\n",
-        r"has exact_match 0.795 .* on boards, but `source` None and not 'leaderboard \(https://huggingface.co/me/small",
+        "has exact_match 0.795 .* on boards, but .*`source.name` None and not 'leaderboard'",
     ),
-    ("/me/small/blob/main/evaluation.json", "/me/small/blob/main/other.json", "but `source` None and not"),
+    ("/me/small/blob/main/evaluation.json", "/me/small/blob/main/other.json", "but `source.url` None and not"),
     ("| 0.7950 |", "| 0.9500 |", "README.md says 0.9500 for `boards`, exact match, .*; evaluation.json has 0.7950"),
     ("| ± 0.0285 (", "| ± 0.0001 (", r"README.md says ± 0.0001 \(rows\) for `boards`, .* has ± 0.0285 \(rows\)"),
     ("| ≤ 1.8765 ±", "| 1.8765 ±", "README.md says 1.8765 ± 0.0123 for wiki_en, en, .* has ≤ 1.8765 ± 0.0123"),
@@ -249,7 +301,11 @@ SOURCES = [
         SUITE_TABLE + "## Limits",
         "README.md must keep the table of results between its marks, got one outside",
     ),
-    ("      value: 0.795\n", "", "README.md must have readable metadata, got"),
+    (
+        "      value: 0.795\n",
+        "",
+        "README.md says exact_match None ± 0.02855 on boards, evaluation.json has exact_match",
+    ),
     (
         "model-index:",
         "model-index: []\nmodel-index:",
@@ -257,6 +313,20 @@ SOURCES = [
     ),
     ("      value: 0.795\n", "      value: 0.9\n      value: 0.795\n", "metadata, got `value` more than once"),
     ("---\n\n# small", "a: [\n---\n\n# small", "README.md must have readable metadata, got"),
+    ("      value: 0.795\n", "      value: 0.795\n      best: 0.1\n", "but `metrics.best` None and not 0.1"),
+    ("  - task:\n", "  - score: 0.99\n    task:\n", "but `score` None and not 0.99"),
+    ("      type: text-gen", "      name: 99.9%\n      type: text-gen", "but `task.name` None and not '99.9%'"),
+    ("- name: small\n", "- name: small\n  best: 1\n", "`model-index` must hold `name` and `results`, got `best`"),
+    ("      value: 0.795\n", "      value: '0.795'\n", "but `metrics.value` 0.795 and not '0.795'"),
+    ("        rows: 1200\n", "        rows: 02260\n", "got '02260', which is neither text nor a plain JSON number"),
+    ("        rows: 1200\n", "        rows: 20:00\n", "got '20:00', which is neither text nor a plain JSON number"),
+    ("        rows: 1200\n", "        rows: 1_200\n", "got '1_200', which is neither text nor a plain JSON number"),
+    ("        rows: 1200\n", "        rows: 1200.0\n", "`metrics.args` {.*1200, .*} and not {.*1200.0, "),
+    ("        bound: true\n", "        bound: yes\n", "got 'yes', which is neither text nor"),
+    ("        bound: true\n", "        bound: 1\n", "`metrics.args` {.*'bound': True.* and not {.*'bound': 1"),
+    ("model-index:", "<<: {a: 1}\nmodel-index:", "README.md must have readable metadata, got the merge key `<<`"),
+    ("  results:\n", "  result:\n", "got `result`"),
+    ("model-index:", "model-index: 3\nother:", "`model-index` must be a list of mappings, got 3"),
 ]
 
 
@@ -264,6 +334,63 @@ SOURCES = [
 def test_a_card_that_says_something_else_is_refused(folder, old, new, match):
     edit(folder / "README.md", old, new, 1)
     with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "| Data | Metric | Value | Standard errors | Scored on | How |",
+        "Data | Metric | Value | Standard errors | Scored on | How",
+        "|data|METRIC|value|standard errors|Scored on|how|",
+        "| **Data** | __Metric__ | **Value** | *Standard errors* | Scored  on | How |",
+        "> | Task | Language | Metric | value ± s.e. | Chance | Rows | Data | How |",
+    ],
+)
+def test_a_second_table_is_found_however_it_is_written(folder, head):
+    """Of the tables of results; the writer's own have other heads."""
+    edit(folder / "README.md", "## Limits", "| Data | Metric | Value |\n|---|---|---|\n| a | b | 9 |\n\n## Limits")
+    check_results(folder)
+    edit(folder / "README.md", "## Limits", f"{head}\n## Limits")
+    with pytest.raises(VerificationError, match="README.md must keep the table of results between its marks"):
+        check_results(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Exact match on boards: 99.9 %", "boards | exact match | 0.9990", "> | boards | 0.999 |", "<td>0.999</td>"],
+)
+def test_whatever_stands_between_the_marks_needs_its_file(folder, line):
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n# small\n\n{START}\n\n{END}\n")
+    (folder / "evaluation.json").unlink()
+    check_results(folder)
+    edit(folder / "README.md", END, f"{line}\n\n{END}")
+    with pytest.raises(VerificationError, match=r"got none in small; README.md says \S+"):
+        check_results(folder)
+
+
+def test_metadata_that_is_not_results_may_be_any_yaml(folder):
+    edit(folder / "README.md", "model-index:", "released: 2026-01-01\nbig: no\nmodel-index:")
+    check_results(folder)
+
+
+def test_a_byte_order_mark_hides_nothing(folder):
+    edit(folder / "README.md", "      value: 0.795\n", "      value: 0.95\n")
+    (folder / "README.md").write_text("\ufeff" + (folder / "README.md").read_text())
+    with pytest.raises(VerificationError, match="README.md says exact_match 0.95"):
+        check_results(folder)
+
+
+def test_texts_that_look_like_numbers_stay_texts(folder):
+    """What our own YAML writes is read back: nothing in it is taken for another kind."""
+    words = ["1e-05", "0o10", "010", "1:30", "true", "null", "2026-01-01", "no", "1_8", "é: ‘x’", "a\nb"]
+    odd = {**CHOICE, "data": "1e-05", "settings": {"words": words, "small": 1e-05, "flag": True, "one": 1}}
+    evaluation = {**model_digests(folder), "results": [odd, {**odd, "metric": "acc", "value": 1}]}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "README.md").write_text(card_of(evaluation))
+    check_results(folder)
+    edit(folder / "README.md", "      value: 1\n", "      value: true\n")
+    with pytest.raises(VerificationError, match="README.md says acc True ± 0.02 on .*has acc 1 ± 0.02"):
         check_results(folder)
 
 
@@ -288,14 +415,14 @@ def test_results_of_other_tools_are_refused_by_name(folder):
     card.data.eval_results.pop()
     card.data.eval_results[0].verify_token = "x"
     card.save(folder / "README.md")
-    with pytest.raises(VerificationError, match="but `verify_token` None and not 'x'"):
+    with pytest.raises(VerificationError, match="but `metrics.verifyToken` None and not 'x'"):
         check_results(folder)
 
 
 def test_of_several_settings_the_changed_one_is_named(folder):
     """Two results of a metric and a task: the card's other number is not held against the one that is right."""
     twin = {**CHOICE, "settings": {"shots": 5}, "value": 0.35}
-    evaluation = {"weights_sha256": weights_digest(folder), "results": [CHOICE, twin]}
+    evaluation = {**model_digests(folder), "results": [CHOICE, twin]}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "README.md").write_text(card_of(evaluation).replace("      value: 0.35\n", "      value: 0.95\n"))
     with pytest.raises(VerificationError, match=r"says acc_norm 0.95 [^;]*, evaluation.json has acc_norm 0.35 [^;]*$"):
@@ -315,9 +442,67 @@ def rewrite(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def configure(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_what_decides_the_computation_is_digested(tmp_path):
+    """Every field of the config, its class, and whatever it does not know; not what saving adds."""
+    seen = set()
+    fields = {name: None for name in vars(NanoLLaDAConfig()) if name not in BOOKKEEPING and not name.startswith("_")}
+    assert {"block_length", "rope_parameters", "label_shift", "architectures", "rms_norm_eps"} <= set(fields)
+    for name in (None, "unheard_of", *fields):
+        (tmp_path / "config.json").write_text(
+            json.dumps({**fields, "architectures": ["A"], **({name: 7} if name else {})})
+        )
+        seen.add(config_digest(tmp_path))
+    assert len(seen) == len(fields) + 2
+    before = config_digest(tmp_path)
+    configure(tmp_path, **dict.fromkeys(BOOKKEEPING, "other"))
+    assert config_digest(tmp_path) == before
+    for content, match in (("[]", "a JSON object in config.json, got list"), ("{", "a readable config.json, got")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=match):
+            config_digest(tmp_path)
+
+
+@pytest.mark.parametrize("results", [[NLL], [{**TEXT, "bound": False}]])
+def test_exact_numbers_are_not_of_a_masked_class(folder, results):
+    rewrite(folder, results=results)
+    match = "evaluation.json must hold upper bounds of a masked class .*, got bits per byte of NanoLLaDAForMaskedLM"
+    with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+    configure(folder, architectures=["NanoLLaDAForCausalLM"])
+    rewrite(folder, **model_digests(folder))
+    (folder / "README.md").write_text(card_of(json.loads((folder / "evaluation.json").read_text())))
+    check_results(folder)
+
+
+@pytest.mark.parametrize("results", [[NELBO], [TEXT]])
+def test_bounds_are_not_of_a_causal_class(folder, results):
+    configure(folder, architectures=["NanoLLaDAForCausalLM"])
+    rewrite(folder, **model_digests(folder), results=results)
+    match = "must hold .*, got bits per byte, upper bound.* of NanoLLaDAForCausalLM"
+    with pytest.raises(VerificationError, match=match):
+        check_results(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        (
+            lambda folder: rewrite(folder, config_sha256=None),
+            "must name its model by `config_sha256`, got none .*again",
+        ),
+        (
+            lambda folder: configure(folder, block_length=4),
+            "evaluation.json must be of the model in small, got `config_sha256` [0-9a-f]{64}; README.md says ex",
+        ),
+        (lambda folder: configure(folder, rope_parameters={"rope_theta": 10.0}), "in small, got `config_sha256`"),
+        (lambda folder: (folder / "config.json").unlink(), "`folder` must hold a readable config.json, got"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "small must hold safetensors, got none"),
+        (lambda folder: (folder / "evaluation.json").write_text("[]"), "must hold a JSON object, got list"),
         (
             lambda folder: (folder / "evaluation.json").unlink(),
             "`folder` must hold evaluation.json, got none in small; README.md says exact_match 0.795 ± 0.02855 on "
@@ -325,15 +510,18 @@ def rewrite(folder: Path, **changes) -> None:
         ),
         (
             lambda folder: save_file({"weight": torch.ones(4)}, folder / "model.safetensors"),
-            "evaluation.json must be of the weights in small, got `weights_sha256` [0-9a-f]{64}; README.md says ex",
+            "evaluation.json must be of the model in small, got `weights_sha256` [0-9a-f]{64}; README.md says ex",
         ),
-        (lambda folder: rewrite(folder, weights_sha256=None), "must be of the weights in small, got .* None; README"),
-        (lambda folder: rewrite(folder, results=None), "evaluation.json must hold a list of `results`, got NoneType"),
-        (lambda folder: rewrite(folder, results=[3]), "evaluation.json must hold a list of `results`, got list"),
+        (
+            lambda folder: rewrite(folder, weights_sha256=None),
+            "evaluation.json must name its model by `weights_sha256`, got none .*; README",
+        ),
+        (lambda folder: rewrite(folder, results=None), "`evaluation` must hold a list of `results`, got NoneType"),
+        (lambda folder: rewrite(folder, results=[3]), "`evaluation` must hold a list of `results`, got list"),
         (lambda folder: rewrite(folder, results=[]), "says exact_match 0.795 .*, evaluation.json has no such result"),
         (
             lambda folder: rewrite(folder, results=[{**BOARDS, "value": "0.795"}]),
-            "evaluation.json must hold results, got `evaluation` must give `value` of exact_match as a number, got '0",
+            r"`evaluation` must give `value` of exact_match on boards as a share in \[0, 1\], got '0.795'; README",
         ),
         (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json must be JSON, got"),
     ],

@@ -18,7 +18,7 @@ from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import export as export_module
 from nanollada.hub_upload import upload as upload_module
 from nanollada.hub_upload import verify as verify_module
-from nanollada.hub_upload.card_results import weights_digest
+from nanollada.hub_upload.card_results import model_digests
 from nanollada.hub_upload.export import export, main
 from nanollada.hub_upload.upload import files_to_upload, upload
 from nanollada.hub_upload.verify import VerificationError, check_files, verify
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     ar = save(root / "ar", NanoLLaDAForCausalLM, tokenizer)
     diffusion = save(root / "diffusion", NanoLLaDAForMaskedLM, tokenizer)
-    write(diffusion, run=RUN, evaluation={"checkpoint": str(diffusion), "results": [FOUND]})
+    write(diffusion, run=RUN, evaluation={**model_digests(diffusion), "results": [FOUND]})
     write(diffusion, trainer_state={"global_step": 3})
     return {"ar": ar, "diffusion": diffusion}
 
@@ -84,7 +84,7 @@ def test_export_is_complete_and_equal(exports, checkpoints, name):
     if name == "diffusion":
         assert json.loads((folder / "run.json").read_text())["data"]["sources"] == ["a.txt"]
         evaluation = json.loads((folder / "evaluation.json").read_text())
-        assert evaluation["results"] == [FOUND] and evaluation["weights_sha256"] == weights_digest(folder)
+        assert evaluation == {**model_digests(folder), "results": [FOUND]}
     ours = AutoModelForCausalLM.from_pretrained(checkpoints[name]).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -421,12 +421,19 @@ def test_a_number_without_a_source_is_not_uploaded(exported, tmp_path, options):
 
 
 def test_an_export_checks_its_own_card(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "weights_digest", lambda folder: "0" * 64)
-    with pytest.raises(
-        VerificationError, match="evaluation.json must be of the weights in .*, got `weights_sha256` 0"
-    ):
+    monkeypatch.setattr(export_module, "model_digests", lambda folder: {"weights_sha256": "0" * 64})
+    with pytest.raises(VerificationError, match="evaluation.json must be of the model in .*, got `weights_sha256` 0"):
         export(checkpoints["diffusion"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"block_length": 4}, {"rope_parameters": {"rope_theta": 10.0}}])
+def test_a_config_that_was_changed_after_the_export_is_refused(exported, change):
+    """The number in the card is of the model as it was measured."""
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(VerificationError, match="evaluation.json must be of the model in broken, got `config_sha256`"):
+        verify(exported)
 
 
 def test_push_makes_private_repositories_and_branches(exported, monkeypatch):

@@ -1,17 +1,22 @@
 """The card: what a run has on record, all of it and nothing else."""
 
 import copy
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
+from nanollada.hub_upload.card_results import model_digests
 from nanollada.hub_upload.export import export
-from nanollada.hub_upload.model_card import Facts, build_card, choose_prompt, read_facts, weights_digest, without_paths
+from nanollada.hub_upload.model_card import Facts, build_card, choose_prompt, read_facts, without_paths
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.scripts.evaluate import save_evaluation
+from nanollada.trainers import base
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DATA = {
@@ -73,13 +78,20 @@ def write(folder: Path, **records) -> None:
         (folder / f"{name}.json").write_text(json.dumps(record))
 
 
+def saved(folder: Path) -> dict[str, str]:
+    """What run.json says of the files beside it."""
+    names = ("config.json", "model.safetensors")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
     """An AR run, and a fine-tuned diffusion run that started from it."""
     root = tmp_path_factory.mktemp("runs")
     ar = save(root / "ar", NanoLLaDAForCausalLM, tokenizer)
     found = {"bound": False, "bits_per_byte": 2.5, "bits_per_byte_standard_error": 0.0, "nats_per_token": 3.0}
-    write(ar, run={**RUN, "evaluation": {**found, "tokens": 700, "bytes": 1800, "rows": 6, "estimator": "exact"}})
+    found |= {"tokens": 700, "bytes": 1800, "rows": 6, "estimator": "exact"}
+    write(ar, run={**RUN, "evaluation": found, "sha256": saved(ar)})
     diffusion = save(root / "diffusion", NanoLLaDAForMaskedLM, tokenizer)
     objective = {"name": "masked diffusion bound", "mask_count": "exact", "time_epsilon": None}
     run = {**RUN, "model_class": "NanoLLaDAForMaskedLM", "init": str(ar), "objective": objective}
@@ -87,7 +99,12 @@ def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
     run["data"] = {**DATA, "format": "sft", "sources": ["chats.jsonl"]}
     log = [{"step": 50, "loss": 2.0}, {"step": 50, "eval_loss": 1.75}]
     state = {"global_step": 200, "best_global_step": 50, "best_metric": 1.75, "log_history": log}
-    evaluation = {"checkpoint": str(diffusion), "command": f"evaluate.py --checkpoint {diffusion}", "seed": 7}
+    evaluation = {
+        "checkpoint": str(diffusion),
+        **model_digests(diffusion),
+        "command": f"evaluate.py --checkpoint {diffusion}",
+        "seed": 7,
+    }
     write(diffusion, run=run, trainer_state=state, evaluation={**evaluation, "results": [BOUND, MATCH]})
     return {"ar": ar, "diffusion": diffusion}
 
@@ -237,7 +254,7 @@ def test_ar_card_tells_an_exact_number(exports):
     assert "| bits per byte | 2.5000 | 0 (nothing is drawn) | 700 tokens, 1,800 bytes |" in card
     assert "Measured at the end of the last training run above." in card
     evaluation = json.loads((exports["ar"] / "evaluation.json").read_text())
-    assert evaluation["weights_sha256"] == weights_digest(exports["ar"])  # of the file that went into this folder
+    assert evaluation.items() >= model_digests(exports["ar"]).items()  # of the files that went into this folder
     assert "### " not in card and "≤" not in card and "Infilling" not in card
     assert "output = model.generate(**inputs, max_new_tokens=32)" in card
 
@@ -290,9 +307,9 @@ def test_card_options_and_cells(tokenizer):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"bits_per_byte": None}, "`evaluation` must give `bits_per_byte` of nelbo as a number, got None"),
-        ({"bits_per_byte": float("nan")}, "`evaluation` must give `bits_per_byte` of nelbo as a number, got nan"),
-        ({"standard_error": None}, "`evaluation` must give `standard_error` of nelbo as a number, got None"),
+        ({"bits_per_byte": None}, "must give `bits_per_byte` of nelbo on .*held-out.jsonl as a number >= 0, got None"),
+        ({"bits_per_byte": float("nan")}, "must give `bits_per_byte` of nelbo on .* as a number >= 0, got nan"),
+        ({"standard_error": None}, "must give `standard_error` of nelbo on .* as a number >= 0, got None"),
         (
             {"metric": "perplexity"},
             "`metric` in `evaluation` must be one of nll, nelbo, exact_match, got 'perplexity'",
@@ -311,26 +328,99 @@ def test_results_of_several_commands_name_them_all(tokenizer):
     assert "Seed 0:\n\n```bash\nevaluate.py a\n```\n\nSeed 1:\n\n```bash\nevaluate.py b\n```\n\n<!-- end" in card
 
 
-def test_evaluation_of_other_weights_is_refused(checkpoints, tmp_path):
-    write(tmp_path, evaluation={"results": [BOUND]})
-    with pytest.raises(ValueError, match="evaluation.json must say what it is of: .* got neither"):
-        read_facts(checkpoints["ar"], tmp_path / "evaluation.json")
-    record = {"checkpoint": "anything", "weights_sha256": weights_digest(checkpoints["ar"]), "results": [BOUND]}
-    write(tmp_path, evaluation=record)
-    assert read_facts(checkpoints["ar"], tmp_path / "evaluation.json").evaluation["results"][0]["tokens"] == 1234
-    with pytest.raises(
-        ValueError, match="`evaluation` must be of the weights in diffusion, got evaluation.json of oth"
-    ):
-        read_facts(checkpoints["diffusion"], tmp_path / "evaluation.json")
-    folder = export(checkpoints["ar"], tmp_path / "out", evaluation=tmp_path / "evaluation.json")
-    assert json.loads((folder / "evaluation.json").read_text())["weights_sha256"] == weights_digest(folder)
+def test_an_evaluation_must_name_its_model(checkpoints, tmp_path):
+    """A folder's name alone says nothing, and neither do the weights without the config."""
+    digests = model_digests(checkpoints["diffusion"])
+    for kept, missing in (({}, "weights"), ({"weights_sha256": digests["weights_sha256"]}, "config")):
+        write(tmp_path, evaluation={"checkpoint": "elsewhere/diffusion", **kept, "results": [BOUND]})
+        match = f"evaluation.json must name its model by `{missing}_sha256`, got none .* measure again"
+        with pytest.raises(ValueError, match=match):
+            read_facts(checkpoints["diffusion"], tmp_path / "evaluation.json")
+    write(tmp_path, foreign={"checkpoint": "anything", **digests, "results": [BOUND]})
+    assert read_facts(checkpoints["diffusion"], tmp_path / "foreign.json").evaluation["results"][0]["tokens"] == 1234
+    with pytest.raises(ValueError, match="foreign.json must be of the model in ar, got `weights_sha256` [0-9a-f]{64}"):
+        read_facts(checkpoints["ar"], tmp_path / "foreign.json")
+    folder = export(checkpoints["diffusion"], tmp_path / "out", evaluation=tmp_path / "foreign.json")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation.items() >= model_digests(folder).items()
 
 
-def test_evaluation_of_another_checkpoint_is_refused(checkpoints, tmp_path):
-    with pytest.raises(
-        ValueError, match="`evaluation` must be of the checkpoint ar, got evaluation.json of diffusion"
-    ):
-        read_facts(checkpoints["ar"], checkpoints["diffusion"] / "evaluation.json")
+def test_one_tensors_in_three_models_are_told_apart(tokenizer, tmp_path):
+    """The same weights as AR, as diffusion, and in blocks of 4 have other numbers."""
+    model = NanoLLaDAForCausalLM(NanoLLaDAConfig(vocab_size=len(tokenizer), **SHAPE))
+    ar, whole, blocks = (tmp_path / name for name in ("ar", "whole", "blocks"))
+    model.save_pretrained(ar)
+    for folder, block_length in ((whole, None), (blocks, 4)):
+        model.config.block_length = block_length
+        twin = NanoLLaDAForMaskedLM(model.config)
+        twin.load_state_dict(model.state_dict())
+        twin.save_pretrained(folder)
+    assert len({model_digests(folder)["weights_sha256"] for folder in (ar, whole, blocks)}) == 1
+    exact = {**BOUND, "metric": "nll", "bound": False}
+    for folder, other, result in ((ar, whole, exact), (whole, blocks, BOUND), (blocks, whole, BOUND)):
+        tokenizer.save_pretrained(other)
+        write(folder, evaluation={**model_digests(folder), "results": [result]})
+        assert read_facts(folder).evaluation is not None
+        with pytest.raises(ValueError, match=f"evaluation.json must be of the model in {other.name}, got `config_sha"):
+            export(other, tmp_path / "out", evaluation=folder / "evaluation.json")
+    write(whole, evaluation={**model_digests(whole), "results": [exact]})
+    with pytest.raises(ValueError, match="must hold upper bounds of a masked class .*, got .* NanoLLaDAForMaskedLM"):
+        read_facts(whole)
+
+
+@pytest.mark.parametrize("model_class", [NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM])
+def test_saving_again_keeps_the_digests(model_class, tokenizer, tmp_path):
+    """And so does an export; what saving adds besides counts for nothing."""
+    shape = {**SHAPE, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    model = model_class(NanoLLaDAConfig(vocab_size=len(tokenizer), pad_token_id=0, block_length=4, **shape))
+    model.save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    model_class.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    folder = export(tmp_path / "first", tmp_path / "third")
+    edited = json.loads((tmp_path / "second" / "config.json").read_text())
+    del edited["auto_map"]
+    edited |= {"transformers_version": "5.99", "dtype": None}
+    (tmp_path / "second" / "config.json").write_text(json.dumps(edited))
+    assert model_digests(tmp_path / "first") == model_digests(tmp_path / "second") == model_digests(folder)
+
+
+def test_the_numbers_of_a_run_are_of_its_files(checkpoints, tmp_path):
+    """A run.json beside other weights, or another config, is refused; one that names no files gives no number."""
+    folder = Path(shutil.copytree(checkpoints["ar"], tmp_path / "ar"))
+    assert base._saved_digests(folder) == saved(folder)  # as a run writes them
+    assert read_facts(folder).evaluation["results"][0]["bits_per_byte"] == 2.5
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("1000000.0", "10.0"))
+    match = r"run.json must be of the model in ar, got an `evaluation` of another {} \(measure again\)"
+    with pytest.raises(ValueError, match=match.format("config.json")):
+        read_facts(folder)
+    (folder / "config.json").write_text(config)
+    shutil.copy(checkpoints["diffusion"] / "model.safetensors", folder)
+    with pytest.raises(ValueError, match=match.format("model.safetensors")):
+        read_facts(folder)
+    shutil.copy(checkpoints["ar"] / "model.safetensors", folder / "model-2.safetensors")
+    shutil.copy(checkpoints["ar"] / "model.safetensors", folder)
+    with pytest.raises(ValueError, match=match.format("model-2.safetensors")):
+        read_facts(folder)
+    run = json.loads((folder / "run.json").read_text())
+    del run["sha256"]
+    write(folder, run=run)
+    facts = read_facts(folder)
+    assert facts.evaluation is None
+    assert facts.missing == ["evaluation: that of run.json is of unknown weights (no `sha256`), measure again"]
+
+
+def test_kept_results_are_of_one_model(tmp_path, capsys):
+    """A block length that was changed since, or a file that named no config: its results go, and that is said."""
+    path, new = tmp_path / "evaluation.json", {"weights_sha256": "w", "config_sha256": "c", "results": [BOUND]}
+    for old, dropped in (({}, 0), ({"config_sha256": "d"}, 1), ({"config_sha256": None}, 1)):
+        path.write_text(json.dumps({**new, **old, "results": [MATCH]}))
+        assert len(save_evaluation(new, path)["results"]) == 2 - dropped
+        said = capsys.readouterr().err
+        assert ("dropped 1 results, which don't name this model by weights_sha256 and config" in said) == dropped
+
+
+def test_facts_that_cannot_be_read_are_refused(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="`evaluation` must hold readable JSON, got none.json"):
         read_facts(checkpoints["ar"], tmp_path / "none.json")
     (tmp_path / "run.json").write_text("[]")

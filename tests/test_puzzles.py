@@ -12,9 +12,9 @@ from nanollada.scripts.puzzles import PUZZLES, evaluated, main, make_rows, side_
 
 @pytest.mark.parametrize("puzzle", PUZZLES)
 def test_rows_are_made_from_the_seed(puzzle):
-    rows = make_rows(puzzle, 40, seed=3)
-    assert rows == make_rows(puzzle, 40, seed=3) and rows != make_rows(puzzle, 40, seed=4)
-    assert rows[:10] == make_rows(puzzle, 10, seed=3)
+    rows = make_rows(puzzle, 40, 3)
+    assert rows == make_rows(puzzle, 40, 3) and rows != make_rows(puzzle, 40, 4)
+    assert rows[:10] == make_rows(puzzle, 10, 3)
     assert len({row["prompt"] for row in rows}) == 40 and all(solves(puzzle, row, row["answer"]) for row in rows)
     training = {row["prompt"] for seed in range(3) for row in make_rows(puzzle, 100, seed, "train")}
     assert not training & {row["prompt"] for row in rows}
@@ -118,6 +118,13 @@ def test_options_that_are_refused():
     for puzzle, options, message in (
         ("arithmetic", {"numbers": 3}, r"`numbers` must be an option of arithmetic \(digits, operators\), got 3"),
         ("arithmetic", {"operators": "/"}, "`operators` must be some of .*, got '/'"),
+        ("countdown", {"side": "train"}, r"`side` must be an option of countdown \(numbers, .*\), got 'train'"),
+        ("arithmetic", {"digits": True}, "`digits` must be a whole number from 1 to 9, got True"),
+        (
+            "countdown",
+            {"numbers": 6, "largest": 1000, "target": 1},
+            "`target` must be within reach, got 1 and none in 1",
+        ),
         ("countdown", {"numbers": 9}, "`numbers` must be a whole number from 2 to 6, got 9"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -197,6 +197,55 @@ def test_whatever_changed_is_measured_again(folder, measured, tokenizer):
     assert again() == [("ar", task["name"]) for task in FEW]
 
 
+def test_speed_belongs_to_a_machine(folder, measured, monkeypatch):
+    speed = {"name": "speed", "kind": "speed", "max_new_tokens": 2, "repeats": 1, "chat": False}
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"tasks": [FEW[0], speed]}))
+
+    def again():
+        measured.clear()
+        main(words(folder, checkpoints=["ar"]))
+        return [task for _, task in measured]
+
+    assert again() == ["text", "speed"] and again() == []
+    monkeypatch.setattr("nanollada.trainers.setup.hardware", lambda: "1 × a faster one")
+    assert again() == ["speed"] and again() == []
+    versions = {"torch": "9", "transformers": "9", "datasets": "9"}
+    monkeypatch.setattr("nanollada.trainers.setup.versions", lambda: versions)
+    assert again() == ["speed"]
+    versions["datasets"] = "10"
+    assert again() == []
+    args = SuiteArguments(str(folder / "suite.yaml"), [str(folder / "ar")], str(folder / "data"), device="meta")
+    item = plan(args)[1][1]
+    elsewhere = suite.Runner(args, []).identity(item, "w", "f")
+    assert elsewhere["device"] == "meta" and elsewhere["hardware"] == "1 × a faster one"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"results": [1]}', b"\xff"])
+def test_a_broken_evaluation_stops_before_any_model_is_loaded(folder, measured, content):
+    path = folder / "diffusion" / "evaluation.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        ValueError, match="`checkpoints` must hold no evaluation.json, or one .* got .*diffusion/evalua"
+    ):
+        main(words(folder))
+    assert not measured
+
+
+def test_the_results_of_the_run_are_written_first(folder, measured, monkeypatch):
+    monkeypatch.setattr(evaluate, "save_evaluation", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    with pytest.raises(OSError, match="read-only"):
+        main(words(folder))
+    assert {model for model, _ in measured} == set(CLASSES)
+    assert len(json.loads((folder / "out" / "suite.json").read_text())["models"]) == 2
+
+
+def test_errors_of_a_model_name_the_task(folder):
+    blocks = {"name": "odd", "kind": "statistics", "rows": 1, "max_new_tokens": 5, "decoding": {"block_length": 4}}
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"tasks": [blocks]}))
+    with pytest.raises(ValueError, match="task odd of diffusion: `block_length` must divide `max_new_tokens`, got"):
+        main(words(folder, checkpoints=["diffusion"]))
+
+
 @pytest.mark.parametrize("damage", ["no records", "half records", "half result", "another protocol"])
 def test_partial_files_are_not_believed(folder, measured, damage, monkeypatch):
     main(words(folder, checkpoints=["diffusion"]))

@@ -9,7 +9,7 @@ from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaske
 from nanollada.scripts.evaluate import evaluate_checkpoint
 from nanollada.scripts.generate import generate
 from nanollada.scripts.suite_metrics import win_probability
-from nanollada.scripts.suite_rows import Row, parse_task
+from nanollada.scripts.suite_rows import CHECKS, Row, parse_task
 from nanollada.scripts.suite_tasks import Bench, encoded_pairs, run_choice, run_cloze, run_pairs, run_text
 from nanollada.trainers.continuations import conditional_rows, encode_pair
 from nanollada.trainers.likelihood import causal_nll, exact_nelbo
@@ -307,3 +307,13 @@ def test_blocks_are_for_diffusion(tokenizer):
     own = run_choice(bench("diffusion", tokenizer, samples=2, block_length=1), task("choice"), rows(CHOICES))
     assert [record["nats"] for record in own.records] == [pytest.approx(record["nats"]) for record in scored.records]
     assert run_choice(bench("ar", tokenizer), settings, rows(CHOICES)).results  # AR has no blocks: left out
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("text", ["One line ends here.\n\nSecond\nthird", "你好 世界", "He sat."])
+def test_the_last_word_of_a_text_keeps_what_stands_before_it(tokenizer, text, language):
+    own, of = bench("ar", tokenizer), task("cloze", language=language)
+    row = Row("x.jsonl", 1, {"text": text})
+    ((prompt, target),) = encoded_pairs(own, of, [Row(row.source, row.number, CHECKS["cloze"](row, of))])
+    assert tokenizer.decode([*prompt[1:], *target]) == text
+    assert tokenizer.decode(target).strip() == text.split()[-1]

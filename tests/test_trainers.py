@@ -258,6 +258,7 @@ def test_the_run_from_text_to_diffusion(job, tmp_path):
     for name, facts in (("ar", ar), ("diffusion", diffusion)):
         folder = tmp_path / name
         assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(facts))
+        assert facts["sha256"].keys() == {"config.json", "model.safetensors"}
         files = ("model.safetensors", "tokenizer.json", "modeling_nanollada.py", "trainer_state.json", "metrics.jsonl")
         assert all((folder / file).exists() for file in files)
         for checkpoint in folder.glob("checkpoint-*"):

@@ -1,5 +1,6 @@
 """What the AR and the diffusion trainer share: keyed rows, exact normalisation, evaluation, and the run around it."""
 
+import hashlib
 import json
 import math
 import shlex
@@ -315,7 +316,7 @@ def train(
         command (`str`, *optional*): What `run.json` names as the command of the run.
 
     Returns:
-        `dict`: the facts in `run.json`.
+        `dict`: the facts in `run.json`; `sha256` (of its files) on the rank alone that writes them.
 
     Raises:
         `ValueError`: if `output_dir` holds checkpoints of an earlier run and `resume_from_checkpoint` is not given.
@@ -356,8 +357,18 @@ def train(
     trainer.save_model(args.output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
+        facts["sha256"] = _saved_digests(Path(args.output_dir))
         (Path(args.output_dir) / "run.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return facts
+
+
+def _saved_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that hold the model, by name: of these is the `evaluation` in `run.json`."""
+    found = {}
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        with open(path, "rb") as stream:
+            found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _checkpoint_to_resume(args) -> str | None:
