@@ -287,6 +287,9 @@ def test_a_cloze_knows_nothing_of_the_generation_config(tokenizer):
         if name != "ar":
             own.model.generation_config.update(steps=1, remasking="random")
         assert run_cloze(own, task("cloze"), values).records == [plain]
+        certain = 99.0 * torch.nn.functional.one_hot(torch.tensor(tokenizer.mask_token_id), len(tokenizer))
+        own.model.lm_head.register_forward_hook(lambda module, args, out, certain=certain: out + certain)
+        assert "<|mask|>" not in run_cloze(own, task("cloze"), values).records[0]["said"]
 
 
 def test_rows_that_cannot_be_scored(tokenizer):
