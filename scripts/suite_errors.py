@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from nanollada.scripts.suite_rows import limited
-from nanollada.scripts.suite_tasks import Bench, encoded_pairs
+from nanollada.scripts.suite_tasks import Bench, encoded_pairs, text_ids
 
 CONTEXT = 16  # tokens before an answer that is cut out of a text
 
@@ -15,7 +15,6 @@ def short_pairs(bench: Bench, planned: list, samples: int) -> list[tuple[list[in
     choices, cloze answers, minimal pairs, reference answers; and pieces of texts, 16 tokens before each.
     """
     from nanollada.scripts.suite_generation import questions
-    from nanollada.trainers.continuations import context_ids
     from nanollada.trainers.likelihood import MAX_EXACT_TARGETS
 
     fewest = next(n for n in range(2, 99) if 2**n - 1 > samples)
@@ -28,7 +27,7 @@ def short_pairs(bench: Bench, planned: list, samples: int) -> list[tuple[list[in
         elif item.task.kind in ("generation", "presets"):
             pairs += questions(bench, item.task, item.rows)
         for row in item.rows if item.task.kind == "text" else ():
-            ids = context_ids(bench.tokenizer, row.values.get("text", ""))
+            ids = text_ids(bench, row, row.values.get("text", ""))
             for number, start in enumerate(range(0, len(ids) - CONTEXT - MAX_EXACT_TARGETS, CONTEXT)):
                 size = fewest + number % (MAX_EXACT_TARGETS - fewest + 1)
                 cut = start + CONTEXT

@@ -209,7 +209,10 @@ def _prompts(bench: Bench, task: Task, rows: list[Row]) -> list[list[int]]:
     for row in rows:
         prompt = row.values["prompt"]
         prompt = [{"role": "user", "content": prompt}] if task.options["chat"] and isinstance(prompt, str) else prompt
-        prompts.append(prompt_ids(bench.tokenizer, prompt))
+        try:
+            prompts.append(prompt_ids(bench.tokenizer, prompt))
+        except ValueError as error:
+            raise row.error(str(error)) from error
         bench.require_room(row, len(prompts[-1]) + task.options["max_new_tokens"], "prompt and text")
         if bench.tokenizer.mask_token_id in prompts[-1]:
             raise row.error(f"`prompt` must not hold {bench.tokenizer.mask_token}, got it")
@@ -271,7 +274,7 @@ def judge_nats(model, tokenizer, text: str, context: str = "") -> tuple[float, i
     try:
         ids, labels = encode_spans(tokenizer, context + text, [(len(context), len(context + text))])
     except BadRow as error:
-        raise ValueError(f"the drawn text of this row is for `judge` {error}") from error
+        raise ValueError(f"`judge` must spell prompt and drawn text with its vocabulary, got {error}") from error
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and len(ids) + 1 > most:
         raise ValueError(f"`judge` must have room for a text, got {len(ids) + 1} tokens and {most} positions")

@@ -13,7 +13,6 @@ from statistics import NormalDist
 NORMAL = NormalDist()
 NODES = 200  # of the integral over the noise of one choice: good to about a thousandth
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-ARTICLES = ("a", "an", "the")
 CMRC_DELETES = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"  # one character each: its "……" never matches
 
 
@@ -99,18 +98,25 @@ def units(text: str, language: str | None = None) -> list[str]:
     """
     What two answers are compared by: lower-case words, and each Chinese character by itself.
 
-    Chinese (`language="zh"`): what CMRC 2018's official script deletes is deleted (dashes, colons and full-width
-    punctuation; not `.`, `,` or `%`), and the rest is parted as there, but that words end at spaces alone, where it
-    asks NLTK. Otherwise ASCII punctuation is deleted, and a, an, the go (SQuAD's normalisation).
+    Chinese (`language="zh"`): what CMRC 2018's official script deletes is deleted, which parts no word: dashes, colons
+    and full-width punctuation; not `.`, `,` or `%`. Two things differ: words end at spaces and Chinese characters
+    alone, where the script asks NLTK (for which `50%` is two words); and Chinese characters are those of Unicode's
+    blocks of ideographs, there U+4E00 to U+9FA5.
+
+    Otherwise ASCII punctuation is deleted, then a, an and the, as by SQuAD's official script, for which Chinese
+    characters are letters like others.
     """
     deleted = CMRC_DELETES if language == "zh" else string.punctuation
     text = "".join(character for character in text.lower() if character not in deleted)
-    words = re.sub(f"([{HAN}])", r" \1 ", text).split()
-    return words if language == "zh" else [word for word in words if word not in ARTICLES]
+    text = text if language == "zh" else re.sub(r"\b(a|an|the)\b", " ", text)
+    return re.sub(f"([{HAN}])", r" \1 ", text).split()
 
 
 def answer_match(answer: str, references: Iterable[str], language: str | None = None) -> bool:
-    """Whether an answer is one of the references, up to what [`units`] drops; in Chinese up to spaces, too."""
+    """
+    Whether an answer is one of the references, up to what [`units`] drops; in Chinese up to spaces, too, which CMRC's
+    script compares.
+    """
 
     def plain(text: str) -> str:
         return ("" if language == "zh" else " ").join(units(text, language))

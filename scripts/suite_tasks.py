@@ -170,7 +170,8 @@ def _encoded(bench: Bench, row: Row, context: str, continuation: str) -> tuple[l
     return pair
 
 
-def _context_ids(bench: Bench, row: Row, text: str) -> list[int]:
+def text_ids(bench: Bench, row: Row, text: str) -> list[int]:
+    """`context_ids`, whose errors here name the row."""
     from nanollada.trainers.continuations import context_ids
 
     try:
@@ -198,7 +199,7 @@ def encoded_pairs(bench: Bench, task: Task, rows: list[Row]) -> list[tuple[list[
         values = row.values
         if task.kind == "pairs":
             for text in (values["good"], values["bad"]):
-                start, *ids = _context_ids(bench, row, text)
+                start, *ids = text_ids(bench, row, text)
                 pairs.append(([start], ids))
                 _check_ids(bench, row, pairs[-1])
         else:
@@ -282,7 +283,7 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """
     pairs = encoded_pairs(bench, task, rows)
     found = _score(bench, task, pairs, rows)
-    said = _greedy(bench, pairs)
+    said, how = _greedy(bench, pairs)
     records = [
         {
             "source_row": row.number,
@@ -300,18 +301,18 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     nats["mask_error"] = math.sqrt(math.fsum(record["variance"] for record in records)) / len(records)
     results = [
         {"metric": "nats_per_answer", "unit": "nats/answer", "bound": found.bound, **nats},
-        {"metric": "greedy_match", "unit": "share", **share([record["right"] for record in records])},
+        {"metric": "greedy_match", "unit": "share", "generate": how, **share([record["right"] for record in records])},
     ]
     return Outcome(results, records, {"estimator": found.estimator})
 
 
-def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[str, bool]]:
+def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[tuple[str, bool]], dict]:
     """
     For each pair the greedy text in the answer's place, and whether its tokens are the answer's; whatever the
-    checkpoint's generation config says.
+    checkpoint's generation config says. And the settings, but for the lengths, which are the answer's.
     """
     from nanollada.scripts.evaluate import answers_to
-    from nanollada.scripts.generate import default_decoding, generation_settings
+    from nanollada.scripts.generate import default_decoding, effective_settings, generation_settings
 
     order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
     said: dict[int, tuple[str, bool]] = {}
@@ -326,4 +327,7 @@ def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> list[tupl
             answers = answers_to(bench.model, bench.tokenizer, prompts, 0, settings)
         for place, (ids, _) in zip(places, answers, strict=True):
             said[place] = (bench.tokenizer.decode(ids), ids == pairs[place][1])
-    return [said[place] for place in range(len(pairs))]
+    with default_decoding(bench.model):
+        how = effective_settings(bench.model, temperature=0.0)
+    del how["max_new_tokens"]
+    return [said[place] for place in range(len(pairs))], how

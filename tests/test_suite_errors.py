@@ -10,6 +10,7 @@ from nanollada.scripts.suite import Planned
 from nanollada.scripts.suite_errors import check_errors, short_pairs
 from nanollada.scripts.suite_rows import Row, parse_task
 from nanollada.scripts.suite_tasks import Bench
+from nanollada.trainers.rows import DataError
 from nanollada.trainers.setup import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -45,6 +46,14 @@ def covers(found):
     assert abs(found["mean_z"]) < 3 / math.sqrt(200)
     assert found["rms_error"] == pytest.approx(found["rms_standard_error"], rel=0.25)
     assert found["rms_error"] > 0.01  # a model of opinions: there is noise to speak of
+
+
+def test_text_that_the_vocabulary_lacks_is_named(char_tokenizer):
+    model = NanoLLaDAForMaskedLM(config_for(char_tokenizer, **SHAPE)).eval()
+    task = parse_task({"name": "t", "kind": "text", "data": "x"}, "")
+    rows = [Row("x.jsonl", number, {"text": text}) for number, text in enumerate("a€", start=1)]
+    with pytest.raises(DataError, match="x.jsonl, row 2: the text is not in the vocabulary: '€'"):
+        short_pairs(Bench(model, char_tokenizer), [Planned(task, rows, "d")], 128)
 
 
 def test_wrong_errors_are_found(bench, monkeypatch):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts import suite_generation
-from nanollada.scripts.generate import generate, prompt_ids
+from nanollada.scripts.generate import generate, keyed_seed, prompt_ids
 from nanollada.scripts.suite_generation import (
     judge_nats,
     run_generation,
@@ -117,7 +117,9 @@ def test_batches_do_not_change_answers(tokenizer, name, temperature):
         alike = write_answers(bench(name, tokenizer), of, prompts[:1] * 32, settings)
         assert alike[:16] != alike[16:]  # each group has a seed of its own,
         other = write_answers(bench(name, tokenizer, seed=16), of, prompts[:1] * 16, settings)
-        assert other != alike[16:]  # and no other run's has it
+        assert other != alike[16:]  # and no other run's has it,
+        renamed = task("statistics", name="u", max_new_tokens=4)
+        assert write_answers(bench(name, tokenizer), renamed, prompts, settings) != said[0]  # nor another task's
     else:
         own = bench(name, tokenizer)
         one = generate(own.model, tokenizer, prompts[3], max_new_tokens=4, temperature=0.0).text
@@ -150,7 +152,8 @@ def test_presets_are_paired(tokenizer, monkeypatch):
     assert difference["value"] == -0.25
     assert difference["standard_error"] == pytest.approx(math.sqrt((3 * 0.25**2 + 0.75**2) / 3 / 4))
     assert [item[1:] for item in seen[:4]] == [item[1:] for item in seen[4:]]  # the same room and seeds
-    assert len({item[1] for item in seen}) == 4 and {item[2:] for item in seen} == {(4, 0.5, 0.0)}
+    assert [item[1] for item in seen[:4]] == [keyed_seed(5, "t", place) for place in range(4)]  # of run, task, row
+    assert {item[2:] for item in seen} == {(4, 0.5, 0.0)}
     assert [record["preset"] for record in outcome.records] == ["one"] * 4 + ["all"] * 4
     assert found["exact_match/all"]["generate"]["block_length"] == 4
 
@@ -233,6 +236,14 @@ def test_the_checkpoints_own_draws_do_not_depend_on_the_batch(tokenizer, name):
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("kind", ["statistics", "speed"])
+def test_a_prompt_that_the_vocabulary_lacks_is_named(char_tokenizer, kind):
+    asked = task(kind, max_new_tokens=4)
+    run = run_statistics if kind == "statistics" else run_speed
+    with pytest.raises(DataError, match="x.jsonl, row 2: `prompt` must be spelt by the tokenizer's vocabulary, got"):
+        run(bench("ar", char_tokenizer), asked, rows(asked, {"prompt": "a"}, {"prompt": "€"}))
+
+
 # ---- the judge
 
 
@@ -262,9 +273,9 @@ def test_a_text_is_judged_behind_its_prompt(tokenizer, char_tokenizer, monkeypat
         (record,) = run_statistics(own, asked, rows(asked, {"prompt": "The cat"})).records
         assert record["judge_nats"] == judge_nats(*own.judge, record["text"], context)[0]
     own.judge = (own.judge[0], char_tokenizer)
-    scripted(monkeypatch, ["é"])
-    with pytest.raises(DataError, match="x.jsonl, row 1: the drawn text of this row is for `judge` not in the voc"):
-        run_statistics(own, asked, rows(asked, {"prompt": "The cat"}))
+    scripted(monkeypatch, ["a", "é"])
+    with pytest.raises(DataError, match="x.jsonl, row 2: `judge` must spell prompt and drawn text with its"):
+        run_statistics(own, asked, rows(asked, {"prompt": "The cat"}, {"prompt": "The cat"}))
 
 
 def test_what_a_judge_cannot_read(tokenizer):

@@ -85,9 +85,12 @@ def test_decisions_count_the_first_of_the_lowest():
         ("The cat, a well-known one!", "en", ["cat", "wellknown", "one"]),
         ("An apple costs $3.50", "en", ["apple", "costs", "350"]),
         ("范廷颂是什么？", "zh", list("范廷颂是什么")),
-        ("GPT-4模型,在2023年。", "zh", ["gpt4", "模", "型", ",", "在", "2023", "年"]),  # a full-width comma goes
+        ("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』", "zh", []),  # all of CMRC's list,
+        (".,%$()'\"!?;‘…—", "zh", [".,%$()'\"!?;‘…—"]),  # and nothing else
+        ("GPT-4模型,在2023年。", "zh", ["gpt4", "模", "型", ",", "在", "2023", "年"]),
         ("3.14%，约1,000", "zh", ["3.14%", "约", "1,000"]),
-        ("10–20 €5", "en", ["10–20", "€5"]),  # SQuAD deletes ASCII punctuation alone
+        ("10–20 €5", "en", ["10–20", "€5"]),  # SQuAD deletes ASCII punctuation alone,
+        ("The’s a–b", "en", ["’s", "–b"]),  # and articles beside any other
         ("the 张伟 of A", "en", ["张", "伟", "of"]),  # mixed text: articles go, characters stand alone
         ("the A座", "zh", ["the", "a", "座"]),  # no articles in Chinese
         ("  ·、  ", "zh", []),
@@ -114,6 +117,7 @@ def test_units(text, language, expected):
         ("1.5", ["15"], "zh", False, 0.0),
         ("50%", ["50"], "zh", False, 0.0),
         ("3.14", ["3.15"], "zh", False, 0.0),
+        ("New York", ["newyork"], "zh", True, 1.0),
     ],
 )
 def test_answers(answer, references, language, match, f1):

@@ -267,6 +267,21 @@ def test_scores_that_are_no_numbers_are_refused(tokenizer):
         run_text(own, task("text"), rows([{"text": "The cat"}]))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_row_of_infinite_nats_is_named(tokenizer, name):
+    """A model that rules a token out; the row before it, which lacks that token, is in order."""
+    own, odd = bench(name, tokenizer), tokenizer("z").input_ids[0]
+    ruled_out = torch.nn.functional.one_hot(torch.tensor(odd), len(tokenizer)).bool()
+    own.model.lm_head.register_forward_hook(lambda module, args, out: out.masked_fill(ruled_out, -math.inf))
+    for run, kind, values in (
+        (run_choice, "choice", [CHOICES[1], {**CHOICES[0], "choices": ["a", "z"]}]),
+        (run_cloze, "cloze", [{"ctx": "It is", "answer": "a"}, {"ctx": "It is", "answer": "z"}]),
+        (run_pairs, "pairs", [{"good": "a", "bad": "b"}, {"good": "a", "bad": "z"}]),
+    ):
+        with pytest.raises(DataError, match="x.jsonl, row 2: the model must give finite nats, got inf"):
+            run(own, task(kind), rows(values))
+
+
 def test_text_that_the_vocabulary_lacks_is_named(char_tokenizer):
     own = bench("ar", char_tokenizer)
     for run, kind, values in (
@@ -282,11 +297,14 @@ def test_a_cloze_knows_nothing_of_the_generation_config(tokenizer):
     for name in CLASSES:
         own = bench(name, tokenizer)
         values = rows([{"ctx": "The cat", "answer": " sat on the mat and sat."}])
-        (plain,) = run_cloze(own, task("cloze"), values).records
+        outcome = run_cloze(own, task("cloze"), values)
+        (plain,), how = outcome.records, outcome.results[1]["generate"]
+        assert how == ({"do_sample": False} if name == "ar" else {"temperature": 0.0})
         own.model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
         if name != "ar":
             own.model.generation_config.update(steps=1, remasking="random")
-        assert run_cloze(own, task("cloze"), values).records == [plain]
+        outcome = run_cloze(own, task("cloze"), values)
+        assert outcome.records == [plain] and outcome.results[1]["generate"] == how
         certain = 99.0 * torch.nn.functional.one_hot(torch.tensor(tokenizer.mask_token_id), len(tokenizer))
         own.model.lm_head.register_forward_hook(lambda module, args, out, certain=certain: out + certain)
         assert "<|mask|>" not in run_cloze(own, task("cloze"), values).records[0]["said"]
