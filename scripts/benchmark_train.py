@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanollada.scripts.benchmark import device_name, in_fresh_process, spread
 from nanollada.scripts.benchmark_measure import CONFIGURATIONS, SIZES
-from nanollada.trainers.rows import RowPolicy, SourceArguments, read_examples, resolve_source
+from nanollada.trainers.rows import RowPolicy, SourceArguments, read_examples, resolve_sources
 
 OBJECTIVES = ("ar", "mdlm", "block")
 
@@ -95,7 +95,7 @@ def make_rows(args: TrainBenchmarkArguments, tokenizer) -> dict[str, list[dict]]
 
     rows, length, pad = (args.warmup_steps + args.steps) * args.batch_size, args.max_length, tokenizer.pad_token_id
     policy = RowPolicy(args.on_bad_rows)
-    examples = (example for spec in args.data for example in read_examples(resolve_source(spec, args), policy))
+    examples = (row for source in resolve_sources(args.data, args) for row in read_examples(source, policy))
     documents, tokens = [], 0
     for example, document in RowEncoder(tokenizer, length).encode(examples, policy):
         if example.format != "pretrain":

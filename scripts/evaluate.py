@@ -112,7 +112,7 @@ def evaluate_checkpoint(
     from nanollada.hub_upload.card_results import model_digests
     from nanollada.scripts.generate import generation_settings, load_checkpoint
     from nanollada.trainers.likelihood import scored_block_length
-    from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
+    from nanollada.trainers.rows import RowPolicy, read_examples, resolve_sources
 
     _check(metrics, batch_size, decoding)
     digests = {"weights_sha256": None, "config_sha256": None}
@@ -136,7 +136,8 @@ def evaluate_checkpoint(
             results.append({"data": source, **result, **shape, **run})
         if "exact_match" in metrics:
             arguments = SourceArguments(data=[source], **source_options)
-            examples = read_examples(resolve_source(source, arguments), RowPolicy(arguments.on_bad_rows))
+            (rows,) = resolve_sources([source], arguments)
+            examples = read_examples(rows, RowPolicy(arguments.on_bad_rows))
             result = exact_match(model, tokenizer, examples, batch_size=batch_size, seed=seed, **(decoding or {}))
             results.append({"data": source, **result, **run})
     return {"checkpoint": checkpoint, **digests, **run, "results": results}
@@ -164,7 +165,7 @@ def _rolling(tokenizer, source: str, options: dict, context: int, block_length: 
     """As `_packed`, with rows that roll over each text."""
     from collections import Counter
 
-    from nanollada.trainers.rows import RowPolicy, read_examples, resolve_source
+    from nanollada.trainers.rows import RowPolicy, read_examples, resolve_sources
     from nanollada.trainers.tokenization import RowEncoder
 
     options = dict(options)
@@ -173,7 +174,8 @@ def _rolling(tokenizer, source: str, options: dict, context: int, block_length: 
     policy = RowPolicy(arguments.on_bad_rows, report["skipped_rows"])
     encoder = RowEncoder(tokenizer, max_length=sys.maxsize)
     documents = []
-    for example, document in encoder.encode(read_examples(resolve_source(source, arguments), policy), policy):
+    (found,) = resolve_sources([source], arguments)
+    for example, document in encoder.encode(read_examples(found, policy), policy):
         refuse_answers(example)
         documents.append(document)
     report["documents"] = len(documents)

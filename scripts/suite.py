@@ -312,6 +312,7 @@ class Runner:
         task, figures = item.task, dict(figures)
         settings = {**task.settings(), **outcome.settings}
         settings |= {"generate": generate} if (generate := figures.pop("generate", None)) else {}
+        settings |= machine(self.args.device) if task.kind == "speed" else {}
         if task.kind in SCORED:
             settings["score"] = "upper bound of the NLL" if bench.is_diffusion else "exact NLL"
             settings |= {"samples": self.args.samples} if bench.is_diffusion else {}

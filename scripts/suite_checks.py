@@ -15,6 +15,7 @@ PRESETS = {
     "llada_styles": {"llada_1": {"block_length": 32}, "llada_2": {"block_length": 32, "threshold": 0.95}},
 }
 COUNT, TEXT, FLAG, SETTINGS, NAME = "a whole number from 1 on", "a string", "true or false", "a mapping", "one of "
+PAIR = "a whole number from 2 on"  # a context token, and one that is scored
 PATTERN, COLUMNS = "a regular expression", "a mapping of names to names"
 TEMPLATE = "a string that asks the {question}, with the {context} or without, and has no other {name}"
 SCORED = {"eval_block_length": (None, "a whole number from 0 on")}
@@ -30,7 +31,7 @@ ASKED = {
 }
 # Of each setting its default and its rule. A default of None means that nothing is set.
 KINDS = {
-    "text": {"max_length": (512, COUNT), "rolling_context": (None, COUNT), **SCORED},
+    "text": {"max_length": (512, PAIR), "rolling_context": (None, COUNT), **SCORED},
     "choice": {"delimiter": (None, TEXT), "suffix": ("", TEXT), **SCORED},
     "cloze": {"delimiter": (None, TEXT), **SCORED},
     "pairs": {**SCORED},
@@ -133,7 +134,7 @@ def checked_options(item: Any, place: str) -> dict:
 
 def _fits(value: Any, rule: str) -> bool:
     if rule.startswith("a whole number"):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= (1 if rule == COUNT else 0)
+        return isinstance(value, int) and not isinstance(value, bool) and value >= int(rule.split()[4])
     if rule.startswith(NAME):
         return value in rule.removeprefix(NAME).split(", ")
     if rule == COLUMNS:

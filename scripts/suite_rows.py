@@ -1,5 +1,6 @@
 """A suite's file and its rows: tasks are parsed, rows are read and checked; every error names its task or its row."""
 
+import glob
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from nanollada.trainers.rows import (
     BadRow,
     DataError,
     SourceArguments,
+    _built_rows,
     _checked_text,
     _decoded,
     _kind,
@@ -144,13 +146,15 @@ def read_rows(task: Task, base: str | None) -> tuple[list[Row], str]:
         `DataError`: at a broken row. `ValueError`: for no data or no rows, and settings that files don't have.
     """
     spec = task.data
-    if base is not None and (FILE.search(spec) or (Path(base) / spec).exists()):
+    local = FILE.search(spec) or glob.has_magic(spec) or (Path(base or "") / spec).exists()
+    if base is not None and local and not spec.startswith("hf://"):
         spec = str(Path(base) / spec)
     arguments = SourceArguments(data_config=task.data_config, data_split=task.data_split or "train")
     source = resolve_source(spec, arguments)
     for name in ("data_split", "data_config"):
-        if source.files and getattr(task, name) is not None:
-            raise ValueError(f"task {task.name}: `{name}` must be left out for files, got {getattr(task, name)!r}")
+        if name in source.idle and getattr(task, name) is not None:
+            kind = "files" if source.files else "a saved dataset without them"
+            raise ValueError(f"task {task.name}: `{name}` must be left out for {kind}, got {getattr(task, name)!r}")
     rows = [_renamed(Row(name, number, _object(name, number, raw)), task) for name, number, raw in _raw(source)]
     if len(source.files) == 1:
         digest = source.identity()[0][1]
@@ -188,14 +192,8 @@ def _raw(source):
         if kind in (".jsonl", ".txt"):
             yield from replace(source, files=(file,)).raw_rows()
         else:
-            table = source.load(False) if file is None else _table(file, BUILDERS[kind])
+            table = source._loaded() if file is None else _built_rows(file, BUILDERS[kind], False, all_columns=True)
             yield from ((file or source.spec, number, row) for number, row in enumerate(table, start=1))
-
-
-def _table(file: str, builder: str):
-    import datasets
-
-    return datasets.load_dataset(builder, data_files=file, split="train")
 
 
 def _object(name: str, number: int, raw: Any) -> dict:

@@ -73,6 +73,7 @@ def run_text(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """
     from nanollada.trainers.data import Collator
     from nanollada.trainers.likelihood import score_rows
+    from nanollada.trainers.rows import parse_row
 
     scored, documents = _token_rows(bench, task, rows)
     collate, size = Collator(bench.tokenizer.pad_token_id), bench.batch_size
@@ -85,9 +86,12 @@ def run_text(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
             records.append(dict(zip(("row", "nats", "variance", "tokens", "bytes"), values, strict=True)))
         estimators |= how
         bench.progress(len(nats))
-    if odd := [record for record in records if not math.isfinite(record["nats"])]:
-        raise ValueError(f"the model must give finite nats, got {odd[0]['nats']} in packed row {odd[0]['row']}")
     records.sort(key=lambda record: record["row"])
+    if odd := [record for record in records if not math.isfinite(record["nats"])]:
+        reason, number = f"the model must give finite nats, got {odd[0]['nats']}", odd[0]["row"]
+        if "text" not in parse_row(rows[0].values):  # an answer is a row, texts are packed into others
+            raise rows[number].error(reason)
+        raise ValueError(f"{reason} in packed row {number}")
     nats, variance, tokens, num_bytes = (
         [record[name] for record in records] for name in ("nats", "variance", "tokens", "bytes")
     )
@@ -112,8 +116,6 @@ def _token_rows(bench: Bench, task: Task, rows: list[Row]) -> tuple[list[dict], 
     from nanollada.trainers.tokenization import RowEncoder, answer_rows, pack_documents
 
     length, context = task.options["max_length"], task.options["rolling_context"]
-    if length < 2:  # a context token, and one that is scored
-        raise ValueError(f"`max_length` of task {task.name} must be at least 2, got {length}")
     examples = [Example(row.source, row.number, **parse_row(row.values)) for row in rows]
     for row, example in zip(rows, examples, strict=True):
         if context is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanollada.trainers.rows import Example, RowPolicy, SourceArguments, read_examples, resolve_source
+from nanollada.trainers.rows import Example, RowPolicy, SourceArguments, read_examples, resolve_sources
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def read_texts(args: SourceArguments, max_rows: int | None = None) -> Iterator[s
     if not args.data:
         raise ValueError("`data` must name at least one source, got none")
     policy = RowPolicy(args.on_bad_rows)
-    examples = (ex for spec in args.data for ex in read_examples(resolve_source(spec, args), policy))
+    examples = (ex for source in resolve_sources(args.data, args) for ex in read_examples(source, policy))
     bar = tqdm(examples, desc="Reading", unit=" rows", total=max_rows)
     for number, example in enumerate(bar, start=1):
         yield from _texts_of(example)

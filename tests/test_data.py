@@ -398,6 +398,10 @@ def test_arguments_that_do_not_fit_the_data(tmp_path, tokenizer):
         prepare_data(arguments(path, held_out_fraction=1e-9), tokenizer)
     with pytest.raises(ValueError, match="`block_length` must be given with `eos_padding='block'`"):
         prepare_data(arguments(path), tokenizer, eos_padding="block")
+    for settings in ({"data_split": "dev"}, {"data_config": "en"}, {"eval_split": "dev", "eval_data": [str(path)]}):
+        name = next(iter(settings)).replace("eval_split", "data_split")
+        with pytest.raises(ValueError, match=f"`{name}` must be left out where no source has"):
+            prepare_data(arguments(path, **settings), tokenizer)
     without_pad = copy.deepcopy(tokenizer)
     without_pad.pad_token = None
     with pytest.raises(ValueError, match="`tokenizer` must be a fast tokenizer with pad and eos tokens"):

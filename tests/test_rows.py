@@ -3,12 +3,21 @@
 import gzip
 import json
 import lzma
+import re
 
 import datasets
 import pytest
 
 from nanollada.trainers import rows
-from nanollada.trainers.rows import DataError, Example, RowPolicy, SourceArguments, read_examples, resolve_source
+from nanollada.trainers.rows import (
+    DataError,
+    Example,
+    RowPolicy,
+    SourceArguments,
+    read_examples,
+    resolve_source,
+    resolve_sources,
+)
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Yes."}
@@ -229,6 +238,28 @@ def test_saved_folders(tmp_path):
     assert len(read(tmp_path / "splits", data_split="dev")) == 1
     with pytest.raises(ValueError, match=r"`data_split` must be one of \['dev'\] .* got 'train'"):
         read(tmp_path / "splits")
+
+
+def test_splits_that_no_source_has(tmp_path):
+    """Settings without effect; one source that has splits is enough for them to have one."""
+    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    table = datasets.Dataset.from_list([{"text": "b"}])
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"dev": table}).save_to_disk(tmp_path / "splits")
+    one, splits, file = (str(tmp_path / name) for name in ("one", "splits", "a.jsonl"))
+    for sources, idle in (
+        ([file], {"data_split": "dev", "data_config": "en"}),
+        ([file, one], {"data_split": "dev", "data_config": "en"}),
+        ([file, one, splits], {"data_config": "en"}),
+        ([file, "me/set"], {}),
+    ):
+        for name, value in {"data_split": "dev", "data_config": "en"}.items():
+            options = SourceArguments(data=sources, **{name: value})
+            if name not in idle:
+                assert len(resolve_sources(sources, options)) == len(sources)
+                continue
+            with pytest.raises(ValueError, match=f"`{name}` must be left out .*, got '{value}' for {re.escape(file)}"):
+                resolve_sources(sources, options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -207,6 +207,10 @@ def test_speed_belongs_to_a_machine(folder, measured, monkeypatch):
         return [task for _, task in measured]
 
     assert again() == ["text", "speed"] and again() == []
+    kept = json.loads((folder / "ar" / "evaluation.json").read_text())["results"]
+    told = {result["task"]: result["settings"] for result in kept}
+    assert told["speed"]["hardware"].startswith("CPU, ") and told["speed"]["device"] == "cpu"
+    assert set(told["speed"]["versions"]) == {"torch", "transformers"} and "hardware" not in told["text"]
     monkeypatch.setattr("nanollada.trainers.setup.hardware", lambda: "1 × a faster one")
     assert again() == ["speed"] and again() == []
     versions = {"torch": "9", "transformers": "9", "datasets": "9"}

@@ -54,8 +54,8 @@ def test_tasks_have_defaults_of_their_kind(tmp_path):
         ([{"name": "a", "kind": "text"}], r"`data` must be given, got None"),
         ([{"name": "a", "kind": "text", "data": "x", "suffix": ""}], "`suffix` must be no setting of a text task"),
         (
-            [{"name": "a", "kind": "text", "data": "x", "max_length": 0}],
-            "`max_length` must be a whole number from 1 on",
+            [{"name": "a", "kind": "text", "data": "x", "max_length": 1}],
+            "`max_length` must be a whole number from 2 on, got 1",
         ),
         ([{"name": "a", "kind": "text", "data": "x", "limit": True}], "`limit` must be a whole number .*, got True"),
         ([{"name": "a", "kind": "text", "data": "x", "language": "de"}], "`language` must be one of en, zh, got 'de'"),
@@ -438,6 +438,33 @@ def test_datasets_keep_all_of_their_columns(tmp_path):
     for data in ("rows.parquet", "saved"):
         (row,) = read_rows(task("generation", data=data), str(tmp_path))[0]
         assert row.values["answers"] == ["7"]
+    for name in ("data_split", "data_config"):
+        rule = f"task t: `{name}` must be left out for a saved dataset without them, got 'train'"
+        with pytest.raises(ValueError, match=rule):
+            read_rows(task("generation", data="saved", **{name: "train"}), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.csv", "ctx,label\n1,2\n1,2,3\n"), ("a.parquet", "PAR1"), ("a.json", '[{"')]
+)
+def test_a_file_that_datasets_cannot_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name}: "):
+        read_rows(task("choice", data=name), str(tmp_path))
+
+
+def test_globs_are_of_the_suite_s_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        (tmp_path / "data" / f"{number}.jsonl").write_text(json.dumps({**CHOICE, "ctx": str(number)}) + "\n")
+    for data in ("*.jsonl", "*", "[01].json*"):
+        assert len(read_rows(task("choice", data=data), str(tmp_path / "data"))[0]) == 2
+    uri = "hf://datasets/me/set/a.jsonl"
+    monkeypatch.setattr(
+        "nanollada.trainers.rows._download", lambda spec: spec == uri and str(tmp_path / "data/0.jsonl")
+    )
+    assert len(read_rows(task("choice", data=uri), str(tmp_path / "data"))[0]) == 1
 
 
 def test_rows_that_are_made():

@@ -242,8 +242,6 @@ def test_what_is_too_long_is_refused(tokenizer):
             run(own, task(kind), rows(values))
     with pytest.raises(ValueError, match="`max_length` of task t must fit into `max_position_embeddings`, got .* 20"):
         run_text(own, task("text"), rows([{"text": long}]))
-    with pytest.raises(ValueError, match="`max_length` of task t must be at least 2, got 1"):
-        run_text(own, task("text", max_length=1), rows([{"text": long}]))
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": long}]
     with pytest.raises(DataError, match="x.jsonl, row 1: it must fit into `max_length` of task t, got .* and 20"):
         run_text(bench("ar", tokenizer), task("text", max_length=20), rows([{"messages": turn}]))
@@ -280,6 +278,9 @@ def test_the_row_of_infinite_nats_is_named(tokenizer, name):
     ):
         with pytest.raises(DataError, match="x.jsonl, row 2: the model must give finite nats, got inf"):
             run(own, task(kind), rows(values))
+    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in "aza"]
+    with pytest.raises(DataError, match="x.jsonl, row 2: the model must give finite nats, got inf"):
+        run_text(own, task("text"), rows([{"messages": chat} for chat in chats]))
 
 
 def test_text_that_the_vocabulary_lacks_is_named(char_tokenizer):

@@ -175,6 +175,7 @@ class _Plan:
         eval_args = dataclasses.replace(args, data_split=args.eval_split or args.data_split, streaming=False)
         self.sources = [rows.resolve_source(spec, args) for spec in args.data or []]
         self.eval_sources = [rows.resolve_source(spec, eval_args) for spec in args.eval_data or []]
+        rows.refuse_idle([*self.sources, *self.eval_sources])
         self.fraction = 0.0 if args.eval_data else args.held_out_fraction
         self.share = math.ceil(args.max_held_out_documents / max(1, len(self.sources)))
         self.format = ""

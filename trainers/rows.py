@@ -226,6 +226,16 @@ class Source:
     files: tuple[str, ...] = ()
     folder: str | None = None
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that this source has no use for: files and saved tables have no splits, saved splits no configs."""
+        if self.files or self._has("state.json"):
+            return ("data_split", "data_config")
+        return ("data_config",) if self._has("dataset_dict.json") else ()
+
+    def _has(self, file: str) -> bool:
+        return self.folder is not None and (Path(self.folder) / file).exists()
+
     def identity(self) -> list:
         """What the rows depend on, for cache keys: the files' contents, or the dataset's own fingerprint."""
         if self.files:
@@ -239,9 +249,9 @@ class Source:
         args = self.args
         if self.folder is None:
             return datasets.load_dataset(self.spec, name=args.data_config, split=args.data_split, streaming=streaming)
-        if (Path(self.folder) / "state.json").exists():
+        if self._has("state.json"):  # by `Dataset.save_to_disk`
             return datasets.load_from_disk(self.folder)
-        if (Path(self.folder) / "dataset_dict.json").exists():
+        if self._has("dataset_dict.json"):
             splits = datasets.load_from_disk(self.folder)
             if args.data_split not in splits:
                 raise ValueError(
@@ -297,6 +307,28 @@ def resolve_source(spec: str, args: SourceArguments) -> Source:
     if _kind(path) or path.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ValueError(f"`data` names a file that does not exist: {spec!r}")
     return Source(spec, args)
+
+
+def resolve_sources(specs: list[str], args: SourceArguments) -> list[Source]:
+    """[`resolve_source`] of each; raises as that and [`refuse_idle`] do."""
+    sources = [resolve_source(spec, args) for spec in specs]
+    refuse_idle(sources)
+    return sources
+
+
+def refuse_idle(sources: list[Source]) -> None:
+    """
+    Refuses `data_split` and `data_config` where no source has any.
+
+    Raises:
+        ValueError: naming the setting and the sources.
+    """
+    defaults = SourceArguments()
+    for name, kind in (("data_split", "splits"), ("data_config", "configurations")):
+        given = [value for source in sources if (value := getattr(source.args, name)) != getattr(defaults, name)]
+        if given and all(name in source.idle for source in sources):
+            named = ", ".join(source.spec for source in sources)
+            raise ValueError(f"`{name}` must be left out where no source has {kind}, got {given[0]!r} for {named}")
 
 
 def read_examples(source: Source, policy: RowPolicy) -> Iterator[Example]:
@@ -370,19 +402,19 @@ def _text_rows(file: str, sample_by: str) -> Iterator[tuple[int, bytes]]:
         yield start, b"\n".join(lines)
 
 
-def _dataset_rows(dataset) -> Iterator[dict]:
+def _dataset_rows(dataset, all_columns: bool = False) -> Iterator[dict]:
     names = dataset.column_names
-    if names is not None and any(name in FIELDS for name in names):
+    if not all_columns and names is not None and any(name in FIELDS for name in names):
         dataset = dataset.select_columns([name for name in names if name in FIELDS])
     yield from dataset
 
 
-def _built_rows(file: str, builder: str, streaming: bool) -> Iterator[dict]:
+def _built_rows(file: str, builder: str, streaming: bool, all_columns: bool = False) -> Iterator[dict]:
     import datasets
 
     try:
         dataset = datasets.load_dataset(builder, data_files=file, split="train", streaming=streaming)
-        yield from _dataset_rows(dataset)
+        yield from _dataset_rows(dataset, all_columns)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise DataError(f"{file}: {error.__cause__ or error}") from error
 
