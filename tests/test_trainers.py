@@ -25,6 +25,7 @@ KINDS = {
     "diffusion": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
     "block": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
 }
+SOON = ["causal", "diffusion", pytest.param("block", marks=pytest.mark.slow)]  # where a test starts processes
 SETTINGS = {"block": {"block_length_schedule": "[[0.2, 1], [0.3, 4], [0.3, 0], [0.2, 4]]"}}
 SCRIPTS = {"causal": "causal.py", "diffusion": "diffusion.py", "block": "diffusion.py"}
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -97,7 +98,7 @@ def test_accumulation_does_not_change_the_gradient(kind, tmp_path):
         assert split_loss == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOON)
 def test_ranks_do_not_change_the_gradient(kind, tmp_path):
     """Two processes of `torchrun` (gloo) with four rows each, against eight rows in one."""
     whole, _ = one_step(kind, tmp_path, 8, 1)
@@ -204,7 +205,7 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOON)
 def test_a_killed_run_goes_on_bit_for_bit(kind, job, tmp_path):
     """kill −9 in mid-training, `--resume_from_checkpoint last`: the weights of the unbroken run."""
     job["max_steps"] = 24
