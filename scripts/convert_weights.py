@@ -1,9 +1,10 @@
 """Weights of checkpoints in any of the formats that `convert_checkpoint.py` knows: read safely, fitted strictly."""
 
-import hashlib
 import json
 import pickle
 from pathlib import Path
+
+from nanollada.trainers.rows import file_digest
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -125,11 +126,7 @@ def _without_wrappers(tensors: dict) -> dict:
 
 def digests(files: list[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its name."""
-    found = {}
-    for path in files:
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: file_digest(path) for path in files}
 
 
 def fit_weights(tensors: dict, config, model_class) -> tuple[dict, list[str]]:

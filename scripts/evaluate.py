@@ -14,8 +14,9 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 
 from nanollada.scripts.generate import CheckpointArguments, DecodingArguments
@@ -329,6 +330,14 @@ def answers_to(model, tokenizer, prompts: list[list[int]], seed: int, settings: 
         end = next((i for i, token in enumerate(row) if token in ends), None)
         answers.append((row[:end], end is not None))
     return answers
+
+
+def batches_of_length(pairs: list[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
+    """Places of (context, continuation) in batches whose continuations have one length: they share a canvas."""
+    order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
+    for _, group in groupby(order, key=lambda place: len(pairs[place][1])):
+        places = list(group)
+        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
 
 
 def _text(tokenizer, ids: list[int]) -> str:

@@ -429,15 +429,12 @@ def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id
     Whether greedy decoding writes each pair's continuation behind its context, in as many tokens; see
     [`NanoLLaDALM`].
     """
+    from nanollada.scripts.evaluate import batches_of_length
     from nanollada.trainers.likelihood import is_causal
 
-    order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
     batch_of: Callable = _causal_matches if is_causal(model) else _diffusion_matches
     found: dict[int, bool] = {}
-    while len(found) < len(order):
-        start = len(found)
-        length = len(pairs[order[start]][1])
-        places = [place for place in order[start : start + batch_size] if len(pairs[place][1]) == length]
+    for places in batches_of_length(pairs, batch_size):
         found |= zip(places, batch_of(model, [pairs[place] for place in places], pad_token_id), strict=True)
     return [found[place] for place in range(len(pairs))]
 

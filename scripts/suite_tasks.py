@@ -313,15 +313,12 @@ def _greedy(bench: Bench, pairs: list[tuple[list[int], list[int]]]) -> tuple[lis
     For each pair the greedy text in the answer's place, and whether its tokens are the answer's; whatever the
     checkpoint's generation config says. And the settings, but for the lengths, which are the answer's.
     """
-    from nanollada.scripts.evaluate import answers_to
+    from nanollada.scripts.evaluate import answers_to, batches_of_length
     from nanollada.scripts.generate import default_decoding, effective_settings, generation_settings
 
-    order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
     said: dict[int, tuple[str, bool]] = {}
-    while len(said) < len(order):
-        start = len(said)
-        length = len(pairs[order[start]][1])
-        places = [place for place in order[start : start + bench.batch_size] if len(pairs[place][1]) == length]
+    for places in batches_of_length(pairs, bench.batch_size):
+        length = len(pairs[places[0]][1])
         whole = {"block_length": length} if bench.is_diffusion and bench.model.config.block_length is None else {}
         prompts = [pairs[place][0] for place in places]
         with default_decoding(bench.model):

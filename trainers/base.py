@@ -1,6 +1,5 @@
 """What the AR and the diffusion trainer share: keyed rows, exact normalisation, evaluation, and the run around it."""
 
-import hashlib
 import json
 import math
 import shlex
@@ -19,6 +18,7 @@ from nanollada.trainers.averaging import AveragingTrainer, check_averaging
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.data import Collator, DataArguments, prepare_data
 from nanollada.trainers.likelihood import Likelihood, evaluate_likelihood
+from nanollada.trainers.rows import file_digest
 from nanollada.trainers.setup import (
     ModelArguments,
     hardware,
@@ -364,11 +364,8 @@ def train(
 
 def _saved_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that hold the model, by name: of these is the `evaluation` in `run.json`."""
-    found = {}
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        with open(path, "rb") as stream:
-            found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return {path.name: file_digest(path) for path in files}
 
 
 def _checkpoint_to_resume(args) -> str | None:

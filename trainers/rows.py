@@ -239,7 +239,7 @@ class Source:
     def identity(self) -> list:
         """What the rows depend on, for cache keys: the files' contents, or the dataset's own fingerprint."""
         if self.files:
-            return [[file, _file_digest(file)] for file in self.files]
+            return [[file, file_digest(file)] for file in self.files]
         return [self.spec, self.load(streaming=False)._fingerprint]
 
     def load(self, streaming: bool):
@@ -428,6 +428,7 @@ def _download(uri: str) -> str:
     return hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
 
 
-def _file_digest(file: str) -> str:
+def file_digest(file: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
