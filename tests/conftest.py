@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from interpreters import make_oldest
 
 from nanollada.scripts.train_tokenizer import train_tokenizer
 
@@ -34,6 +35,12 @@ def plain_tokenizer(tokenizer):
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("<|mask|>", "<|other|>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def oldest_python(tmp_path_factory) -> str:
+    """Made by pip, from the package index: for slow tests."""
+    return make_oldest(tmp_path_factory.mktemp("oldest"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import FakeHub
+from interpreters import INTERPRETERS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, Qwen3Config, Qwen3ForCausalLM
 
 import nanollada.hub_upload as hub_upload
@@ -363,12 +363,10 @@ def in_process(python: str, arguments: list[str], folder: Path, **environment) -
     return done.stdout
 
 
-@pytest.mark.parametrize("python", ["this", "NANOLLADA_OTHER_PYTHON"])
-def test_round_trip_through_a_hub(exported, tmp_path, python):
+@pytest.mark.parametrize("python", INTERPRETERS)
+def test_round_trip_through_a_hub(exported, tmp_path, python, request):
     """Uploads by command, loads by name in a clean process that runs the card, saves there, and loads that."""
-    python = sys.executable if python == "this" else os.environ.get("NANOLLADA_OTHER_PYTHON")
-    if not python:
-        pytest.skip("NANOLLADA_OTHER_PYTHON names no interpreter with another transformers and huggingface_hub")
+    python = sys.executable if python == "this" else request.getfixturevalue("oldest_python")
     (tmp_path / "nanollada").mkdir()  # also for an interpreter without it
     for name in ("configuration_nanollada", "modeling_nanollada", "hub_upload"):
         (tmp_path / "nanollada" / name).symlink_to(Path(hub_upload.__file__).parents[1] / name)

@@ -1,25 +1,23 @@
 """Checkpoints as remote code: the same logits in a process without nanollada, before and after fine-tuning there.
 
-The clean processes run with this interpreter; with the one that NANOLLADA_OTHER_PYTHON names, which has another
-supported transformers; and, slow, in a fresh environment with the oldest supported transformers, installed by pip.
+The clean processes run with this interpreter, and, slow, in a fresh environment with the oldest supported
+transformers, installed by pip.
 """
 
 import json
-import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 import torch
+from interpreters import INTERPRETERS, OLDEST
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import verify
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAModel
 
-OLDEST = "5.17.0"
 ROOMS = (
     *("configuration", "modeling", "layers", "attention", "loss", "generation", "generation_config", "canvas"),
     *("sampling", "commit", "prediction", "cache"),
@@ -117,42 +115,15 @@ def visit(python, folders: dict[Path, Path | None], scratch: Path) -> tuple[dict
     return json.loads(done.stdout.splitlines()[-1]), logits
 
 
-def other_python() -> str:
-    python = os.environ.get("NANOLLADA_OTHER_PYTHON")
-    if not python:
-        pytest.skip("NANOLLADA_OTHER_PYTHON names no interpreter with another transformers")
-    return python
-
-
-@pytest.fixture(scope="module")
-def oldest_python(tmp_path_factory) -> str:
-    """A fresh environment whose own transformers and huggingface_hub hide the newer ones of this environment."""
-    folder = tmp_path_factory.mktemp("oldest")
-    venv.create(folder, symlinks=os.name != "nt")
-    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    packages = next(folder.glob("**/site-packages"))
-    (packages / "this_environment.pth").write_text(str(Path(torch.__file__).parents[1]))  # pip installs what differs
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    subprocess.run([*pip, f"transformers=={OLDEST}"], check=True)
-    return python
-
-
-INTERPRETERS = ["this", pytest.param("other", id="NANOLLADA_OTHER_PYTHON")]
-INTERPRETERS += [pytest.param("oldest", marks=pytest.mark.slow, id=f"transformers-{OLDEST}")]
-
-
 @pytest.fixture(scope="module", params=INTERPRETERS)
 def visits(request, checkpoints, tmp_path_factory):
     """Two clean processes: one that loads, fine-tunes and saves, one that loads what the first has saved."""
-    if request.param == "oldest":
-        python = request.getfixturevalue("oldest_python")
-    else:
-        python = sys.executable if request.param == "this" else other_python()
+    python = sys.executable if request.param == "this" else request.getfixturevalue("oldest_python")
     scratch = tmp_path_factory.mktemp("visits")
     tuned = {folder: scratch / f"{folder.name}-tuned" for folder in checkpoints.values()}
     first, logits = visit(python, tuned, scratch / "first")
     second, logits_again = visit(python, dict.fromkeys(tuned.values()), scratch / "second")
-    if request.param == "oldest":
+    if request.param != "this":
         assert first["transformers"] == second["transformers"] == OLDEST
     return {"first": first, "second": second, "logits": {**logits, **logits_again}, "tuned": tuned}
 
