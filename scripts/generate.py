@@ -21,6 +21,7 @@ DIFFUSION_ONLY = tuple(
 )
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
 TRACE_FORMATS = (".html", ".gif")
+DRAWN_TOGETHER = 16  # rows of a task that share a generator where tokens are drawn, whatever the batch size
 
 
 @dataclass

@@ -11,12 +11,11 @@ from dataclasses import fields
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from nanollada.scripts.generate import DecodingArguments
+from nanollada.scripts.generate import DRAWN_TOGETHER, DecodingArguments
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DECODING = tuple(item.name for item in fields(DecodingArguments) if item.name != "max_new_tokens")
-DRAWN_TOGETHER = 16  # rows of a task that share a generator
 PARTS = 2**16  # choices of a row, or rows of a text, at most
 CHUNK = 64  # batches whose scores are kept together
 ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, the first wins

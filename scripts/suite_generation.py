@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from nanollada.scripts.generate import DRAWN_TOGETHER
 from nanollada.scripts.suite_metrics import (
     answer_f1,
     answer_match,
@@ -15,9 +16,6 @@ from nanollada.scripts.suite_metrics import (
 )
 from nanollada.scripts.suite_rows import Row, Task
 from nanollada.scripts.suite_tasks import Bench, Outcome
-
-DRAWN_TOGETHER = 16  # rows that share a generator where tokens are drawn, whatever the batch size
-
 
 # ---- questions with answers that can be checked
 
