@@ -54,7 +54,7 @@ class NanoLLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "nanollada"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 1e6
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -13,6 +13,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
+from .versions_nanollada import CACHE
+
 
 def create_attention_mask(
     config,
@@ -23,7 +25,7 @@ def create_attention_mask(
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.LongTensor | None = None,
     position_ids: torch.LongTensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     clean_half: bool = False,
     visible_future: torch.BoolTensor | None = None,
 ):
@@ -41,7 +43,7 @@ def create_attention_mask(
         document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Documents of a packed row; attention
             stays inside one.
         position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Positions inside the document.
-        past_key_values (`Cache`, *optional*): Keys that come before the queries.
+        cache (`Cache`, *optional*): Keys that come before the queries.
         clean_half (`bool`, defaults to `False`): The queries are a noisy half and, behind it, the clean one
             (`query_length = 2 * length`; the other arguments describe one half). The mask is that of BD3-LM
             (2503.09573, §3.2) and LLaDA 2.0 (2512.15745, Eq. 2): noisy → noisy inside a block, noisy → clean to the
@@ -61,12 +63,12 @@ def create_attention_mask(
         if visible_future is not None:
             raise ValueError("`visible_future` needs an `attention_mask` of two dimensions, got one of four")
         return attention_mask
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past_length = cache.get_seq_length() if cache is not None else 0
     rules = []
     if document_ids is not None:
         if past_length:
             raise ValueError(
-                "`document_ids` mark packed rows, which have no cache: `past_key_values` must be empty, "
+                "`document_ids` mark packed rows, which have no past: the cache must be empty, "
                 f"got {past_length} cached tokens"
             )
         rules.append(_same_document(document_ids))
@@ -92,7 +94,7 @@ def create_attention_mask(
         rules += [_causal] if is_causal else []
         rules += [_no_padding(attention_mask)] if attention_mask is not None else []
         keys = past_length + inputs_embeds.shape[1]
-        if attention_mask is not None and past_key_values is not None:
+        if attention_mask is not None and cache is not None:
             keys = max(keys, attention_mask.shape[1])  # a static cache has room behind the queries
         return _dense(and_masks(*rules), inputs_embeds, past_length, keys, config._attn_implementation)
     if clean_half and attention_mask is not None:
@@ -102,7 +104,7 @@ def create_attention_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        **{CACHE: cache},
         and_mask_function=and_masks(*rules) if rules else None,
     )
 

@@ -19,6 +19,7 @@ from .canvas_nanollada import Canvas
 from .generation_config_nanollada import NanoLLaDAGenerationConfig, require
 from .prediction_nanollada import predictor
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler, Step
+from .versions_nanollada import read_under_both_names
 
 # Settings of transformers' `generate` that diffusion has no meaning for, or that are not built.
 _UNSUPPORTED = (
@@ -41,10 +42,13 @@ class NanoLLaDAGenerationOutput(GenerateDecoderOnlyOutput):
             pad token after the first generated EOS.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): Tokens decoded and kept (no pads), by forward
             passes made while the row was at work. The two passes of guidance count as one.
-        past_key_values (`None`): The cache is the call's own and ends with it.
+        cache, past_key_values (`None`): The cache is the call's own and ends with it.
     """
 
     tokens_per_forward: torch.FloatTensor | None = None
+
+
+read_under_both_names(NanoLLaDAGenerationOutput)
 
 
 class NanoLLaDAGenerationMixin(GenerationMixin):

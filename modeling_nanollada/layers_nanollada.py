@@ -108,7 +108,7 @@ class NanoLLaDAAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         noisy_length: int | None = None,
         noisy_only: bool = False,
         **kwargs,
@@ -130,8 +130,8 @@ class NanoLLaDAAttention(nn.Module):
         query_cos, query_sin = cos[:, :, : query.shape[2]], sin[:, :, : query.shape[2]]
         query = query * query_cos + rotate_half(query) * query_sin
         key = key * cos + rotate_half(key) * sin
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

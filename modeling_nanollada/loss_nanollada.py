@@ -6,9 +6,13 @@ torch). The gradients are taken in the forward pass, so the backward pass comput
 """
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+# The logit of a token that must not be predicted. Finite, so that differences of two such logits, as in guidance, are
+# numbers; so low that its probability is exactly 0 in every dtype: float64's numbers end at exp(-746).
+FLOOR = -1e4
 # Logits of a chunk, in elements. On the CPU they stay in the cache; a GPU wants large products and has the memory.
 _CHUNK_LOGITS = {"cpu": 2**21, "other": 2**26}
 
@@ -120,3 +124,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, d_hidden, d_weight = ctx.saved_tensors
         d_hidden, d_weight = (None if slope is None else slope * gradient for slope in (d_hidden, d_weight))
         return d_hidden, d_weight, None, losses * gradient if ctx.needs_input_grad[3] else None, *[None] * 4
+
+
+@torch.compiler.disable  # how many positions have a weight depends on the data: one known graph break
+def weighted_head_loss(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.LongTensor,
+    weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    suppressed_token_id: int | None = None,
+) -> torch.Tensor:
+    """
+    Σ weight·CE / `num_items_in_batch` (default: the number of labels) without logits of all positions in memory.
+
+    Args:
+        head (`nn.Module`): The LM head. One that is no plain `nn.Linear` (an adapter around it) is called as it is.
+        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Where each label is predicted.
+        labels (`torch.LongTensor` of shape `(batch, length)`): The tokens there; −100 is none.
+        weights (`torch.Tensor` of shape `(batch, length)`): Their weights; zero leaves a position out.
+        suppressed_token_id (`int`, *optional*): A token that is never predicted.
+    """
+    keep = (weights != 0) & (labels != -100)
+    hidden_states, targets, weights = hidden_states[keep], labels[keep], weights[keep]  # [N, hidden], [N], [N]
+    if type(head) is nn.Linear and head.bias is None:
+        loss = linear_cross_entropy(hidden_states, head.weight, targets, weights, suppressed_token_id)
+    else:
+        logits = head(hidden_states)  # [N, V]
+        if suppressed_token_id is not None:
+            logits[..., suppressed_token_id] = -torch.inf
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * weights.to(losses.dtype)).sum()
+    return loss / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())

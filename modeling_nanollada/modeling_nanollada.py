@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
@@ -18,9 +18,21 @@ from .configuration_nanollada import NanoLLaDAConfig
 from .generation_config_nanollada import NanoLLaDAGenerationConfig
 from .generation_nanollada import NanoLLaDAGenerationMixin
 from .layers_nanollada import NanoLLaDAAttention, NanoLLaDADecoderLayer, NanoLLaDARMSNorm, NanoLLaDARotaryEmbedding
-from .loss_nanollada import linear_cross_entropy
+from .loss_nanollada import FLOOR, weighted_head_loss
+from .versions_nanollada import (
+    CACHE,
+    SPELLINGS,
+    NanoLLaDACausalLMOutput,
+    NanoLLaDAModelOutput,
+    must_verify,
+    one_cache,
+    refuse_unknown,
+    verify_autoregressive,
+    warn_if_untested,
+)
 
 logger = logging.get_logger(__name__)
+warn_if_untested()
 
 
 class NanoLLaDAPreTrainedModel(PreTrainedModel):
@@ -31,7 +43,7 @@ class NanoLLaDAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoLLaDADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -93,15 +105,17 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         clean_input_ids: torch.LongTensor | None = None,
         embedding_noise: torch.FloatTensor | None = None,
         visible_future: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> NanoLLaDAModelOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Token ids, or `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch, key_length)`, *optional*): 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Positions, restarting in each
                 document. By default counted from the first token that is no padding.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            cache, past_key_values (`Cache`, *optional*): Keys and values of earlier tokens: one argument, under the
+                name that transformers uses since 5.24, or before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings.
             use_cache (`bool`, *optional*): Whether to return the cache. Defaults to `config.use_cache` when causal
                 and not training, else `False`.
@@ -119,33 +133,31 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
 
         Raises:
             `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given; for `is_causal`, which the
-                class decides; for `clean_input_ids` of a causal model, of another shape, or with a cache; and as
-                `create_attention_mask`.
+                class decides; for `block_length` and `clean_input_ids` of a causal model; for `clean_input_ids` of
+                another shape or with a cache; for a cache that holds keys, in training with gradient checkpointing;
+                and as `create_attention_mask`.
+            `TypeError`: for an argument that is not known, and for a cache under both names.
         """
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given")
         if kwargs.pop("is_causal", self.is_causal) != self.is_causal:
             raise ValueError(f"`is_causal` is decided by the model class, got {not self.is_causal} for a call")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)  # [B, L, hidden]
-        if embedding_noise is not None:
-            inputs_embeds = inputs_embeds + embedding_noise.to(inputs_embeds.dtype)
+        if block_length is not None and self.is_causal:
+            raise ValueError(
+                f"`block_length` is a diffusion model's: it must not be given to an AR one, got {block_length}"
+            )
+        refuse_unknown(type(self).__name__, kwargs, self.config._attn_implementation)
         block_length = (self.config.block_length if block_length is None else block_length) or None
-        length = inputs_embeds.shape[1]
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        length = shape[1]
         if clean_input_ids is not None:
-            self._check_clean_half(clean_input_ids, inputs_embeds, past_key_values, use_cache)
-        if use_cache is None:
-            use_cache = self.config.use_cache and self.is_causal and not self.training
-        if use_cache and self.gradient_checkpointing and self.training:
-            logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is kept.")
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = self._default_positions(inputs_embeds, attention_mask, past_key_values)
+            self._check_clean_half(clean_input_ids, shape, cache, use_cache)
         clean_half = clean_input_ids is not None and block_length is not None and block_length < length
-        if clean_half:
-            inputs_embeds = torch.cat((inputs_embeds, self.embed_tokens(clean_input_ids)), dim=1)  # [B, 2L, hidden]
+        inputs_embeds = self._embed(input_ids, inputs_embeds, clean_input_ids if clean_half else None, embedding_noise)
+        cache, use_cache = self._cache_of(cache, use_cache)
+        if position_ids is None:
+            position_ids = self._default_positions(inputs_embeds[:, :length], attention_mask, cache)
 
         mask = create_attention_mask(
             self.config,
@@ -155,7 +167,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             attention_mask=attention_mask,
             document_ids=document_ids,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             clean_half=clean_half,
             visible_future=visible_future,
         )
@@ -171,30 +183,58 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
                 noisy_length=length if split else None,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states[:, :length]),
-            past_key_values=past_key_values if use_cache else None,
+        return NanoLLaDAModelOutput(
+            last_hidden_state=self.norm(hidden_states[:, :length]), **{CACHE: cache if use_cache else None}
         )
 
-    def _check_clean_half(self, clean_input_ids, inputs_embeds, past_key_values, use_cache):
+    def _embed(self, input_ids, inputs_embeds, clean_input_ids, noise):
+        """`[B, L, hidden]`, or `[B, 2L, hidden]` with a clean half. One look-up: FSDP's ranks must agree in number."""
+        if inputs_embeds is None:
+            ids = input_ids if clean_input_ids is None else torch.cat((input_ids, clean_input_ids), dim=1)
+            inputs_embeds = self.embed_tokens(ids)
+        elif clean_input_ids is not None:
+            inputs_embeds = torch.cat((inputs_embeds, self.embed_tokens(clean_input_ids)), dim=1)
+        if noise is None:
+            return inputs_embeds
+        noise = noise.to(inputs_embeds.dtype)
+        return inputs_embeds + nn.functional.pad(noise, (0, 0, 0, inputs_embeds.shape[1] - noise.shape[1]))
+
+    def _cache_of(self, cache, use_cache):
+        """The cache to read and write, and whether to return it."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and self.is_causal and not self.training
+        if self.gradient_checkpointing and self.training:
+            if cache is not None and cache.get_seq_length():
+                raise ValueError(
+                    "Gradient checkpointing computes layers twice and would write a cache twice: the cache must be "
+                    f"empty in training, got {cache.get_seq_length()} cached tokens"
+                )
+            if use_cache:
+                logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is kept.")
+            return None, False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        return cache, use_cache
+
+    def _check_clean_half(self, clean_input_ids, shape, cache, use_cache):
         if self.is_causal:
             raise ValueError("`clean_input_ids` are for block diffusion: the model must not be causal, got an AR one")
-        if past_key_values is not None or use_cache:
+        if cache is not None or use_cache:
             raise ValueError("`clean_input_ids` hold the prefix themselves: they must come without a cache, got one")
-        if clean_input_ids.shape != inputs_embeds.shape[:2]:
+        if clean_input_ids.shape != shape:
             raise ValueError(
                 "`clean_input_ids` must have the shape of the noisy ids, got "
-                f"{tuple(clean_input_ids.shape)} and {tuple(inputs_embeds.shape[:2])}"
+                f"{tuple(clean_input_ids.shape)} and {tuple(shape)}"
             )
 
     @staticmethod
-    def _default_positions(inputs_embeds, attention_mask, past_key_values):
+    def _default_positions(inputs_embeds, attention_mask, cache):
         """`[B, L]` or `[1, L]`: left padding does not count, so a padded batch equals its rows alone."""
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length : past_length + length]
@@ -267,8 +307,9 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_weights: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> NanoLLaDACausalLMOutput:
         """
         As [`NanoLLaDAModel.forward`], with logits.
 
@@ -293,9 +334,9 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=one_cache(cache, past_key_values),
             **kwargs,
         )
         if loss_weights is not None:
@@ -303,20 +344,28 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
             loss = weighted_head_loss(
                 self.lm_head, hidden_states, labels[:, 1:], loss_weights[:, 1:], num_items_in_batch
             )
-            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
+            return NanoLLaDACausalLMOutput(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
             )
-        return CausalLMOutputWithPast(
+        return NanoLLaDACausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.cache},
         )
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`. On a version that nobody has tested, the first call with a cache is checked."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        use_cache = kwargs.get("use_cache", settings.use_cache)
+        if use_cache is not False and must_verify("autoregressive"):
+            verify_autoregressive(self, super().generate)
+        return super().generate(*args, **kwargs)
 
 
 class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
@@ -360,7 +409,8 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
         **kwargs,
     ) -> MaskedLMOutput:
         """
-        As [`NanoLLaDAModel.forward`], with logits. The mask token's logit is −inf: it is never predicted (SUBS, MDLM).
+        As [`NanoLLaDAModel.forward`], with logits. The mask token's logit is `FLOOR` (−10,000): its probability is 0
+        in every dtype, it is never predicted (SUBS, MDLM), and differences of logits, as in guidance, are numbers.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): The token at the same position (no
@@ -379,10 +429,10 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
                 `config.label_shift`.
         """
         _check_labels(labels, logits_to_keep, loss_weights)
-        cached = kwargs.get("past_key_values") is not None
+        cached = any(kwargs.get(name) is not None for name in SPELLINGS)
         if self.config.label_shift and (block_length or clean_input_ids is not None or cached):
             raise ValueError(
-                "`config.label_shift` is for whole rows: `block_length`, `clean_input_ids` and `past_key_values` must "
+                "`config.label_shift` is for whole rows: `block_length`, `clean_input_ids` and a cache must "
                 f"not be given, got `block_length` {block_length}"
             )
         if kwargs.pop("shift_labels", None) is not None:
@@ -408,7 +458,7 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
             )
             return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # [B, L, V]
-        logits[..., mask_token_id] = -torch.inf
+        logits[..., mask_token_id] = FLOOR
         loss = None
         if labels is not None:
             if (labels == mask_token_id).any():
@@ -417,39 +467,6 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-@torch.compiler.disable  # how many positions have a weight depends on the data: one known graph break
-def weighted_head_loss(
-    head: nn.Module,
-    hidden_states: torch.Tensor,
-    labels: torch.LongTensor,
-    weights: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    suppressed_token_id: int | None = None,
-) -> torch.Tensor:
-    """
-    Σ weight·CE / `num_items_in_batch` (default: the number of labels) without logits of all positions in memory.
-
-    Args:
-        head (`nn.Module`): The LM head. One that is no plain `nn.Linear` (an adapter around it) is called as it is.
-        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Where each label is predicted.
-        labels (`torch.LongTensor` of shape `(batch, length)`): The tokens there; −100 is none.
-        weights (`torch.Tensor` of shape `(batch, length)`): Their weights; zero leaves a position out.
-        suppressed_token_id (`int`, *optional*): A token that is never predicted.
-    """
-    keep = (weights != 0) & (labels != -100)
-    hidden_states, targets, weights = hidden_states[keep], labels[keep], weights[keep]  # [N, hidden], [N], [N]
-    if type(head) is nn.Linear and head.bias is None:
-        loss = linear_cross_entropy(hidden_states, head.weight, targets, weights, suppressed_token_id)
-    else:
-        logits = head(hidden_states)  # [N, V]
-        if suppressed_token_id is not None:
-            logits[..., suppressed_token_id] = -torch.inf
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        loss = (losses * weights.to(losses.dtype)).sum()
-    return loss / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
 
 
 def _check_labels(labels, logits_to_keep, loss_weights):

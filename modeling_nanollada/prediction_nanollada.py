@@ -7,6 +7,7 @@ import torch
 from .cache_nanollada import BlockCache
 from .canvas_nanollada import Canvas
 from .generation_config_nanollada import require
+from .versions_nanollada import must_verify, verify_cached
 
 
 def predictor(model, canvas: Canvas, settings):
@@ -65,8 +66,7 @@ class Predictor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)
-            guided = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
-            logits = torch.where(conditional.isneginf(), conditional, guided)  # −inf − −inf is no number
+            logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return logits
 
 
@@ -105,6 +105,7 @@ class CachedBlocks(Predictor):
 
     def __init__(self, model, canvas, settings):
         super().__init__(model, canvas, settings)
+        self.whole_rows = WholeRows(model, canvas, settings)  # the reference, on a transformers that nobody has tested
         self.order = (~canvas.visible).int().argsort(dim=1, stable=True)  # [B, W], column of each position of the row
         self.slots = torch.arange(len(canvas.ids), device=self.order.device)  # the rows in the cache
         self.done = torch.zeros_like(self.slots)  # [B], cached blocks of each row
@@ -126,6 +127,7 @@ class CachedBlocks(Predictor):
 
     def start_block(self, block, columns):
         super().start_block(block, columns)
+        self.whole_rows.start_block(block, columns)
         size, canvas = self.block_length, self.canvas
         if len(self.rows) < len(self.slots):  # finished rows leave
             stay = torch.isin(self.slots, self.rows).nonzero()[:, 0]
@@ -154,8 +156,10 @@ class CachedBlocks(Predictor):
             active[slots, columns] & self.real,
             visible,
             position_ids=self.index,
-            past_key_values=self.cache,
+            cache=self.cache,
         )
+        if self.kept.shape[1] and must_verify("blocks"):
+            verify_cached("blocks", logits, self.whole_rows.predict(active))
         if self.pending:
             self.kept = torch.cat((self.kept, self.real[:, : self.pending]), dim=1)
             self.cache.keep(self.kept.shape[1])
@@ -183,17 +187,23 @@ class FrozenContext(Predictor):
         self.begin = columns.start
 
     def predict(self, active):
+        logits = self.read_window(active)
+        self.first = self.begin
+        self.cache.keep(self.begin, self.width if self.dual else None)
+        if must_verify("frozen"):  # nothing has changed since the whole row was read
+            verify_cached("frozen", self.read_window(active), logits)
+        return logits
+
+    def read_window(self, active):
+        """Logits `[N, V]` of the positions `active`; a block's first step reads the whole row."""
         canvas, rows = self.canvas, self.rows
         window = slice(self.first, self.stop if self.first else self.width)
         positions = (canvas.visible.long().cumsum(1) - 1).clamp(min=0)[rows, window]
-        logits = self.read(
+        return self.read(
             canvas.ids[rows, window],
             canvas.given[rows, window],
             active[rows, window],
             None if canvas.all_visible else canvas.visible[rows, : self.width],
             position_ids=positions,
-            past_key_values=self.cache,
+            cache=self.cache,
         )
-        self.first = self.begin
-        self.cache.keep(self.begin, self.width if self.dual else None)
-        return logits

@@ -12,6 +12,7 @@ from nanollada.modeling_nanollada import (
     NanoLLaDAForMaskedLM,
     NanoLLaDAModel,
 )
+from nanollada.modeling_nanollada.loss_nanollada import FLOOR
 
 SHAPE = {
     "vocab_size": 101,
@@ -119,7 +120,7 @@ def test_flash_attention_with_documents_is_refused():
 def test_documents_and_cache_are_refused():
     model, ids = build(NanoLLaDAForCausalLM), tokens()
     past = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="`past_key_values` must be empty, got 11 cached tokens"):
+    with pytest.raises(ValueError, match="the cache must be empty, got 11 cached tokens"):
         model(ids, past_key_values=past, document_ids=torch.zeros_like(ids))
 
 
@@ -156,7 +157,9 @@ def test_bidirectional_attention_sees_the_last_token():
 
 def test_mask_token_is_never_predicted():
     model, ids = build(NanoLLaDAForMaskedLM), tokens()
-    assert (model(ids).logits[..., model.config.mask_token_id] == -torch.inf).all()
+    logits = model(ids).logits
+    assert (logits[..., model.config.mask_token_id] == FLOOR).all()
+    assert (logits.softmax(-1)[..., model.config.mask_token_id] == 0).all()
     with pytest.raises(ValueError, match="`labels` must not hold the mask token, got 3"):
         model(ids, labels=torch.full_like(ids, 3))
     with pytest.raises(ValueError, match="`shift_labels` are an AR model's: .* `labels` are not shifted"):

@@ -9,7 +9,7 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torc
     Cross-entropy of each token in nats, in float32 or better.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores; −inf for what can't be predicted.
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores; what can't be predicted has a very low one, as the models give it.
         targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -65,7 +65,6 @@ def confidence_entropy(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     log_probs = logits[right].log_softmax(-1)  # [C, V]
-    log_probs = log_probs.masked_fill(log_probs.isneginf(), 0)  # what can't be predicted adds no entropy
     probs = logits[right].softmax(-1)
     entropy = -(probs * log_probs).sum(-1)  # [C]
     count = torch.zeros_like(row_targets, dtype=entropy.dtype).index_add_(0, rows[right], torch.ones_like(entropy))
