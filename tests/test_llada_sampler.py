@@ -11,8 +11,8 @@ from generation_models import EOS, MASK, VOCABULARY, build, seeded
 def published(model, prompt, gen_length, block_length, steps, cfg_scale, remasking, generator):
     """
     One row at temperature 0, with nothing that keeps the mask token away but the model itself: guidance of −∞ would be
-    no number, and a text of masks. `steps` is LLaDA's, of all blocks. Random scores come from `generator`, one for each open
-    position of the block.
+    no number, and a text of masks. `steps` is LLaDA's, of all blocks. Random scores come from `generator`, one for
+    each open position of the block.
     """
     row = prompt + [MASK] * gen_length
     blocks = gen_length // block_length

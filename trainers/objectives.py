@@ -9,7 +9,7 @@ def token_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torc
     Cross-entropy of each token in nats, in float32 or better.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores; what can't be predicted has a very low one, as the models give it.
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores, finite also for what can't be predicted.
         targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
