@@ -227,9 +227,20 @@ def plain_llada(network, ids, mask, new_tokens: int, block_length: int | None, p
 
 
 def score(
-    decoder: str, model: str, *, data: str, rows: int, batch_size: int, block_length: int | None, threads: int | None
+    decoder: str,
+    model: str,
+    *,
+    data: str,
+    rows: int,
+    batch_size: int,
+    block_length: int | None,
+    threads: int | None,
+    new_tokens: int = 0,
 ) -> dict:
-    """Exact match with the normal EOS: `value`, `standard_error`, `rows`. LLaDA's loops decode as a quota does."""
+    """
+    Exact match with the normal EOS: `value`, `standard_error`, `rows`, `truncated`, and the answers' `new_tokens` (0:
+    as many as the longest needs). LLaDA's loops decode as a quota does.
+    """
     import torch
 
     from nanollada.scripts.evaluate import exact_match
@@ -241,9 +252,13 @@ def score(
     settings = {"llada": {"use_cache": False}, "llada/2": {"use_cache": False, "tokens_per_step": 2}, "ar": {}}
     settings = settings[decoder] if decoder in PLAIN else decoder_settings(decoder)
     answers = [answer for _, answer in itertools.islice(questions(tokenizer, data), rows)]
+    new_tokens = new_tokens or max(map(len, answers))
     if decoder != "ar":
-        settings = generate_settings(settings, network.config, max(map(len, answers)), block_length)
+        settings = generate_settings(settings, network.config, new_tokens, block_length)
+    size = settings.get("block_length") or 1
+    settings["max_new_tokens"] = -(-new_tokens // size) * size
     found = exact_match(
         network, tokenizer, list(itertools.islice(_rows(data), rows)), batch_size=batch_size, **settings
     )
-    return {name: found[name] for name in ("value", "standard_error", "rows", "truncated")}
+    kept = {name: found[name] for name in ("value", "standard_error", "rows", "truncated")}
+    return {**kept, "new_tokens": found["settings"]["max_new_tokens"]}

@@ -52,6 +52,9 @@ class GenerateBenchmarkArguments:
     block_length: int | None = field(default=None, metadata={"help": "`block_length` of `generate`, and of `llada`."})
     score_data: str | None = field(default=None, metadata={"help": "Rows with answers, for prompts and scores."})
     score_rows: int = field(default=100, metadata={"help": "How many of them are scored; 0: none."})
+    score_new_tokens: int = field(
+        default=0, metadata={"help": "Tokens that a scored answer may have. 0: the longest answer's, with its EOS."}
+    )
     score_batch_size: int = field(default=16, metadata={"help": "Rows at once in scoring."})
     repeats: int = field(default=3, metadata={"help": "Processes for each measurement."})
     calls: int = field(default=3, metadata={"help": "Timed calls in each, after one that is not timed."})
@@ -66,7 +69,13 @@ class GenerateBenchmarkArguments:
             values = getattr(self, name)
             if not values or min(values) < low:
                 raise ValueError(f"`{name}` must hold numbers >= {low}, got {values}")
-        for name, low in (("repeats", 1), ("calls", 1), ("score_rows", 0), ("model_block_length", 0)):
+        for name, low in (
+            ("repeats", 1),
+            ("calls", 1),
+            ("score_rows", 0),
+            ("score_new_tokens", 0),
+            ("model_block_length", 0),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` must be >= {low}, got {getattr(self, name)}")
         if self.size not in SIZES:
@@ -96,7 +105,7 @@ def benchmark(args: GenerateBenchmarkArguments) -> dict:
         runs.append({**names, "repeat": repeat, **run(MEASURE, model=model, **names, **shared)})
     if args.model is not None and args.score_data is not None and args.score_rows:
         options = {"data": args.score_data, "rows": args.score_rows, "batch_size": args.score_batch_size}
-        options |= {"block_length": args.block_length, "threads": args.threads}
+        options |= {"block_length": args.block_length, "threads": args.threads, "new_tokens": args.score_new_tokens}
         for name in tqdm(args.decoders, desc="Scoring", unit=" decoders"):
             model = args.ar_model if name == "ar" else args.model
             scores[name] = run(SCORE, decoder=name, model=model, **options)
@@ -184,7 +193,7 @@ def table(found: dict):
         "× llada",
         "× ar",
         "peak MB",
-        "score",
+        score_title(found["scores"]),
     )
     for name in names:
         made.add_column(name, justify="left" if name == "decoder" else "right")
@@ -201,6 +210,12 @@ def table(found: dict):
             f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
         )
     return made
+
+
+def score_title(scores: dict) -> str:
+    """Over the scores' column: with the tokens that an answer may have, which timed calls have their own number of."""
+    room = sorted({scored["new_tokens"] for scored in scores.values() if "new_tokens" in scored})
+    return f"score ({', '.join(map(str, room))} new)" if room else "score"
 
 
 def ranged(values: dict | None) -> str:

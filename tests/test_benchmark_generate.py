@@ -154,15 +154,18 @@ def test_a_whole_run(checkpoints, monkeypatch, capsys):
     output = checkpoints / "result.json"
     line = f"--model {checkpoints}/diffusion --ar_model {checkpoints}/ar --score_data {checkpoints}/rows.jsonl"
     line += f" --new_tokens 4 8 --repeats 2 --calls 1 --score_rows 4 --output {output} --decoders llada ar quota"
+    line = f"--score_new_tokens 8 {line}"
     found = benchmark_generate.main([*line.split(), "threshold 0.5"])
     assert len(found["results"]) == 8 and len(found["runs"]) == 16 and len(found["slopes"]) == 4
     assert {item["rows"] for item in found["scores"].values()} == {4}
+    assert {item["new_tokens"] for item in found["scores"].values()} == {8}
     assert all(item["times_llada"]["median"] > 0 and item["flops"] > 0 for item in found["results"])
     saved = json.loads(output.read_text())
     assert saved["results"] == found["results"] and saved["arguments"]["new_tokens"] == [4, 8]
     assert output.with_suffix(".png").stat().st_size > 5000
     printed = capsys.readouterr().out
     assert "quota, batch 1: seconds ~ tokens^" in printed and "results:" in printed
+    assert benchmark_generate.score_title(found["scores"]) == "score (8 new)"
     assert math.isfinite(found["slopes"][0]["seconds"])
 
 
