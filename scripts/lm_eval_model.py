@@ -173,7 +173,7 @@ class NanoLLaDALM(TemplateLM):
     def _begins_itself(self, text: str) -> bool:
         return text.startswith(tuple(self.special_tokens))
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids of a text alone, or (`add_special_tokens`) as the beginning of a document or chat."""
         from nanollada.trainers.continuations import context_ids
 
