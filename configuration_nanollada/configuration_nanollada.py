@@ -1,8 +1,32 @@
 """Configuration of nanollada's language models: one `model_type` for the AR and the diffusion variant."""
 
+import copy
+import difflib
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# What a config.json of transformers may hold beside the fields: written by one version, unknown to another or moved.
+_TRANSFORMERS_KEYS = (
+    *"model_type architectures auto_map transformers_version name_or_path dtype torch_dtype".split(),
+    *"attn_implementation experts_implementation output_attentions output_hidden_states return_dict".split(),
+    *"use_return_dict torchscript num_labels id2label label2id problem_type tie_last_hidden_states".split(),
+    *"is_encoder_decoder is_decoder add_cross_attention chunk_size_feed_forward tokenizer_class".split(),
+    *"quantization_config rope_scaling rope_theta partial_rotary_factor".split(),
+)
+# Of these, what no nanollada model does anything with; the value that asks for nothing is the only one.
+_FIXED = {
+    "return_dict": True,  # of `forward`, not of the config: transformers' own models break, too
+    "chunk_size_feed_forward": 0,
+    **dict.fromkeys(("is_encoder_decoder", "is_decoder", "add_cross_attention", "torchscript"), False),
+}
+# The keys of `rope_parameters` for some `rope_type`. transformers warns of those that are another type's.
+_ROPE_KEYS = (
+    "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow "
+    "short_factor long_factor low_freq_factor high_freq_factor mscale mscale_all_dim truncate partial_rotary_factor"
+).split()
 
 
 @strict
@@ -32,7 +56,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
         rope_parameters (`dict`, *optional*): RoPE, transformers' dictionary: `rope_type` ("default", "linear",
             "dynamic", "yarn", "llama3", "longrope"), `rope_theta` (1e6) and the type's own keys, e.g. YaRN's
-            `{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}`.
+            `{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}`. All of a head is turned
+            (no `partial_rotary_factor`).
         qk_norm (`bool`, defaults to `True`): Whether queries and keys go through an RMSNorm (Qwen3), or not (Llama).
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have a bias.
         attention_output_bias (`bool`, *optional*): The same for the output projection alone. Defaults to
@@ -48,9 +73,13 @@ class NanoLLaDAConfig(PreTrainedConfig):
         mask_token_id (`int`, defaults to 3): The token that stands for a hidden one. Never predicted.
         pad_token_id, bos_token_id, eos_token_id (`int`, defaults to 0, 1, 2): As everywhere in transformers.
 
+    RMSNorm and RoPE are computed in float32 whatever the `dtype`, as in Qwen3: the logits of a float64 model have
+    float32's error (about 3e-6), too.
+
     Raises:
-        `ValueError`: for sizes that are not positive or don't divide, probabilities outside [0, 1), `label_shift` with
-            a `block_length`, and token ids outside the vocabulary or used twice.
+        `ValueError`: for names that neither this class nor transformers knows, in a call as in a file; for sizes that
+            are not positive or don't divide, probabilities outside [0, 1), `label_shift` with a `block_length`, and
+            token ids outside the vocabulary or used twice.
     """
 
     model_type = "nanollada"
@@ -98,6 +127,7 @@ class NanoLLaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("is_causal", None)  # derived from the class, so a stale key must not reach the attention
+        self._check_names(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_output_bias is None:
@@ -112,8 +142,29 @@ class NanoLLaDAConfig(PreTrainedConfig):
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # completed in place below; the caller's stays as it is
         super().__post_init__(**kwargs)
+        for name, value in _FIXED.items():
+            found = getattr(self, name, value)
+            _require(found == value, f"`{name}` must be {value} in a {type(self).__name__}, got {found!r}")
         self._check_shape()
         self._check_special_tokens()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; also of the keyword arguments, none is dropped in silence."""
+        whole = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if whole:
+            return config, unused
+        cls._check_names(unused)
+        return config
+
+    @classmethod
+    def _check_names(cls, kwargs):
+        """Names starting with an underscore, and what `PreTrainedConfig` itself knows, are transformers' own."""
+        ours = [field.name for field in fields(cls)]
+        for name, value in kwargs.items():
+            if not (name.startswith("_") or name in ours or name in _TRANSFORMERS_KEYS):
+                _require(False, f"`{name}` is no field of {cls.__name__}{_near_miss(name, ours)}, got {value!r}")
 
     def _check_shape(self):
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -141,6 +192,18 @@ class NanoLLaDAConfig(PreTrainedConfig):
         rope_types = ("default", *ROPE_INIT_FUNCTIONS)
         rope_type = self.rope_parameters["rope_type"]
         _require(rope_type in rope_types, f"`rope_type` must be one of {', '.join(rope_types)}, got {rope_type!r}")
+        for name, value in self.rope_parameters.items():
+            message = f"`rope_parameters` must not hold {name!r}{_near_miss(name, _ROPE_KEYS)}, got {value!r}"
+            _require(name in _ROPE_KEYS, message)
+        share = self.rope_parameters.get("partial_rotary_factor")
+        _require(share in (None, 1), f"`partial_rotary_factor` must be unset or 1, got {share}")
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Raises `ValueError` unless the tokens would fit into a vocabulary of `vocab_size`."""
+        resized = copy.deepcopy(self)
+        resized.vocab_size = vocab_size
+        resized._check_shape()
+        resized._check_special_tokens()
 
     def _check_special_tokens(self):
         for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
@@ -155,6 +218,11 @@ class NanoLLaDAConfig(PreTrainedConfig):
                     name == "mask_token_id" or token_id != self.mask_token_id,
                     f"`mask_token_id` must differ from `{name}`, got {self.mask_token_id} for both",
                 )
+
+
+def _near_miss(name: str, known) -> str:
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean `{found[0]}`?)" if found else ""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -131,6 +131,42 @@ class Canvas:
         return kept.sum(1) / self.forwards.clamp(min=1)
 
 
+def check_prompt(input_ids, attention_mask, vocab_size: int, empty: bool = True) -> None:
+    """
+    Refuses prompts that are no ids `[B, L]` of the vocabulary, and masks that don't fit.
+
+    Args:
+        input_ids: What the caller gave.
+        attention_mask: The same, or `None`.
+        vocab_size (`int`): Of the model.
+        empty (`bool`, defaults to `True`): Whether a prompt of length 0 is one.
+
+    Raises:
+        `ValueError`: naming the argument.
+    """
+    name = type(input_ids).__name__
+    require(isinstance(input_ids, torch.Tensor), f"`input_ids` must be a tensor of token ids, got {name}")
+    shape, dtype = tuple(input_ids.shape), input_ids.dtype
+    integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    nothing = "" if input_ids.numel() else ": an empty prompt"
+    require(integers, f"`input_ids` must be integers, got {dtype} of shape {shape}{nothing}")
+    require(len(shape) == 2, f"`input_ids` must have the shape (batch, length), got {shape}{nothing}")
+    require(shape[0] > 0, f"`input_ids` must hold at least one row, got shape {shape}")
+    require(empty or shape[1] > 0, f"`input_ids` must hold at least one token, got shape {shape}: an empty prompt")
+    if input_ids.numel():
+        low, high = (int(value) for value in input_ids.aminmax())
+        good = 0 <= low and high < vocab_size
+        require(good, f"`input_ids` must lie in [0, `vocab_size`), got {low} to {high} and {vocab_size}")
+    if attention_mask is None:
+        return
+    name = type(attention_mask).__name__
+    require(isinstance(attention_mask, torch.Tensor), f"`attention_mask` must be a tensor, got {name}")
+    found = f"got {tuple(attention_mask.shape)} and {shape}"
+    require(tuple(attention_mask.shape) == shape, f"`attention_mask` must have the shape of `input_ids`, {found}")
+    good = bool(((attention_mask == 0) | (attention_mask == 1)).all())
+    require(good, "`attention_mask` must hold zeros and ones, got other values")
+
+
 def first_column(mask):
     """`[B]`: the first True column of each row, or the number of columns."""
     return torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1])

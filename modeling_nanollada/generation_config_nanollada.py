@@ -1,9 +1,41 @@
 """The settings of the diffusion `generate`."""
 
 import copy
+import difflib
 import math
 
 from transformers import GenerationConfig
+
+# What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
+WORKING = (
+    "max_length max_new_tokens max_time stop_strings do_sample use_cache cache_implementation temperature top_k top_p "
+    "min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty suppress_tokens num_return_sequences "
+    "return_dict_in_generate pad_token_id bos_token_id eos_token_id"
+).split()
+UNSUPPORTED = (
+    "num_beams num_beam_groups early_stopping length_penalty diversity_penalty penalty_alpha dola_layers constraints "
+    "force_words_ids use_mtp prompt_lookup_num_tokens max_matching_ngram_size is_assistant num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit assistant_lookbehind "
+    "target_lookbehind assistant_ensemble_weight speculation_type guidance_scale min_length min_new_tokens "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size encoder_repetition_penalty decoder_start_token_id "
+    "bad_words_ids sequence_bias forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty "
+    "begin_suppress_tokens remove_invalid_values watermarking_config token_healing output_scores output_logits "
+    "output_attentions output_hidden_states cache_config max_cache_len prefill_chunk_size low_memory compile_config "
+    "continuous_batching_config"
+).split()
+HARMLESS = {
+    "renormalize_logits": "every distribution here is normalised",
+    "disable_compile": "nothing is compiled behind the caller's back",
+    "transformers_version": "transformers' own note of who wrote the file",
+}
+# Values that switch a refused field off, beside `None` and transformers' own defaults.
+_OFF = {
+    "guidance_scale": 1,
+    "min_new_tokens": 0,
+    "penalty_alpha": 0,
+    **dict.fromkeys("output_attentions output_hidden_states output_logits".split(), False),
+    **dict.fromkeys("use_mtp is_assistant token_healing low_memory".split(), False),
+}
 
 _OWN_FIELDS = (
     "block_length steps remasking position_score threshold low_threshold kl_threshold factor entropy_bound "
@@ -32,12 +64,31 @@ _CHOICES = {
     "approximate_cache": ("prefix", "dual"),
     "cache_implementation": ("dynamic", "static"),
 }
-_SWITCHES = ("early_stop", "do_sample", "grow_length", "use_cache")
+_SWITCHES = (
+    *("early_stop", "do_sample", "grow_length", "use_cache"),
+    *("return_dict_in_generate", "renormalize_logits", "disable_compile"),
+)
+_INTEGERS = (
+    ("max_new_tokens", 0),
+    ("max_length", 1),
+    ("block_length", 1),
+    ("steps", 1),
+    ("top_k", 0),
+    ("max_commits", 1),
+    ("num_return_sequences", 1),
+)
+_LARGEST = 2**31  # no integer reaches it
 _NUMBERS = (
     ("temperature", ">= 0", lambda x: 0 <= x < math.inf),
     ("cfg_scale", ">= 0", lambda x: 0 <= x < math.inf),
     ("repetition_penalty", "> 0", lambda x: 0 < x < math.inf),
     ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
+    ("top_h", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("typical_p", "in (0, 1]", lambda x: 0 < x <= 1),
+    ("epsilon_cutoff", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("eta_cutoff", "in [0, 1)", lambda x: 0 <= x < 1),
+    ("max_time", ">= 0", lambda x: 0 <= x < math.inf),
     ("threshold", ">= 0", lambda x: 0 <= x < math.inf),
     ("low_threshold", ">= 0", lambda x: 0 <= x < math.inf),
     ("kl_threshold", "> 0", lambda x: 0 < x <= math.inf),
@@ -46,6 +97,39 @@ _NUMBERS = (
     ("ramp_start", "in (0, 1]", lambda x: 0 < x <= 1),
     ("ramp_end", "in (0, 1]", lambda x: 0 < x <= 1),
     ("remdm_eta", "in [0, 1]", lambda x: 0 <= x <= 1),
+)
+# What only some decoding reads: the fields with the value that does nothing, what decides about them, what they need.
+_CONDITIONAL = (
+    (
+        {"top_k": 0, "top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "min_p": 0, "top_h": None},
+        ("do_sample", "temperature"),
+        "needs a `temperature` above 0",
+        lambda settings: settings.get_temperature() > 0,
+    ),
+    (
+        {"ramp_start": _DEFAULTS["ramp_start"], "ramp_end": _DEFAULTS["ramp_end"]},
+        ("commit_schedule",),
+        "needs the `commit_schedule` 'ramp'",
+        lambda settings: settings.commit_schedule == "ramp",
+    ),
+    (
+        {"remdm_eta": _DEFAULTS["remdm_eta"]},
+        ("remdm",),
+        "needs `remdm`",
+        lambda settings: settings.remdm is not None,
+    ),
+    (
+        {"position_score": "max_prob"},
+        ("remasking", "remdm"),
+        "needs the `remasking` 'low_confidence' and no `remdm`",
+        lambda settings: settings.remdm is None and settings.remasking != "random",
+    ),
+    (
+        {"remasking": "low_confidence"},
+        ("remdm",),
+        "needs decoding without `remdm`",
+        lambda settings: settings.remdm is None,
+    ),
 )
 
 
@@ -68,8 +152,10 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             `do_sample=True` the default is 1.0. Tokens are drawn by Gumbel-max in float64 (arXiv 2409.02908).
         do_sample (`bool`, *optional*): `False` is the same as `temperature=0`. Unset, the temperature decides.
         top_k (`int`, *optional*), top_p (`float`, *optional*): Truncate each draw's distribution. Off by default.
+            So do transformers' `min_p`, `top_h`, `typical_p`, `epsilon_cutoff` and `eta_cutoff`. A call that sets one
+            and decodes greedily is refused; what a checkpoint saved for draws is passed over, as in transformers.
         remasking (`str`, *optional*, defaults to `"low_confidence"`): Which positions to commit: those with the best
-            `position_score`, or `"random"` ones (the reverse process of LLaDA's eq. 3; `position_score` is not used).
+            `position_score`, or `"random"` ones (the reverse process of LLaDA's eq. 3, which has no `position_score`).
         position_score (`str`, *optional*, defaults to `"max_prob"`): `"max_prob"`: the largest probability;
             `"margin"`: its distance to the second; `"entropy"`: the lowest entropy first; `"sampled_prob"`: the
             probability of the drawn token, LLaDA's rule, which at temperatures above 0 distorts the samples towards
@@ -93,10 +179,11 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         max_commits (`int`, *optional*): Never more tokens per step and row; a block takes as many steps as it needs.
         remdm (`str`, *optional*): ReMDM: each of a block's `steps`, which may be more than its masks, masks decided
             tokens again with probability σ and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max);
-            `"rescale"`: `remdm_eta`·σ_max. `remasking` and `position_score` are not used.
+            `"rescale"`: `remdm_eta`·σ_max. It has no `remasking` and no `position_score`.
         remdm_eta (`float`, *optional*, defaults to 0.02): See `remdm`.
         cfg_scale (`float`, *optional*, defaults to 0.0): Classifier-free guidance w: logits become
-            z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off.
+            z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off. Masks inside the prompt are
+            no part of it: once filled, z_u sees them as it sees new tokens.
         repetition_penalty (`float`, *optional*): As in transformers; counts the tokens visible in the row.
         eos_policy (`str`, *optional*, defaults to `"none"`): `"last"`: positions whose likeliest token (drawn token,
             with `"sampled_prob"`) is an EOS are committed after all others of the block. `"forbid"`: never an EOS.
@@ -112,19 +199,29 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             size at once, so that a compiled forward sees one shape. Without a cache neither means anything.
 
     Raises:
-        `ValueError`: for values out of range, for `do_sample` and `temperature` that contradict each other, and for
-            commit rules that exclude each other.
+        `ValueError`: for unknown names, for values out of range, for `do_sample` and `temperature` that contradict
+            each other, for commit rules that exclude each other, and for settings that the others leave without a use
+            (`top_k` beside `do_sample=False`, `ramp_start` beside another `commit_schedule`). A checkpoint's plain
+            `generation_config.json` may hold unknown names; then `generate` refuses them.
     """
 
     def __init__(self, **kwargs):
+        known = {*vars(GenerationConfig()), *_OWN_FIELDS}
+        for name, value in kwargs.items():
+            fine = name in known or name.startswith("_") or value is None
+            require(fine, f"`{name}` is no setting of the diffusion `generate`{near_miss(name, known)}, got {value!r}")
         for name in _OWN_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
+        refuse_idle(self, {name: value for name, value in kwargs.items() if value is not None}, by_word=True)
 
     @classmethod
     def from_config(cls, config: GenerationConfig) -> "NanoLLaDAGenerationConfig":
         """The same settings as this class. A plain config's `_from_model_config` would drop our fields on reload."""
-        return cls(**{key: value for key, value in config.to_dict().items() if not key.startswith("_")})
+        settings = cls()
+        given = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+        settings.update(**given, allow_custom_entries=True)
+        return settings
 
     @classmethod
     def from_model_config(cls, model_config) -> "NanoLLaDAGenerationConfig":
@@ -174,18 +271,43 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
     def _validate_values(self) -> None:
         """Each setting for itself."""
-        integers = ("max_new_tokens", 0), ("block_length", 1), ("steps", 1), ("top_k", 0), ("max_commits", 1)
-        for name, low in integers:
+        for name, low in _INTEGERS:
             value = getattr(self, name)
-            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low)
+            good = value is None or (is_integer(value) and low <= value)
             require(good, f"`{name}` must be an integer >= {low}, got {value!r}")
+            require(value is None or value < _LARGEST, f"`{name}` must be below {_LARGEST}, got {value!r}")
         for name, rule, test in _NUMBERS:
             value = getattr(self, name)
             good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and test(value))
             require(good, f"`{name}` must be a number {rule}, got {value!r}")
-        for name, choices in (*_CHOICES.items(), *((name, (True, False)) for name in _SWITCHES)):
+        for name in _SWITCHES:
             value = getattr(self, name)
-            require(value is None or value in choices, f"`{name}` must be one of {choices}, got {value!r}")
+            require(value is None or isinstance(value, bool), f"`{name}` must be one of (True, False), got {value!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            good = value is None or (isinstance(value, str) and value in choices)
+            require(good, f"`{name}` must be one of {choices}, got {value!r}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "suppress_tokens"):
+            value = getattr(self, name)
+            many = "" if name in ("pad_token_id", "bos_token_id") else " or a list of them"
+            good = all(map(is_integer, token_ids(value))) and (many or not isinstance(value, (list, tuple)))
+            require(good, f"`{name}` must be an integer{many}, got {value!r}")
+        texts = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
+        good = texts is None or (isinstance(texts, (list, tuple)) and texts and all(map(is_text, texts)))
+        require(good, f"`stop_strings` must be a string or a list of them, none empty, got {self.stop_strings!r}")
+
+    def check_tokens(self, vocab_size: int, mask_token_id: int) -> None:
+        """Compares the token ids with a model's: in the vocabulary, none the mask token, something left to predict."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "suppress_tokens"):
+            value = getattr(self, name)
+            good = all(0 <= token < vocab_size for token in token_ids(value))
+            require(good, f"`{name}` must lie in [0, `vocab_size`), got {value!r} and {vocab_size}")
+            masked = name != "suppress_tokens" and mask_token_id in token_ids(value)
+            require(not masked, f"`{name}` must differ from the model's `mask_token_id`, got {mask_token_id} for both")
+        never = {mask_token_id, *token_ids(self.suppress_tokens)}
+        never.update(token_ids(self.eos_token_id) if self.eos_policy == "forbid" else ())
+        message = f"`suppress_tokens` must leave a token of {vocab_size} to predict, got {len(never)} that may not be"
+        require(len(never) < vocab_size, message)
 
     def commit_rule(self) -> str:
         """What the settings mean: "quota", "threshold", "hierarchical", "klass", "factor" or "entropy_bound"."""
@@ -224,6 +346,81 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         require(not late, "`remdm` decides itself what a step commits: `eos_policy` must not be 'last', got 'last'")
         ramp = self.commit_schedule == "ramp" and self.steps is not None
         require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
+
+
+def refuse_unused(settings: NanoLLaDAGenerationConfig) -> None:
+    """Fields of transformers that diffusion has no use for, and unknown ones, must be unset (or at their default)."""
+    off = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params(), **_OFF}
+    known = {*WORKING, *HARMLESS, *_OWN_FIELDS}
+    for name, value in vars(settings).items():
+        if name not in known and not name.startswith("_") and not is_same(value, off.get(name)):
+            refuse(name, value, "is not supported by" if name in UNSUPPORTED else "is not known to")
+
+
+def refuse_idle(settings: NanoLLaDAGenerationConfig, given: dict, by_word: bool = False) -> None:
+    """
+    What was set and will not be read is refused: the fields of `_CONDITIONAL` in `given`.
+
+    Args:
+        settings ([`NanoLLaDAGenerationConfig`]): All settings of the decoding.
+        given (`dict`): Those that were set by hand.
+        by_word (`bool`, defaults to `False`): Only if what decides about them is in `given`, too: the rest may follow.
+    """
+    for fields, deciders, rule, used in _CONDITIONAL:
+        if used(settings) or (by_word and not any(name in given for name in deciders)):
+            continue
+        for name in fields:
+            idle = given.get(name) is not None and not is_same(given[name], fields[name])
+            found = ", ".join(f"`{decider}` {getattr(settings, decider)!r}" for decider in deciders)
+            require(not idle, f"`{name}` {rule}, got {given.get(name)!r} with {found}")
+
+
+def set_by_the_call(given: GenerationConfig | None, kwargs: dict) -> dict:
+    """
+    What a call itself set: its keywords, and of its `generation_config` what these don't decide about. For that may be
+    the model's own one (as in pipelines), whose `top_k` is passed over under `do_sample=False`.
+    """
+    found = {} if given is None else {name: value for name, value in given.to_dict().items() if value is not None}
+    for fields, deciders, *_ in _CONDITIONAL:
+        if any(kwargs.get(name) is not None or name in found for name in deciders):
+            found = {name: value for name, value in found.items() if name not in fields}
+    return {**found, **{name: value for name, value in kwargs.items() if value is not None}}
+
+
+def refuse(name: str, value, how: str = "is not supported by") -> None:
+    """Raises for what must be unset."""
+    shown = repr(value) if isinstance(value, (int, float, str, list, dict, tuple)) else type(value).__name__
+    require(value is None, f"`{name}` {how} the diffusion `generate`: it must be unset, got {shown}")
+
+
+def near_miss(name: str, known) -> str:
+    """ "" or " (did you mean `…`?)"."""
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean `{found[0]}`?)" if found else ""
+
+
+def token_ids(value) -> list:
+    """Token ids, one or several, as a list: of an integer, a list, a tensor, or `None`."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def is_same(value, other) -> bool:
+    """Equality of plain values, 1 and True being two."""
+    if value is None or other is None:
+        return value is other
+    plain = isinstance(value, (int, float, str)) and isinstance(value, bool) == isinstance(other, bool)
+    return plain and value == other
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def contradict(do_sample, temperature) -> bool:

@@ -15,21 +15,18 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as processors
 
-from .canvas_nanollada import Canvas
-from .generation_config_nanollada import NanoLLaDAGenerationConfig, require
+from .canvas_nanollada import Canvas, check_prompt
+from .generation_config_nanollada import (
+    NanoLLaDAGenerationConfig,
+    refuse,
+    refuse_idle,
+    refuse_unused,
+    require,
+    set_by_the_call,
+)
 from .prediction_nanollada import predictor
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler, Step
 from .versions_nanollada import read_under_both_names
-
-# Settings of transformers' `generate` that diffusion has no meaning for, or that are not built.
-_UNSUPPORTED = (
-    "num_beams num_beam_groups early_stopping length_penalty diversity_penalty penalty_alpha dola_layers constraints "
-    "force_words_ids use_mtp prompt_lookup_num_tokens assistant_early_exit guidance_scale min_length min_new_tokens "
-    "no_repeat_ngram_size encoder_no_repeat_ngram_size encoder_repetition_penalty bad_words_ids sequence_bias "
-    "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty begin_suppress_tokens "
-    "remove_invalid_values watermarking_config token_healing output_scores output_logits "
-    "output_attentions output_hidden_states"
-).split()
 
 
 @dataclass
@@ -60,7 +57,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     - *Infilling.* Mask tokens inside the prompt are filled, all else stays. They belong to the first block; in a model
       with `config.block_length` to the blocks in which they lie, which come first.
-    - *Batches.* Rows are independent: pad on the left and pass the `attention_mask`.
+    - *Prompts* are integer ids of shape `(batch, length)`, int32 ones, too. With length 0 the whole row is generated.
+    - *Batches.* Pad on the left and pass the `attention_mask`. Rows are independent where nothing is drawn. Draws of
+      all rows come from one generator, step by step: a sampled row depends on its batch mates and on their order.
     - *`logits_processor`* is called with the scores of all masked positions of the block, `(N, vocab_size)`, and for
       each of them its whole row, mask tokens included, `(N, length)`. Processors of transformers that read the row
       left to right are refused; repetitions have `repetition_penalty`.
@@ -73,8 +72,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     Raises:
         `ValueError`: for settings of transformers without a meaning here (beams, assistants, given caches,
-            `inputs_embeds`, scores as output, …), for a `block_length` that doesn't divide, and for prompts with
-            nothing to decode.
+            `inputs_embeds`, scores as output, …) and unknown ones, saved or given; for settings that the call makes
+            and its decoding doesn't read (`top_k` without draws); for ids and masks of a wrong shape, type or range;
+            for a `block_length` that doesn't divide, and for prompts with nothing to decode.
     """
 
     def adjust_generation_fn(self, *args, **kwargs):
@@ -88,27 +88,43 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = settings.update(**kwargs)
         settings.update(**settings._get_default_generation_params(), defaults_only=True)
-        off = {**GenerationConfig._get_default_generation_params(), "guidance_scale": 1}
-        for name in _UNSUPPORTED:
-            value = getattr(settings, name, None)
-            _refuse(name, None if value == off.get(name) else value)
+        refuse_unused(settings)
+        refuse_idle(settings, set_by_the_call(generation_config, kwargs))
+        settings.check_tokens(self.config.vocab_size, self.config.mask_token_id)
         settings.temperature = settings.get_temperature()
         settings.do_sample = settings.temperature > 0
         return settings, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.pop("generator", None)
+        for name in ("cache", "past_key_values"):  # the new name and the old one, on each transformers
+            refuse(name, model_kwargs.pop(name, None))
         super()._validate_model_kwargs(model_kwargs)  # unknown names
         good = generator is None or isinstance(generator, torch.Generator)
         require(good, f"`generator` must be a torch.Generator, got {generator!r}")
         for name, value in model_kwargs.items():
             if name not in ("input_ids", "attention_mask"):
-                _refuse(name, value)
+                refuse(name, value)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        for name in ("assistant_model", "synced_gpus"):
-            _refuse(name, generation_mode_kwargs.get(name))
+        for name in ("assistant_model", "assistant_tokenizer"):
+            refuse(name, generation_mode_kwargs.get(name))
+        refuse("synced_gpus", generation_mode_kwargs.get("synced_gpus") or None)
+        streamer = generation_mode_kwargs.get("streamer")
+        good = streamer is None or all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
+        require(good, f"`streamer` must have the methods `put` and `end`, got {type(streamer).__name__}")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        ids, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        check_prompt(ids, model_kwargs.get("attention_mask"), self.config.vocab_size)
+        return ids.long(), name, model_kwargs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: it would decode left to right, one token at a time. `generate` takes batches."""
+        raise ValueError("`generate_batch` decodes left to right: a diffusion model must use `generate`, got a call")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         if input_ids_length != generation_config.max_length:  # equal: only the prompt's own masks are filled
@@ -119,7 +135,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config, **kwargs):
         for name in ("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask"):
-            _refuse(name, kwargs.pop(name, None))
+            refuse(name, kwargs.pop(name, None))
         view = copy.copy(generation_config)
         view.repetition_penalty = None  # transformers' would count masks and padding; see `_Sampler.shape`
         found = super()._get_logits_processor(view, **kwargs)
@@ -198,11 +214,3 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         # 3. Commit these; the others stay masked.
         canvas.commit(rows, columns, selected, tokens)
         return logits
-
-
-def _refuse(name, value):
-    """For what is supported only unset."""
-    plain = isinstance(value, (int, float, str, list))
-    shown = value if plain else type(value).__name__
-    message = f"`{name}` is not supported by the diffusion `generate`: it must be unset, got {shown}"
-    require(value is None or (plain and not value), message)

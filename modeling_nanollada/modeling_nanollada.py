@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_nanollada import create_attention_mask
+from .canvas_nanollada import check_prompt
 from .configuration_nanollada import NanoLLaDAConfig
 from .generation_config_nanollada import NanoLLaDAGenerationConfig
 from .generation_nanollada import NanoLLaDAGenerationMixin
@@ -66,6 +67,13 @@ class NanoLLaDAPreTrainedModel(PreTrainedModel):
             **dict.fromkeys(self._auto_classes, model),
         }
         return super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; `ValueError` for a size below a special token's id, which could not be read any more."""
+        if new_num_tokens is not None:
+            step = pad_to_multiple_of or 1
+            self.config.check_vocab_size(-(-new_num_tokens // step) * step)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 
 class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
@@ -294,6 +302,12 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.suppress_tokens = [config.mask_token_id]
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if name == "input_ids":
+            check_prompt(inputs, None, self.config.vocab_size, empty=False)
+        return inputs, name, model_kwargs
 
     @can_return_tuple
     def forward(

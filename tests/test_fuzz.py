@@ -68,6 +68,10 @@ DOCUMENTED = (
     "`approximate_cache`",
     "`max_new_tokens` must be > 0 for a prompt without mask tokens",
     "`top_",
+    "`position_score` needs",
+    "`remasking` needs",
+    "`ramp_start` needs",
+    "`remdm_eta` needs",
 )
 
 
