@@ -127,7 +127,6 @@ def test_300_random_calls():
         {"position_score": "margin"},
         {"position_score": "entropy"},
         {"remasking": "random"},
-        {"remasking": "random"},
         {"block_length": 1},
     ],
     ids=str,
