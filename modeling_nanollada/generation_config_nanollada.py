@@ -77,6 +77,12 @@ _INTEGERS = (
     ("max_commits", 1),
     ("num_return_sequences", 1),
 )
+_TOKENS = {
+    "pad_token_id": "an integer",
+    "bos_token_id": "an integer",
+    "eos_token_id": "an integer or a list of integers, not empty",
+    "suppress_tokens": "a list of integers",
+}
 _LARGEST = 2**31  # no integer reaches it
 _NUMBERS = (
     ("temperature", ">= 0", lambda x: 0 <= x < math.inf),
@@ -211,8 +217,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             fine = name in known or name.startswith("_") or value is None
             require(fine, f"`{name}` is no setting of the diffusion `generate`{near_miss(name, known)}, got {value!r}")
         for name in _OWN_FIELDS:
-            setattr(self, name, kwargs.pop(name, None))
-        super().__init__(**kwargs)
+            setattr(self, name, kwargs.get(name))
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in _OWN_FIELDS})
         refuse_idle(self, {name: value for name, value in kwargs.items() if value is not None}, by_word=True)
 
     @classmethod
@@ -287,18 +293,19 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             good = value is None or (isinstance(value, str) and value in choices)
             require(good, f"`{name}` must be one of {choices}, got {value!r}")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "suppress_tokens"):
+        for name, kind in _TOKENS.items():
             value = getattr(self, name)
-            many = "" if name in ("pad_token_id", "bos_token_id") else " or a list of them"
-            good = all(map(is_integer, token_ids(value))) and (many or not isinstance(value, (list, tuple)))
-            require(good, f"`{name}` must be an integer{many}, got {value!r}")
+            several = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+            fits = value is None or ("list" if several else "an integer") in kind
+            fits = fits and (value is None or bool(token_ids(value)) or "not empty" not in kind)
+            require(fits and all(map(is_integer, token_ids(value))), f"`{name}` must be {kind}, got {value!r}")
         texts = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
         good = texts is None or (isinstance(texts, (list, tuple)) and texts and all(map(is_text, texts)))
         require(good, f"`stop_strings` must be a string or a list of them, none empty, got {self.stop_strings!r}")
 
     def check_tokens(self, vocab_size: int, mask_token_id: int) -> None:
         """Compares the token ids with a model's: in the vocabulary, none the mask token, something left to predict."""
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "suppress_tokens"):
+        for name in _TOKENS:
             value = getattr(self, name)
             good = all(0 <= token < vocab_size for token in token_ids(value))
             require(good, f"`{name}` must lie in [0, `vocab_size`), got {value!r} and {vocab_size}")
@@ -348,11 +355,11 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
 
 
-def refuse_unused(settings: NanoLLaDAGenerationConfig) -> None:
+def refuse_unused(settings: dict) -> None:
     """Fields of transformers that diffusion has no use for, and unknown ones, must be unset (or at their default)."""
     off = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params(), **_OFF}
     known = {*WORKING, *HARMLESS, *_OWN_FIELDS}
-    for name, value in vars(settings).items():
+    for name, value in settings.items():
         if name not in known and not name.startswith("_") and not is_same(value, off.get(name)):
             refuse(name, value, "is not supported by" if name in UNSUPPORTED else "is not known to")
 

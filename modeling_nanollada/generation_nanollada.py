@@ -17,6 +17,7 @@ from transformers.generation import logits_process as processors
 
 from .canvas_nanollada import Canvas, check_prompt
 from .generation_config_nanollada import (
+    UNSUPPORTED,
     NanoLLaDAGenerationConfig,
     refuse,
     refuse_idle,
@@ -26,7 +27,7 @@ from .generation_config_nanollada import (
 )
 from .prediction_nanollada import predictor
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler, Step
-from .versions_nanollada import read_under_both_names
+from .versions_nanollada import SPELLINGS, read_under_both_names
 
 
 @dataclass
@@ -84,11 +85,12 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         """What the call says, then the given config, then the model's, then the defaults."""
+        refuse_unused({name: kwargs[name] for name in kwargs if name in UNSUPPORTED})  # before transformers reads them
         settings = NanoLLaDAGenerationConfig.from_config(generation_config or GenerationConfig())
         settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         model_kwargs = settings.update(**kwargs)
         settings.update(**settings._get_default_generation_params(), defaults_only=True)
-        refuse_unused(settings)
+        refuse_unused(vars(settings))
         refuse_idle(settings, set_by_the_call(generation_config, kwargs))
         settings.check_tokens(self.config.vocab_size, self.config.mask_token_id)
         settings.temperature = settings.get_temperature()
@@ -97,7 +99,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs):
         generator = model_kwargs.pop("generator", None)
-        for name in ("cache", "past_key_values"):  # the new name and the old one, on each transformers
+        for name in SPELLINGS:
             refuse(name, model_kwargs.pop(name, None))
         super()._validate_model_kwargs(model_kwargs)  # unknown names
         good = generator is None or isinstance(generator, torch.Generator)
@@ -113,6 +115,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         streamer = generation_mode_kwargs.get("streamer")
         good = streamer is None or all(callable(getattr(streamer, name, None)) for name in ("put", "end"))
         require(good, f"`streamer` must have the methods `put` and `end`, got {type(streamer).__name__}")
+        stops = generation_config.stop_strings
+        good = stops is None or "tokenizer" in generation_mode_kwargs
+        require(good, f"`stop_strings` need the `tokenizer`, which must be given, got {stops!r} alone")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
