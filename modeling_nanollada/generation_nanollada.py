@@ -63,7 +63,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
       all rows come from one generator, step by step: a sampled row depends on its batch mates and on their order.
     - *`logits_processor`* is called with the scores of all masked positions of the block, `(N, vocab_size)`, and for
       each of them its whole row, mask tokens included, `(N, length)`. Processors of transformers that read the row
-      left to right are refused; repetitions have `repetition_penalty`.
+      left to right are refused; repetitions have `repetition_penalty`. Its warpers shape draws and need some.
     - *`stopping_criteria`* are asked after each block, for every prefix that ends in it, as if it had come token by
       token (`max_time` once per block); the first that stops ends the row there.
     - *Streamers* get the finished columns after each block. A `put_draft` method gets, after each step, all columns
@@ -148,6 +148,10 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
             good = type(item).__module__ != processors.__name__ or isinstance(item, SHAPERS + WARPERS)
             name = type(item).__name__
             require(good, f"`logits_processor` must not read the row left to right, got {name}")
+            idle = (
+                isinstance(item, WARPERS) and not generation_config.do_sample
+            )  # the caller's: settings add none then
+            require(not idle, f"`logits_processor` {name} shapes draws: it needs a `temperature` above 0, got none")
         return found
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):

@@ -146,7 +146,7 @@ class StepRecorder(BaseStreamer):
             self._change(self.kept, ids)
         self.kept += len(ids)
 
-    def put_draft(self, value, **kwargs):
+    def put_draft(self, value):
         """The undecided end of the row, or more of it, after each denoising step."""
         ids = _single_row(value)
         if not self.is_diffusion:
@@ -246,8 +246,8 @@ class TerminalWatcher(TraceRecorder):
         if self.steps and not self.is_diffusion:
             self._write()
 
-    def put_draft(self, value, **kwargs):
-        super().put_draft(value, **kwargs)
+    def put_draft(self, value):
+        super().put_draft(value)
         if not self.console.is_terminal:
             self.console.print(self.render(with_prompt=False), soft_wrap=True)
             return

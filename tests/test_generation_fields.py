@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from generation_models import EOS, MASK, PAD, PROMPT, SHAPE, VOCABULARY, build, left_padded, seeded
-from transformers import CompileConfig, GenerationConfig, pipeline
+from transformers import CompileConfig, GenerationConfig, TypicalLogitsWarper, pipeline
 
 from nanollada.modeling_nanollada import (
     NanoLLaDAConfig,
@@ -207,6 +207,18 @@ def test_a_samplers_setting_needs_draws(model, name):
     assert getattr(NanoLLaDAGenerationConfig(**setting), name) == SAMPLERS[name]  # the draws may follow
     off = {"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     assert model.generate(PROMPT, max_new_tokens=2, do_sample=False, **{name: off.get(name)}).shape == (1, 7)
+
+
+def test_a_warper_needs_draws(model):
+    """Typical sampling may leave out the likeliest token, so that greedy decoding would not be the same."""
+    settings = {"max_new_tokens": 2, "logits_processor": [TypicalLogitsWarper(0.5)]}
+    with pytest.raises(
+        ValueError, match="`logits_processor` TypicalLogitsWarper shapes draws: it needs a `temperature`"
+    ):
+        model.generate(PROMPT, **settings)
+    by_object = model.generate(PROMPT, temperature=1.0, generator=seeded(), **settings)
+    by_setting = model.generate(PROMPT, temperature=1.0, typical_p=0.5, max_new_tokens=2, generator=seeded())
+    assert torch.equal(by_object, by_setting)
 
 
 def test_what_a_checkpoint_saved_for_its_draws_is_passed_over(tmp_path, tokenizer):
