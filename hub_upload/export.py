@@ -1,4 +1,5 @@
-"""Turns a checkpoint into a folder for the Hub: flat code, safetensors, tokenizer, generation settings, card.
+"""Turns a checkpoint into a folder for the Hub: flat code, safetensors, tokenizer, generation settings, card, and
+golden tokens with the program that verifies them.
 
 python hub_upload/export.py CHECKPOINT OUTPUT --license apache-2.0 --language en
 
@@ -13,7 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from nanollada.hub_upload import recompute, verify
 from nanollada.hub_upload.card_results import model_digests
+from nanollada.hub_upload.golden import write_golden
 from nanollada.hub_upload.model_card import Facts, build_card, read_facts
 from nanollada.hub_upload.verify import check_files, check_results
 
@@ -167,6 +170,9 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     for name, record in records.items():
         if record is not None:
             (folder / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for module in (verify, recompute):  # so that whoever downloads the folder can check it
+        shutil.copy(module.__file__, folder)
+    write_golden(folder)
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

@@ -1,15 +1,18 @@
 """Checks that an exported folder works for somebody who has transformers and no nanollada.
 
-python hub_upload/verify.py FOLDER
+python hub_upload/verify.py FOLDER, or in a download: python verify.py
 
 The card's numbers are compared with evaluation.json. Then the folder is loaded in a fresh process, isolated, offline,
-with nanollada blocked, and its logits are compared with those of the local classes. That process runs this very file
-alone: above `main` it imports the standard library only. The folder's own code and its card's snippets are executed:
-verify what you would also load with trust_remote_code=True.
+with nanollada blocked. There `generate` is compared with a recomputation (recompute.py) and that with the folder's
+golden tokens; the logits are compared with those of the local classes. Every exported folder carries this very file,
+so above `main` it imports the standard library only; a check that needs what is not there is named as not made. The
+folder's own code and its card's snippets are executed: verify what you would also load with trust_remote_code=True.
 """
 
 import argparse
 import contextlib
+import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -22,8 +25,10 @@ import traceback
 from pathlib import Path
 
 TOLERANCE = 1e-5
+SUPPRESSED = -1e4  # a logit below is a token that can't be, be it −∞ or a finite floor
+GOLDEN = "golden.json"
 FAULTS = 5  # of a card that are named
-TIMEOUT = 600  # seconds
+TIMEOUT = 1800  # seconds
 BLOCKED = ("nanollada", "configuration_nanollada", "modeling_nanollada", "hub_upload", "trainers")
 AUTO_CLASSES = {
     "NanoLLaDAForCausalLM": ("AutoModel", "AutoModelForCausalLM"),
@@ -37,28 +42,37 @@ class VerificationError(ValueError):
     """The folder is not what a Hub repository must be; says which check failed and why."""
 
 
-def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None) -> dict:
+def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None, say=lambda line: None) -> dict:
     """
-    Loads an exported folder in a clean process and compares it with the local classes.
+    Loads an exported folder in a clean process, recomputes what it generates, and compares it with the local classes.
 
     Args:
         folder (`str` or `os.PathLike`): As `export` makes it.
         python (`str` or `os.PathLike`, *optional*): The interpreter of the clean process, for instance one with
             another transformers. Defaults to the running one.
+        say (`Callable[[str], None]`, *optional*): Gets a line for each check that was passed or can't be made here.
 
     Returns:
         `dict`: `ok` (`True`), `folder`, `class`, `auto_classes`, `parameters`, `max_logit_difference` (`None` if
-            nanollada is not installed here, so that there was nothing to compare with); of the card `snippets` and
-            `generate_calls`; `python`, `torch`, `transformers`, `huggingface_hub` (versions in the clean process);
-            `seconds`.
+            nanollada is not installed here, so that there was nothing to compare with); `generated_tokens` and
+            `golden_tokens`, how many were compared, of how many (`None` without golden tokens); of the card `snippets`
+            and `generate_calls`; `python`, `torch`, `transformers`, `huggingface_hub` (versions in the clean process);
+            `not_checked`, the lines about checks that could not be made; `seconds`.
 
     Raises:
         `VerificationError`: naming the check that failed.
     """
-    started = time.perf_counter()
+    started, not_checked = time.perf_counter(), []
     folder = Path(folder).resolve()
+
+    def tell(name: str, missing: str | None, done: str = "ok"):
+        line = f"{name}: not checked: {missing}" if missing else f"{name}: {done}"
+        not_checked.extend([line] if missing else [])
+        say(line)
+
     check_files(folder)
-    check_results(folder)
+    tell("files", None)
+    tell("results", check_results(folder), "the card's numbers are those of evaluation.json")
     with tempfile.TemporaryDirectory(prefix="nanollada-verify-") as scratch:
         clean = _start_clean_process(folder, Path(scratch), python or sys.executable)
         try:
@@ -69,14 +83,18 @@ def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None) -
         finally:
             clean.kill()
             clean.wait()
-        report = _read_report(Path(scratch), clean.returncode, output)
-        report["max_logit_difference"] = _compare(Path(scratch) / "logits.pt", reference)
-    return {"ok": True, "folder": folder.name, **report, "seconds": round(time.perf_counter() - started, 1)}
+        report = _read_report(Path(scratch), clean.returncode, output, tell)
+        difference = report["max_logit_difference"] = _compare(Path(scratch) / "logits.pt", reference)
+        missing = "nanollada is not installed here" if difference is None else None
+        tell("logits", missing, f"those of the local classes within {TOLERANCE}")
+    seconds = round(time.perf_counter() - started, 1)
+    return {"ok": True, "folder": folder.name, **report, "not_checked": not_checked, "seconds": seconds}
 
 
 def check_files(folder: Path) -> dict:
     """
-    What can be seen without running anything: the files, and a complete `auto_map` that points to them.
+    What can be seen without running anything: the files, a complete `auto_map` that points to them, and whose weights
+    the golden tokens are.
 
     Returns:
         `dict`: config.json.
@@ -109,13 +127,48 @@ def check_files(folder: Path) -> dict:
         "configuration_nanollada.py must be the configuration itself, got the bridge of the source tree (was "
         "modeling_nanollada/ copied by hand? export with save_pretrained)",
     )
+    read_golden(folder)
     return config
 
 
-def check_results(folder: Path) -> None:
+def read_golden(folder: Path) -> dict | None:
+    """
+    The golden tokens: `runs`, each a `prompt`, its `settings` and what `recompute` gave; the `versions` that made
+    them; and `sha256` of the weights. `None` in a folder that has none, as those exported by older versions.
+
+    Raises:
+        `VerificationError`: for a file that can't be read, that holds no runs, or that is of other weights.
+    """
+    path = folder / GOLDEN
+    if not path.is_file():
+        return None
+    try:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        digests, runs = dict(golden["sha256"]), golden["runs"]
+        whole = bool(runs) and all(len(run["tokens"]) == len(run["steps"]) > 0 and run["margins"] for run in runs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{GOLDEN} must hold `sha256` and `runs`, got {type(error).__name__}: {error}"
+        ) from error
+    _require(whole, f"{GOLDEN} must hold `runs` with `tokens`, `steps` and `margins`, got {len(runs)} runs")
+    there = {}
+    for weights in folder.glob("*.safetensors"):
+        with open(weights, "rb") as stream:
+            there[weights.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    odd = sorted(name for name in {**digests, **there} if digests.get(name) != there.get(name))
+    _require(
+        not odd, f"{GOLDEN} must be of the weights beside it, got those of another {', '.join(odd)} (export again)"
+    )
+    return golden
+
+
+def check_results(folder: Path) -> str | None:
     """
     Whether every number of the card's `model-index` and evaluation section stands in evaluation.json beside it, which
     must be of these weights and this config. See [`~hub_upload.card_check.card_faults`].
+
+    Returns:
+        `str` or `None`: why it could not be checked: card_check.py is not part of a download.
 
     Raises:
         `VerificationError`: naming what stands in the card and what in the file.
@@ -125,7 +178,12 @@ def check_results(folder: Path) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "nanollada":
             raise
-        from card_check import card_faults  # this file runs by its path, without nanollada: its neighbour
+        try:
+            from card_check import card_faults  # this file runs by its path, without nanollada: its neighbour
+        except ModuleNotFoundError as gone:
+            if gone.name != "card_check":
+                raise
+            return "the card's numbers need nanollada, or its card_check.py beside verify.py"
     faults = card_faults(folder)
     more = f"; and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
     _require(not faults, f"results: {'; '.join(faults[:FAULTS])}{more}")
@@ -186,18 +244,20 @@ def _reference_logits(folder: Path):
     return _probe(model.eval())
 
 
-def _read_report(scratch: Path, code: int, output: str) -> dict:
+def _read_report(scratch: Path, code: int, output: str, tell=lambda *line: None) -> dict:
     path = scratch / "report.json"
     tail = "\n".join(output.strip().splitlines()[-15:])
     _require(path.is_file(), f"the clean process must end with a report, got exit status {code} and:\n{tail}")
     report = json.loads(path.read_text(encoding="utf-8"))
+    for line in report.pop("lines"):
+        tell(*line)
     if "error" in report:
         raise VerificationError(f"{report['check']}: {report['error']}\n{tail}")
     return report
 
 
 def _compare(path: Path, reference) -> float | None:
-    """Largest difference of finite logits; −inf must stand in the same places."""
+    """Largest difference of logits; what is suppressed must be so in the same places, whatever its floor."""
     if reference is None:
         return None
     import torch
@@ -207,12 +267,10 @@ def _compare(path: Path, reference) -> float | None:
         logits.shape == reference.shape,
         f"logits: the shapes must agree, got {tuple(logits.shape)} in the clean process and {tuple(reference.shape)}",
     )
-    finite = logits.isfinite() & reference.isfinite()
-    same = bool((finite | (logits == reference)).all())  # NaN is equal to nothing
-    _require(
-        same, "logits: the clean process and the local classes must be infinite in the same places, and never NaN"
-    )
-    difference = (logits - reference)[finite].abs().max().item()
+    out, nan = logits < SUPPRESSED, logits.isnan() | reference.isnan()
+    same = torch.equal(out, reference < SUPPRESSED) and not nan.any()
+    _require(same, "logits: the clean process and the local classes must suppress the same tokens, and never give NaN")
+    difference = (logits - reference)[~out].abs().max().item()
     _require(
         difference <= TOLERANCE,
         f"logits: the clean process must agree with the local classes within {TOLERANCE}, got {difference:.3g}",
@@ -251,24 +309,18 @@ class _CleanProcess:
     """The checks, in order; what they report goes to `report`."""
 
     def __init__(self, folder: Path, scratch: Path):
-        self.folder, self.scratch, self.report = folder, scratch, {}
+        self.folder, self.scratch, self.report, self.details = folder, scratch, {}, {}
 
     def run(self) -> dict:
-        for check in (
-            self.card,
-            self.versions,
-            self.config,
-            self.tokenizer,
-            self.models,
-            self.snippets,
-            self.isolation,
-        ):
+        lines, checks = [], (self.card, self.versions, self.config, self.tokenizer, self.models)
+        for check in (*checks, self.generation, self.golden, self.snippets, self.isolation):
             try:
-                check()
+                missing = check()
             except Exception as error:  # whatever it is, the parent reports it under the check's name
                 traceback.print_exc()
-                return {"check": check.__name__, "error": f"{type(error).__name__}: {error}"}
-        return self.report
+                return {"lines": lines, "check": check.__name__, "error": f"{type(error).__name__}: {error}"}
+            lines.append((check.__name__, missing, self.details.get(check.__name__, "ok")))
+        return {"lines": lines, **self.report}
 
     def card(self):
         from huggingface_hub import ModelCard
@@ -287,7 +339,9 @@ class _CleanProcess:
         from importlib.metadata import version
 
         names = ("torch", "transformers", "huggingface_hub")
-        self.report |= {"python": platform.python_version(), **{name: version(name) for name in names}}
+        found = {"python": platform.python_version(), **{name: version(name) for name in names}}
+        self.report |= found
+        self.details["versions"] = ", ".join(f"{name} {number}" for name, number in found.items())
 
     def config(self):
         from transformers import AutoConfig
@@ -327,8 +381,27 @@ class _CleanProcess:
             _require(logits is None or torch.equal(probe, logits), f"{name} must give the logits of {names[0]}")
             logits = probe
         torch.save(logits, self.scratch / "logits.pt")
+        self.model = model
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.report |= {"class": architecture, "auto_classes": list(names), "parameters": parameters}
+
+    def generation(self):
+        """`generate` gives what is recomputed."""
+        self.recomputation = load_recompute().Recomputation(self.model, f"transformers {self.report['transformers']}")
+        return self._count("generation", "generated_tokens", self.recomputation.check_generate())
+
+    def golden(self):
+        """What is recomputed here is what was recomputed where the folder was made."""
+        golden = read_golden(self.folder)
+        if golden is None:
+            self.report["golden_tokens"] = None
+            return f"no {GOLDEN} in the folder (of an older version: export again)"
+        return self._count("golden", "golden_tokens", self.recomputation.check_golden(golden))
+
+    def _count(self, check: str, name: str, counts: list[int]) -> str | None:
+        self.report[name] = counts
+        self.details[check] = f"{counts[0]} of {counts[1]} tokens compared and equal, the others come after ties"
+        return None if counts[0] else "every first choice is a tie, so that no token could be compared"
 
     def snippets(self):
         """Runs the card's python blocks as one program, and looks at all that they generate."""
@@ -361,6 +434,14 @@ class _CleanProcess:
         _require(not loaded, f"the folder must work without nanollada, got it imported: {loaded}")
 
 
+def load_recompute():
+    """recompute.py beside this file, whether this one is part of the package, of a download, or the clean process."""
+    spec = importlib.util.spec_from_file_location("recompute", Path(__file__).with_name("recompute.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def block_nanollada() -> None:
     """For this process: no import of nanollada works any more."""
     sys.meta_path.insert(0, _Blocker)
@@ -373,9 +454,11 @@ def _run_clean(folder: Path, scratch: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verifies the folder; prints a JSON report on one line. Exit status 1 if a check fails."""
+    """Verifies the folder; prints a line per check, and a JSON report on one. Exit status 1 if a check fails."""
     parser = argparse.ArgumentParser(description="Check an exported folder in a clean process without nanollada.")
-    parser.add_argument("folder", type=Path, help="Folder made by export.py.")
+    here = Path(__file__).resolve().parent
+    own = {"nargs": "?", "default": here} if (here / "config.json").is_file() else {}  # part of a download
+    parser.add_argument("folder", type=Path, help="Folder made by export.py (default: that of this file).", **own)
     parser.add_argument("--python", help="Interpreter of the clean process (default: this one).")
     parser.add_argument("--clean", type=Path, help=argparse.SUPPRESS)  # how the clean process is told that it is one
     args = parser.parse_args(argv)
@@ -383,8 +466,9 @@ def main(argv: list[str] | None = None) -> int:
         _run_clean(args.folder, args.clean)
         return 0
     try:
-        print(json.dumps(verify(args.folder, args.python)))
+        print(json.dumps(verify(args.folder, args.python, lambda line: print(line, file=sys.stderr, flush=True))))
     except VerificationError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
         print(json.dumps({"ok": False, "folder": args.folder.resolve().name, "error": str(error)}))
         return 1
     return 0

@@ -1,0 +1,191 @@
+"""Greedy decoding again, written without `generate`: what verify.py compares it with, and golden tokens are made of.
+
+Every exported folder carries this file beside verify.py. Above its functions it imports the standard library only.
+"""
+
+import itertools
+import json
+import math
+
+TIE = 1e-3  # nats: between choices that lie closer, rounding may decide, and what comes after is another text
+NEW_TOKENS = 16  # of each run
+
+
+def runs_to_check(config) -> list[dict]:
+    """
+    Prompts (ids of text, of three lengths, over the borders of blocks) under each of the settings that are recomputed:
+    for diffusion one token a step, three steps a block, and a threshold.
+    """
+    never = {config.mask_token_id, config.pad_token_id, *_eos_ids(config)}
+    tokens = [token for token in range(config.vocab_size) if token not in never]
+    grid, limit = config.block_length, config.max_position_embeddings
+    new, size = min(NEW_TOKENS, limit // 2), min(grid or 4, 64)
+    lengths = [min(length, limit - new) for length in (3, size + 5, max(2 * size - 4, 2))]
+    kinds = [{}]
+    if "MaskedLM" in config.architectures[0]:
+        block = {} if grid or new % 2 else {"block_length": new // 2}
+        kinds = [block, {**block, "steps": 3}, {**block, "threshold": 0.5}]
+    starts = list(itertools.accumulate(lengths, initial=1))
+    prompts = [
+        [tokens[(13 + 7919 * place) % len(tokens)] for place in range(start, start + length)]
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+    return [{"prompt": prompt, "settings": {"new_tokens": new, **kind}} for kind in kinds for prompt in prompts]
+
+
+def _eos_ids(config) -> list[int]:
+    eos = config.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+def recompute(model, prompt: list[int], *, new_tokens: int, block_length=None, steps=None, threshold=None) -> dict:
+    """
+    Greedy decoding in plain loops over `model(input_ids=row)`: no cache, no batch, no padding, nothing of `generate`.
+
+    An autoregressive model appends its likeliest token. A diffusion model gets masks, and block by block, left to
+    right, commits the positions whose likeliest token is most probable: equal shares of the block's masks in `steps`
+    (default: one a step), and all above `threshold` (LLaDA, arXiv 2502.09992). Mask token and EOS are never chosen.
+
+    Returns:
+        `dict`: the new `tokens`; `steps`, the forward that decided each; `margins`, by how many nats each forward's
+            choices beat the next best ones.
+    """
+    import torch
+
+    config, grid = model.config, model.config.block_length
+    never = [config.mask_token_id, *_eos_ids(config), *(model.generation_config.suppress_tokens or [])]
+
+    def read(row):  # the two best log-probabilities of each position, and the best tokens
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0].float()  # [L, V]
+        logits[:, never] = -torch.inf
+        best = logits.log_softmax(-1).topk(2)
+        return best.values.tolist(), best.indices[:, 0].tolist()
+
+    row, start, decided, margins = list(prompt), len(prompt), {}, []
+    if "MaskedLM" not in type(model).__name__:
+        for step in range(new_tokens):
+            scores, tokens = read(row)
+            row.append(tokens[-1])
+            margins.append(scores[-1][0] - scores[-1][1])
+            decided[start + step] = step
+        return {"tokens": row[start:], "steps": list(decided.values()), "margins": margins}
+    end, size = start + new_tokens, block_length or grid or new_tokens
+    width = end if grid is None else -(-end // grid) * grid  # the last block is seen whole, as in training
+    row += [config.mask_token_id] * (width - start)
+    for _, block in itertools.groupby(range(start, end), lambda place: (place - (0 if grid else start)) // size):
+        left = list(block)
+        masks, number = len(left), min(steps or len(left), len(left))
+        for step in itertools.count():
+            if not left:
+                break
+            scores, tokens = read(row)
+            chosen, margin = _choose(left, scores, masks // number + (step < masks % number), threshold)
+            for place in chosen:
+                row[place], decided[place] = tokens[place], len(margins)
+                left.remove(place)
+            margins.append(margin)
+    return {"tokens": row[start:end], "steps": [decided[place] for place in range(start, end)], "margins": margins}
+
+
+def _choose(
+    left: list[int], scores: list[list[float]], quota: int, threshold: float | None
+) -> tuple[list[int], float]:
+    """The positions to commit, and how clear that and their tokens are, in nats."""
+    ranked = sorted(left, key=lambda place: (-scores[place][0], place))
+    cut = math.inf if threshold is None else math.log(threshold)
+    count = max(quota, sum(scores[place][0] > cut for place in left))
+    clear = [scores[place][0] - scores[place][1] for place in ranked[:count]]
+    clear += [abs(scores[place][0] - cut) for place in ranked[quota:]]
+    if count == quota < len(ranked):
+        clear.append(scores[ranked[quota - 1]][0] - scores[ranked[quota]][0])
+    return ranked[:count], min(clear)
+
+
+def compare_tokens(expected: dict, tokens: list[int], what: str) -> int:
+    """
+    Compares new tokens with a recomputation, up to its first tie.
+
+    Returns:
+        `int`: How many were compared: all where all agree, else those decided before the tie that parts the texts.
+
+    Raises:
+        `ValueError`: naming the first token that differs.
+    """
+    if tokens == expected["tokens"]:
+        return len(tokens)
+    if len(tokens) != len(expected["tokens"]):
+        raise ValueError(f"{what}, got {len(tokens)} for {len(expected['tokens'])} tokens")
+    tie = next((step for step, margin in enumerate(expected["margins"]) if margin < TIE), math.inf)
+    compared = [place for place, step in enumerate(expected["steps"]) if step < tie]
+    for place in compared:
+        mine, other = tokens[place], expected["tokens"][place]
+        if mine != other:
+            raise ValueError(f"{what}, got {mine} for {other} as new token {place + 1} of {len(tokens)}")
+    return len(compared)
+
+
+def generate(model, prompts: list[list[int]], use_cache: bool, *, new_tokens: int, **settings) -> list[list[int]]:
+    """The new tokens of `model.generate`, greedy, without an EOS, for prompts padded on the left to one length."""
+    import torch
+
+    shipped, width = model.generation_config, max(map(len, prompts))
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+    model.generation_config = type(shipped)(**{name: getattr(shipped, name, None) for name in names})
+    no_eos = {"eos_policy": "forbid"} if "MaskedLM" in type(model).__name__ else {"min_new_tokens": new_tokens}
+    ids = [[model.config.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    visible = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(visible)}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "use_cache": use_cache, **no_eos, **settings}
+    try:
+        return model.generate(**tensors, **options)[:, width:].tolist()
+    finally:
+        model.generation_config = shipped
+
+
+class Recomputation:
+    """
+    The checks of one model, in float32 on the CPU. `versions` (`str`) is what their messages name.
+
+    Both return `[compared, all]`, numbers of tokens, and raise `ValueError` as `compare_tokens`.
+    """
+
+    def __init__(self, model, versions: str):
+        self.model, self.versions, self.known = model, versions, {}
+
+    def of(self, prompt: list[int], settings: dict) -> dict:
+        key = json.dumps([prompt, settings], sort_keys=True)
+        if key not in self.known:
+            self.known[key] = recompute(self.model, prompt, **settings)
+        return self.known[key]
+
+    def check_generate(self) -> list[int]:
+        """`generate`, of each prompt alone and of all together, with its cache and without."""
+        counts = [0, 0]
+        for settings, runs in itertools.groupby(runs_to_check(self.model.config), lambda run: run["settings"]):
+            prompts = [run["prompt"] for run in runs]
+            batches = [*([prompt] for prompt in prompts), prompts]
+            for batch, use_cache in itertools.product(batches, (True, False)):
+                found = self._check_batch(batch, use_cache, settings)
+                counts = [counts[0] + found, counts[1] + len(batch) * settings["new_tokens"]]
+        return counts
+
+    def _check_batch(self, prompts: list[list[int]], use_cache: bool, settings: dict) -> int:
+        what = "`generate` must give the tokens of a recomputation without cache"
+        what += f" ({len(prompts)} prompts, use_cache={use_cache}, {settings}, {self.versions})"
+        try:
+            rows = generate(self.model, prompts, use_cache, **settings)
+        except Exception as error:  # whatever this transformers does
+            raise ValueError(f"{what}, got {type(error).__name__}: {error}") from error
+        return sum(
+            compare_tokens(self.of(prompt, settings), row, what) for prompt, row in zip(prompts, rows, strict=True)
+        )
+
+    def check_golden(self, golden: dict) -> list[int]:
+        """The folder's golden tokens."""
+        counts = [0, 0]
+        what = f"the recomputation must give the golden tokens ({self.versions}, made by {golden.get('versions')})"
+        for run in golden["runs"]:
+            tokens = self.of(run["prompt"], run["settings"])["tokens"]
+            counts = [counts[0] + compare_tokens(run, tokens, what), counts[1] + len(tokens)]
+        return counts
