@@ -255,7 +255,8 @@ def settings_of(result: dict) -> dict:
 
 def eval_results(evaluation: dict, repo_id: str, revision: str = "main") -> list:
     """
-    Every result as huggingface_hub's `EvalResult`, its source being evaluation.json in the repository.
+    Every result as huggingface_hub's `EvalResult`, its source being evaluation.json in the repository. A `repo_id`
+    without an owner is no repository, and gives no source: uploading adds it.
 
     A suite's task is the `dataset_config`, the SHA-256 of its data the `dataset_revision` (both keep results of other
     tasks and other data apart in the index); what else makes the number stands in `metric_args`.
@@ -265,7 +266,7 @@ def eval_results(evaluation: dict, repo_id: str, revision: str = "main") -> list
     """
     from huggingface_hub import EvalResult
 
-    source = {"source_name": EVALUATION, "source_url": _source_url(repo_id, revision)}
+    source = {"source_name": EVALUATION, "source_url": _source_url(repo_id, revision)} if "/" in repo_id else {}
     found = []
     for result in results_of(evaluation):
         value, error, data = value_of(result), result["standard_error"], _data_of(result)
@@ -294,9 +295,20 @@ def eval_results(evaluation: dict, repo_id: str, revision: str = "main") -> list
 
 
 def with_source(card: str, repo_id: str, revision: str = "main") -> str:
-    """The card's text with `repo_id` in the addresses of evaluation.json in its metadata."""
+    """
+    The card's text with `repo_id` in the addresses of evaluation.json in its metadata. Results of its `model-index`
+    without a source get that one.
+    """
+    from huggingface_hub import ModelCard
+
+    url = _source_url(repo_id, revision)
     metadata, end, text = card.partition("\n---")
-    return SOURCE_URL.sub(lambda _: _source_url(repo_id, revision), metadata) + end + text
+    card = SOURCE_URL.sub(lambda _: url, metadata) + end + text
+    model_card = ModelCard(card)
+    bare = [result for result in model_card.data.eval_results or [] if result.source_url is None]
+    for result in bare:
+        result.source_name, result.source_url = EVALUATION, url
+    return str(model_card) if bare else card
 
 
 def _source_url(repo_id: str, revision: str) -> str:

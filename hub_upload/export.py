@@ -43,7 +43,7 @@ def export(
         output (`str` or `os.PathLike`): Folder to make. Appears only when it is complete.
         evaluation (`str` or `os.PathLike`, *optional*): evaluation.json. Defaults to the checkpoint's.
         license (`str`, *optional*): Licence of the weights, as the Hub spells it ("apache-2.0").
-        language (`str` or `list[str]`, *optional*): ISO codes.
+        language (`str` or `list[str]`, *optional*): ISO 639 codes.
         repo_id (`str`, *optional*): What the card's snippets load. Defaults to the folder's name; uploading sets it.
         model_name (`str`, *optional*): Title of the card. Defaults to the last part of `repo_id`, else of `output`.
         datasets (`list[str]`, *optional*): Hub names of the training data.

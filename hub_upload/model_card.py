@@ -23,6 +23,7 @@ from nanollada.hub_upload.card_results import (
     results_of,
     sentence,
 )
+from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # A path that is absolute, or climbs out of the working folder, at the start of a word (a URL's stands inside one).
@@ -205,10 +206,14 @@ def build_card(
         `ModelCard`
 
     Raises:
-        `ValueError`: for a `prompt` that the tokenizer can't express, and for results that are no numbers.
+        `ValueError`: for a `prompt` that the tokenizer can't express, for results that are no numbers, and for a
+            licence, language or Hub name that the Hub does not know, naming the nearest one.
     """
     from huggingface_hub import ModelCard
 
+    check_license(license)
+    check_languages(language)
+    check_repositories(datasets=datasets, base_model=base_model)
     evaluation = facts.evaluation or {"results": []}
     data = _metadata(model, facts, evaluation, model_name, repo_id or model_name)
     data.license, data.language, data.base_model = license, language, base_model

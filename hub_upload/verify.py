@@ -400,7 +400,8 @@ class _CleanProcess:
 
     def _count(self, check: str, name: str, counts: list[int]) -> str | None:
         self.report[name] = counts
-        self.details[check] = f"{counts[0]} of {counts[1]} tokens compared and equal, the others come after ties"
+        rest = "" if counts[0] == counts[1] else ", the others come after ties"
+        self.details[check] = f"{counts[0]} of {counts[1]} tokens compared and equal{rest}"
         return None if counts[0] else "every first choice is a tie, so that no token could be compared"
 
     def snippets(self):
@@ -468,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(json.dumps(verify(args.folder, args.python, lambda line: print(line, file=sys.stderr, flush=True))))
     except VerificationError as error:
-        print(f"FAILED: {error}", file=sys.stderr)
+        print(f"FAILED: {str(error).splitlines()[0]}", file=sys.stderr)
         print(json.dumps({"ok": False, "folder": args.folder.resolve().name, "error": str(error)}))
         return 1
     return 0
