@@ -213,7 +213,17 @@ def clean_environment(scratch: Path) -> dict[str, str]:
 
 def _start_clean_process(folder: Path, scratch: Path, python: str | os.PathLike) -> subprocess.Popen:
     (scratch / "cwd").mkdir()
-    command = [str(python), "-I", "-X", "utf8", str(Path(__file__).resolve()), str(folder), "--clean", str(scratch)]
+    command = [
+        str(python),
+        "-I",
+        "-B",
+        "-X",
+        "utf8",
+        str(Path(__file__).resolve()),
+        str(folder),
+        "--clean",
+        str(scratch),
+    ]
     return subprocess.Popen(
         command,
         cwd=scratch / "cwd",

@@ -80,6 +80,7 @@ def test_export_is_complete_and_equal(exports, checkpoints, name):
     check_files(folder)
     names = {path.name for path in folder.iterdir()}
     assert {"README.md", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= names
+    assert {"verify.py", "recompute.py", "golden.json"} <= names
     assert not {"trainer_state.json", "training_args.bin"} & names
     if name == "diffusion":
         assert json.loads((folder / "run.json").read_text())["data"]["sources"] == ["a.txt"]
@@ -273,14 +274,16 @@ def test_verify_sees_mask_tokens_in_the_output(exported, tmp_path, monkeypatch):
         clean.snippets()
 
 
-def test_logits_must_be_equal_and_finite_alike(tmp_path):
+def test_logits_must_be_equal_and_suppressed_alike(tmp_path):
     reference = torch.tensor([[0.0, -torch.inf, 1.0]])
     for logits, match in (
         (reference, None),
         (reference + 1e-6, None),
         (reference + 1e-4, "within 1e-05, got 0.0001"),
-        (torch.tensor([[0.0, 2.0, 1.0]]), "infinite in the same places"),
-        (torch.tensor([[torch.nan, -torch.inf, 1.0]]), "infinite in the same places, and never NaN"),
+        (torch.tensor([[0.0, -3e38, 1.0]]), None),  # another floor
+        (torch.tensor([[0.0, 2.0, 1.0]]), "suppress the same tokens"),
+        (torch.tensor([[torch.nan, -torch.inf, 1.0]]), "suppress the same tokens, and never give NaN"),
+        (torch.tensor([[torch.inf, -torch.inf, 1.0]]), "within 1e-05, got inf"),
         (reference[:, :2], "the shapes must agree"),
     ):
         torch.save(logits, tmp_path / "logits.pt")
