@@ -14,7 +14,7 @@ NEW_TOKENS = 16  # of each run
 def runs_to_check(config) -> list[dict]:
     """
     Prompts (ids of text, of three lengths, over the borders of blocks) under each of the settings that are recomputed:
-    for diffusion one token a step, three steps a block, and a threshold.
+    for diffusion one token a step, three steps a block, and thresholds for models of weak and of strong opinions.
     """
     never = {config.mask_token_id, config.pad_token_id, *_eos_ids(config)}
     tokens = [token for token in range(config.vocab_size) if token not in never]
@@ -24,7 +24,7 @@ def runs_to_check(config) -> list[dict]:
     kinds = [{}]
     if "MaskedLM" in config.architectures[0]:
         block = {} if grid or new % 2 else {"block_length": new // 2}
-        kinds = [block, {**block, "steps": 3}, {**block, "threshold": 0.5}]
+        kinds = [block, {**block, "steps": 3}, {**block, "threshold": 0.1}, {**block, "threshold": 0.8}]
     starts = list(itertools.accumulate(lengths, initial=1))
     prompts = [
         [tokens[(13 + 7919 * place) % len(tokens)] for place in range(start, start + length)]

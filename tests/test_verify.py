@@ -75,13 +75,13 @@ def test_generate_gives_what_is_recomputed(kind):
     """All tokens, with margins above every rounding: nothing hides behind a tie."""
     model = built(kind)
     compared, all_tokens = Recomputation(model, "these versions").check_generate()
-    assert compared == all_tokens == (192 if kind == "ar" else 576)
+    assert compared == all_tokens == (192 if kind == "ar" else 768)
     runs = [recompute(model, run["prompt"], **run["settings"]) for run in runs_to_check(model.config)]
     assert all(len(run["tokens"]) == len(run["steps"]) == 16 for run in runs)
     assert all(sorted(set(run["steps"])) == list(range(len(run["margins"]))) for run in runs)
     if kind != "ar":  # three steps a block, 8 tokens a block; and a threshold that is passed now and then
         assert len(runs[3]["margins"]) in (6, 7, 8, 9) and len(runs[0]["margins"]) == 16
-        assert all(len(run["margins"]) < 16 for run in runs[6:])
+        assert any(1 < len(run["margins"]) < 16 for run in runs[6:])
 
 
 @pytest.mark.parametrize("kind", ["ar", "blocks"])
@@ -177,7 +177,7 @@ def test_a_download_verifies_itself_without_nanollada(exports, tmp_path, kind):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     report, lines = json.loads(done.stdout), done.stderr.splitlines()
-    count, golden = (192, 48) if kind == "ar" else (576, 144)
+    count, golden = (192, 48) if kind == "ar" else (768, 192)
     assert f"generation: {count} of {count} tokens compared and equal" in lines
     assert f"golden: {golden} of {golden} tokens compared and equal" in lines
     assert report["ok"] and report["generated_tokens"] == [count, count]
