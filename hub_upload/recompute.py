@@ -160,12 +160,11 @@ class Recomputation:
         return self.known[key]
 
     def check_generate(self) -> list[int]:
-        """`generate`, of each prompt alone and of all together, with its cache and without."""
+        """`generate` with its cache, of each prompt alone and of all together, and once without."""
         counts = [0, 0]
         for settings, runs in itertools.groupby(runs_to_check(self.model.config), lambda run: run["settings"]):
             prompts = [run["prompt"] for run in runs]
-            batches = [*([prompt] for prompt in prompts), prompts]
-            for batch, use_cache in itertools.product(batches, (True, False)):
+            for batch, use_cache in (*(([prompt], True) for prompt in prompts), (prompts, True), (prompts, False)):
                 found = self._check_batch(batch, use_cache, settings)
                 counts = [counts[0] + found, counts[1] + len(batch) * settings["new_tokens"]]
         return counts
