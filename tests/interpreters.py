@@ -1,24 +1,143 @@
-"""Interpreters for clean processes: this one, and a fresh environment with the oldest supported transformers."""
+"""Interpreters for clean processes: this one, and fresh environments with the oldest and the newest packages.
 
+A fresh environment shares torch with this one, which is large and whose bounds are its own matter. Everything else in
+it pip chooses on the day, from the package index, as it does for a user.
+"""
+
+import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-OLDEST = "5.17.0"
-INTERPRETERS = ["this", pytest.param("oldest", marks=pytest.mark.slow, id=f"transformers-{OLDEST}")]
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")  # what must pass at both ends of its range
+CORE = (  # what must hold with every version: loading, decoding, training, publishing
+    "test_core.py",
+    "test_modeling.py::test_same_logits_as_qwen3",
+    "test_remote_code.py::test_same_logits_without_nanollada",
+    "test_remote_code.py::test_generates_without_nanollada",
+    "test_remote_code.py::test_fine_tuned_remote_checkpoint_saves_and_loads_again",
+    "test_trainers.py::test_gradient_is_that_of_the_definition",
+    "test_trainers.py::test_accumulation_does_not_change_the_gradient",
+    "test_trainers.py::test_sft_rows_train_on_answers",
+    "test_peft.py::test_saved_loaded_merged",
+    "test_hub_upload.py::test_verify_loads_generates_and_compares",
+)
+TORCH = re.compile(r"(torch|triton|(nvidia|cuda)[-_].*)", re.IGNORECASE)
+TIMEOUT = 900  # seconds
+
+
+def requirements() -> dict[str, Requirement]:
+    """The base dependencies of pyproject.toml, by name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+
+
+def lower_bound(requirement: Requirement) -> str:
+    (bound,) = (clause.version for clause in requirement.specifier if clause.operator == ">=")
+    return bound
+
+
+OLDEST = {name: lower_bound(requirements()[name]) for name in PACKAGES}
+INTERPRETERS = [
+    "this",
+    pytest.param("oldest", marks=pytest.mark.slow, id=f"transformers-{OLDEST['transformers']}"),
+]
+
+
+def make_environment(folder: Path, *arguments: str) -> str:
+    """
+    The interpreter of a new environment with torch, pytest, and what `pip install` makes of the arguments.
+
+    Raises:
+        `RuntimeError`: with pip's own words, if it can't.
+    """
+    venv.create(folder, symlinks=os.name != "nt")
+    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    share_torch(folder)
+    pip(python, "install", "pytest", *arguments)
+    return python
 
 
 def make_oldest(folder: Path) -> str:
-    """The interpreter of a new environment whose own transformers and huggingface_hub hide those of this one."""
-    venv.create(folder, symlinks=os.name != "nt")
-    python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    packages = next(folder.glob("**/site-packages"))
-    (packages / "this_environment.pth").write_text(str(Path(torch.__file__).parents[1]))  # pip installs what differs
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    subprocess.run([*pip, f"transformers=={OLDEST}"], check=True)
+    """With each of `PACKAGES`, and what else is required, at its lower bound."""
+    bounds = folder.with_name(f"{folder.name}.txt")
+    pins = [f"{name}=={lower_bound(needed)}" for name, needed in requirements().items() if name != "torch"]
+    bounds.write_text("\n".join(pins) + "\n")
+    return make_environment(folder, "--constraint", str(bounds), "--editable", str(ROOT))
+
+
+def make_newest(folder: Path) -> str:
+    """With what a user's `pip install` gives today: the newest that pyproject.toml allows."""
+    return make_environment(folder, "--editable", str(ROOT))
+
+
+def make_beyond(folder: Path) -> str:
+    """With the newest of each of `PACKAGES` that the index has, whatever pyproject.toml allows."""
+    python = make_environment(folder, *without_upper_bounds())
+    pip(python, "install", "--no-deps", "--editable", str(ROOT))
     return python
+
+
+def without_upper_bounds() -> list[str]:
+    return [
+        f"{name}>={lower_bound(needed)}" if name in PACKAGES else str(needed)
+        for name, needed in requirements().items()
+    ]
+
+
+def newer_releases(python: str) -> dict[str, str]:
+    """Those of `PACKAGES` that pip would take instead of the environment's, were there no upper bounds."""
+    report = pip(python, "install", "--quiet", "--dry-run", "--upgrade", "--report", "-", *without_upper_bounds())
+    chosen = [found["metadata"] for found in json.loads(report)["install"]]
+    return {found["name"]: found["version"] for found in chosen if found["name"] in PACKAGES}
+
+
+def pip(python: str, *arguments: str) -> str:
+    """Runs pip on the environment; its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, *arguments], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"`pip {' '.join(arguments)}` failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def share_torch(folder: Path) -> None:
+    """Links torch, and the packages of its accelerators, into a folder outside the environment's own, where pip sees
+    them and leaves them alone."""
+    shared = folder.with_name(f"{folder.name}-torch")
+    shared.mkdir()
+    for found in distributions():
+        if TORCH.fullmatch(found.name):
+            for part in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+                if not (shared / part).exists():  # NVIDIA's packages share a folder
+                    (shared / part).symlink_to(found.locate_file(part))
+    (next(folder.glob("**/site-packages")) / "torch.pth").write_text(f"{shared}\n")
+
+
+def versions(python: str) -> dict[str, str]:
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {PACKAGES}}}))"
+    done = subprocess.run([python, "-I", "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def run_core(python: str) -> subprocess.CompletedProcess:
+    """The core set in that environment, without this process's settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
+    tests = [str(ROOT / "tests" / test) for test in CORE]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def minor(version: str) -> str:
+    return ".".join(map(str, Version(version).release[:2]))
