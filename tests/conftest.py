@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from interpreters import make_oldest
+from interpreters import make_newest, make_oldest
 
 from nanollada.scripts.train_tokenizer import train_tokenizer
 
@@ -40,7 +40,13 @@ def plain_tokenizer(tokenizer):
 @pytest.fixture(scope="session")
 def oldest_python(tmp_path_factory) -> str:
     """Made by pip, from the package index: for slow tests."""
-    return make_oldest(tmp_path_factory.mktemp("oldest"))
+    return make_oldest(tmp_path_factory.mktemp("environments") / "oldest")
+
+
+@pytest.fixture(scope="session")
+def newest_python(tmp_path_factory) -> str:
+    """Likewise, with the newest that pyproject.toml allows."""
+    return make_newest(tmp_path_factory.mktemp("environments") / "newest")
 
 
 @pytest.fixture(autouse=True, scope="session")

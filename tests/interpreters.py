@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
+CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")  # what must pass at both ends of its range
 CORE = (  # what must hold with every version: loading, decoding, training, publishing
     "test_core.py",
@@ -36,10 +38,17 @@ TORCH = re.compile(r"(torch|triton|(nvidia|cuda)[-_].*)", re.IGNORECASE)
 TIMEOUT = 900  # seconds
 
 
-def requirements() -> dict[str, Requirement]:
-    """The base dependencies of pyproject.toml, by name."""
+def requirements(extra: str | None = None) -> dict[str, Requirement]:
+    """The base dependencies of pyproject.toml by name, or those of an extra, with the extras that it names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+    found = {}
+    for line in project["dependencies"] if extra is None else project["optional-dependencies"][extra]:
+        needed = Requirement(line)
+        inner = needed.extras if needed.name == project["name"] else ()
+        found |= {needed.name: needed} if not inner else {}
+        for other in sorted(inner):
+            found |= requirements(other)
+    return found
 
 
 def lower_bound(requirement: Requirement) -> str:
@@ -81,9 +90,10 @@ def make_newest(folder: Path) -> str:
     return make_environment(folder, "--editable", str(ROOT))
 
 
-def make_beyond(folder: Path) -> str:
+def make_beyond(folder: Path, extra: str | None = None) -> str:
     """With the newest of each of `PACKAGES` that the index has, whatever pyproject.toml allows."""
-    python = make_environment(folder, *without_upper_bounds())
+    more = [] if extra is None else map(str, requirements(extra).values())
+    python = make_environment(folder, *without_upper_bounds(), *more)
     pip(python, "install", "--no-deps", "--editable", str(ROOT))
     return python
 
@@ -97,8 +107,8 @@ def without_upper_bounds() -> list[str]:
 
 def newer_releases(python: str) -> dict[str, str]:
     """Those of `PACKAGES` that pip would take instead of the environment's, were there no upper bounds."""
-    report = pip(python, "install", "--quiet", "--dry-run", "--upgrade", "--report", "-", *without_upper_bounds())
-    chosen = [found["metadata"] for found in json.loads(report)["install"]]
+    arguments = ("install", "--quiet", "--dry-run", "--upgrade", "--report", "-", *without_upper_bounds())
+    chosen = [found["metadata"] for found in json.loads(pip(python, *arguments))["install"]]
     return {found["name"]: found["version"] for found in chosen if found["name"] in PACKAGES}
 
 
@@ -125,10 +135,15 @@ def share_torch(folder: Path) -> None:
     (next(folder.glob("**/site-packages")) / "torch.pth").write_text(f"{shared}\n")
 
 
-def versions(python: str) -> dict[str, str]:
-    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {PACKAGES}}}))"
-    done = subprocess.run([python, "-I", "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+def installed(python: str) -> dict[str, str]:
+    """Versions by normalised name."""
+    listed = json.loads(pip(python, "list", "--format", "json"))
+    return {canonicalize_name(found["name"]): found["version"] for found in listed}
+
+
+def read_constraints(path: Path = CONSTRAINTS) -> dict[str, str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
 
 
 def run_core(python: str) -> subprocess.CompletedProcess:
@@ -141,3 +156,16 @@ def run_core(python: str) -> subprocess.CompletedProcess:
 
 def minor(version: str) -> str:
     return ".".join(map(str, Version(version).release[:2]))
+
+
+def beyond_failure(newer: dict[str, str], done: subprocess.CompletedProcess) -> str:
+    """That releases which nobody has tested fail, and where."""
+    tested = read_constraints()
+    named = [
+        f"{name} {version} (newest in the registry, tested: {minor(tested[name])})"
+        for name, version in newer.items()
+        if minor(version) != minor(tested[name])
+    ]
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    said = "\n".join(failed) or f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return f"{', '.join(named) or 'what the registry has now'} fails the core set:\n{said}"

@@ -99,7 +99,7 @@ def test_only_the_adapter_learns(name, tied):
     """Gradient checkpointing and a head that is trained whole go with it."""
     modules = None if tied else ["lm_head"]
     wrapped = adapted(build(name, tie_word_embeddings=tied), modules_to_save=modules).train()
-    wrapped.gradient_checkpointing_enable()
+    wrapped.activation_checkpointing_enable()
     wrapped.enable_input_require_grads()
     before = {name: value.detach().clone() for name, value in wrapped.named_parameters()}
     optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=0.1)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("bash", "python")}
-INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[{}]" && '
+INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -c tests/constraints.txt -e ".[{}]" && '
 COMMANDS = [line for block in BLOCKS["bash"][2:] for line in block.splitlines() if line and not line.startswith("#")]
 
 
