@@ -24,6 +24,8 @@ CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")  # what must pass at both ends of its range
 CORE = (  # what must hold with every version: loading, decoding, training, publishing
     "test_core.py",
+    "test_versions.py::test_both_names_of_the_cache",
+    "test_versions.py::test_generate_makes_no_warning_of_its_own",
     "test_modeling.py::test_same_logits_as_qwen3",
     "test_remote_code.py::test_same_logits_without_nanollada",
     "test_remote_code.py::test_generates_without_nanollada",
@@ -114,12 +116,16 @@ def newer_releases(python: str) -> dict[str, str]:
 
 def pip(python: str, *arguments: str) -> str:
     """Runs pip on the environment; its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pip", "--python", python, *arguments]
+    done = subprocess.run(command, env=surroundings(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`pip {' '.join(arguments)}` failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return done.stdout
+
+
+def surroundings() -> dict[str, str]:
+    """This process's environment variables, without those that would lead Python to other packages or settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
 
 
 def share_torch(folder: Path) -> None:
@@ -127,11 +133,12 @@ def share_torch(folder: Path) -> None:
     them and leaves them alone."""
     shared = folder.with_name(f"{folder.name}-torch")
     shared.mkdir()
+    links = {}
     for found in distributions():
         if TORCH.fullmatch(found.name):
-            for part in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
-                if not (shared / part).exists():  # NVIDIA's packages share a folder
-                    (shared / part).symlink_to(found.locate_file(part))
+            links |= {file.parts[0]: found.locate_file(file.parts[0]) for file in found.files}
+    for name in links.keys() - {"..", "__pycache__"}:
+        (shared / name).symlink_to(links[name])
     (next(folder.glob("**/site-packages")) / "torch.pth").write_text(f"{shared}\n")
 
 
@@ -148,10 +155,9 @@ def read_constraints(path: Path = CONSTRAINTS) -> dict[str, str]:
 
 def run_core(python: str) -> subprocess.CompletedProcess:
     """The core set in that environment, without this process's settings."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
     tests = [str(ROOT / "tests" / test) for test in CORE]
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    return subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def minor(version: str) -> str:
