@@ -4,7 +4,8 @@ python tests/raise_versions.py
 
 Makes a fresh environment without the upper bounds of pyproject.toml, runs the core set of interpreters.py there, and,
 when it passes, writes the exact versions to tests/constraints.txt, the bounds to pyproject.toml, and the newest tested
-transformers to modeling_nanollada/versions_nanollada.py. Otherwise no file changes. Afterwards: .ci/run.
+transformers to modeling_nanollada/versions_nanollada.py. Otherwise no file changes. torch is the running
+environment's: its bounds are raised by hand. Afterwards: .ci/run.
 """
 
 import re
