@@ -4,20 +4,16 @@ import glob
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanollada.scripts.suite_checks import COMMON, KINDS, checked_options, read_content
 from nanollada.trainers.rows import (
-    BUILDERS,
     BadRow,
     DataError,
     SourceArguments,
-    _built_rows,
     _checked_text,
-    _decoded,
-    _kind,
     parse_row,
     resolve_source,
 )
@@ -155,7 +151,8 @@ def read_rows(task: Task, base: str | None) -> tuple[list[Row], str]:
         if name in source.idle and getattr(task, name) is not None:
             kind = "files" if source.files else "a saved dataset without them"
             raise ValueError(f"task {task.name}: `{name}` must be left out for {kind}, got {getattr(task, name)!r}")
-    rows = [_renamed(Row(name, number, _object(name, number, raw)), task) for name, number, raw in _raw(source)]
+    found = source.raw_rows(all_columns=True)
+    rows = [_renamed(Row(name, number, _object(name, number, value)), task) for name, number, value in found]
     if len(source.files) == 1:
         digest = source.identity()[0][1]
     else:
@@ -185,22 +182,9 @@ def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
-def _raw(source):
-    """(file, row, raw row); datasets with all of their columns."""
-    for file in source.files or (None,):
-        kind = _kind(file or "")
-        if kind in (".jsonl", ".txt"):
-            yield from replace(source, files=(file,)).raw_rows()
-        else:
-            table = source._loaded() if file is None else _built_rows(file, BUILDERS[kind], False, all_columns=True)
-            yield from ((file or source.spec, number, row) for number, row in enumerate(table, start=1))
-
-
-def _object(name: str, number: int, raw: Any) -> dict:
-    try:
-        value = _decoded(name, raw)
-    except BadRow as error:
-        raise DataError(f"{name}, row {number}: {error}") from error
+def _object(name: str, number: int, value: Any) -> dict:
+    if isinstance(value, BadRow):
+        raise DataError(f"{name}, row {number}: {value}") from value
     if not isinstance(value, dict):
         raise DataError(f"{name}, row {number}: a row must be an object, got {type(value).__name__}")
     return {key: part for key, part in value.items() if part is not None}

@@ -200,8 +200,11 @@ def test_file_on_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_datasets_name(monkeypatch, streaming):
+def test_datasets_name(tmp_path, monkeypatch, streaming):
     made = datasets.Dataset.from_list([{"text": "a", "other": 1}, {"text": None, "other": 2}])
+    made.to_parquet(tmp_path / "a.parquet")
+    builder = datasets.load_dataset_builder("parquet", data_files=str(tmp_path / "a.parquet"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or made)
     with pytest.raises(DataError, match="me/set, row 2: missing field"):
@@ -225,7 +228,7 @@ def test_files_read_by_datasets(tmp_path, kind, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_broken_json_file_is_named(tmp_path, streaming):
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"te')
-    with pytest.raises(DataError, match="a.json: "):
+    with pytest.raises(DataError, match="a.json, row 2: bad JSON: Unterminated string"):
         read(tmp_path / "a.json", streaming=streaming)
 
 
@@ -265,7 +268,7 @@ def test_splits_that_no_source_has(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folder_of_files(tmp_path, streaming):
     write_jsonl(tmp_path / "train.jsonl", {"text": "a"}, {"text": " "})
-    with pytest.raises(DataError, match=f"{tmp_path.name}, row 2: empty text"):
+    with pytest.raises(DataError, match="train.jsonl, row 2: empty text"):
         read(tmp_path, streaming=streaming)
 
 

@@ -445,12 +445,29 @@ def test_datasets_keep_all_of_their_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("a.csv", "ctx,label\n1,2\n1,2,3\n"), ("a.parquet", "PAR1"), ("a.json", '[{"')]
+    "name, content, message",
+    [
+        ("a.csv", "ctx,label\n1,2\n1,2,3\n", ", row 2: wrong number of cells: 3 for 2 columns"),
+        ("a.parquet", "PAR1", ": "),
+        ("a.json", '[{"', ", row 1: bad JSON"),
+    ],
 )
-def test_a_file_that_datasets_cannot_read_is_named(tmp_path, name, content):
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name}: "):
+    with pytest.raises(DataError, match=f"{name}{message}"):
         read_rows(task("choice", data=name), str(tmp_path))
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    """Also of columns that training doesn't know."""
+    (tmp_path / "a.csv").write_text("ctx,good,bad\n1,007,NA\n2,1.10,2024-01-01\n")
+    found = read_rows(task("pairs", data="a.csv"), str(tmp_path))[0]
+    assert [(row.values["good"], row.values["bad"]) for row in found] == [("007", "NA"), ("1.10", "2024-01-01")]
+    (tmp_path / "b.csv").write_text("ctx,answer\n1,007\n2,null\n")
+    assert [row.values["answer"] for row in read_rows(task("cloze", data="b.csv"), str(tmp_path))[0]] == [
+        "007",
+        "null",
+    ]
 
 
 def test_globs_are_of_the_suite_s_folder(tmp_path, monkeypatch):

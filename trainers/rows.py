@@ -1,41 +1,33 @@
 """Reads and checks rows: files, folders and `datasets` names go in, one [`Example`] per good row comes out."""
 
 import glob
-import gzip
 import hashlib
 import json
 import logging
-import lzma
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .files import (
+    SUFFIXES,
+    BadRow,
+    DataError,
+    TextFile,
+    TextFolder,
+    file_digest,
+    kind_of,
+    parquet_rows,
+    table_rows,
+)
+
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
-# Fields that are read; a `datasets` source is cut down to them, so that images and audio beside them stay undecoded.
-FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output")
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
-BUILDERS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
-SUFFIXES = ".jsonl, .txt (both also with .gz or .xz), .json, .parquet, .csv"
 SHOWN_REJECTIONS = 10
-
-
-class DataError(ValueError):
-    """A row that cannot be used; the message names file, row and reason."""
-
-
-class BadRow(Exception):
-    """Raised by the checks of one row, where its place is not known; [`RowPolicy`] turns it into a [`DataError`]."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
 
 
 @dataclass
@@ -134,6 +126,8 @@ def parse_row(row: Any) -> dict[str, Any]:
     Raises:
         BadRow: With the reason; [`RowPolicy`] adds the place.
     """
+    if isinstance(row, BadRow):
+        raise row
     if not isinstance(row, dict):
         raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
     row = {name: value for name, value in row.items() if value is not None}
@@ -240,7 +234,16 @@ class Source:
         """What the rows depend on, for cache keys: the files' contents, or the dataset's own fingerprint."""
         if self.files:
             return [[file, file_digest(file)] for file in self.files]
+        folder = self._text_folder()
+        if folder is not None:
+            return [self.spec, folder.identity(self.args.data_split)]
         return [self.spec, self.load(streaming=False)._fingerprint]
+
+    def _text_folder(self) -> TextFolder | None:
+        """The files to split of a folder or a name; None for tables with types."""
+        if self._has("state.json") or self._has("dataset_dict.json"):
+            return None
+        return TextFolder.find(self.spec, self.folder or self.spec, self.args.data_config)
 
     def load(self, streaming: bool):
         """The `datasets` object of a folder or a name."""
@@ -260,13 +263,26 @@ class Source:
             return splits[args.data_split]
         return datasets.load_dataset(self.folder, name=args.data_config, split=args.data_split, streaming=streaming)
 
-    def raw_rows(self) -> Iterator[tuple[str, int, Any]]:
-        """(file, 1-based row, raw row) in order; raw rows are bytes of .jsonl and .txt files, dicts otherwise."""
+    def raw_rows(self, all_columns: bool = False) -> Iterator[tuple[str, int, Any]]:
+        """
+        (file, 1-based row, row) in order; in the place of a row that can't be read stands the [`BadRow`] that it is.
+        Tables are cut down to their text columns, but for `all_columns`.
+        """
+        args = self.args
         for file in self.files:
-            rows = self._file_rows(file)
+            if kind_of(file) == ".parquet":
+                rows = enumerate(parquet_rows(file, args.streaming, all_columns), start=1)
+            else:
+                rows = TextFile(file, file, kind_of(file)).rows(args.sample_by)
             yield from ((file, number, row) for number, row in rows)
-        if not self.files:
-            yield from ((self.spec, number, row) for number, row in enumerate(_dataset_rows(self._loaded()), start=1))
+        if self.files:
+            return
+        folder = self._text_folder()
+        if folder is not None:
+            yield from folder.rows(args.data_split, args.sample_by, args.streaming)
+            return
+        rows = table_rows(self._loaded(), self.spec, all_columns)
+        yield from ((self.spec, number, row) for number, row in enumerate(rows, start=1))
 
     def _loaded(self):
         import datasets
@@ -275,14 +291,6 @@ class Source:
             return self.load(self.args.streaming)
         except datasets.exceptions.DatasetGenerationError as error:  # it does not know the row
             raise DataError(f"{self.spec}: {error.__cause__ or error}") from error
-
-    def _file_rows(self, file: str) -> Iterator[tuple[int, Any]]:
-        kind = _kind(file)
-        if kind == ".jsonl":
-            return ((number, line) for number, line in _lines(file) if line.strip())
-        if kind == ".txt":
-            return _text_rows(file, self.args.sample_by)
-        return enumerate(_built_rows(file, BUILDERS[kind], self.args.streaming), start=1)
 
 
 def resolve_source(spec: str, args: SourceArguments) -> Source:
@@ -304,7 +312,7 @@ def resolve_source(spec: str, args: SourceArguments) -> Source:
         return Source(spec, args, folder=path)
     if os.path.exists(path):
         return Source(spec, args, files=(_checked_file(path),))
-    if _kind(path) or path.startswith((".", "/", "~")) or spec.count("/") > 1:
+    if kind_of(path) or path.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ValueError(f"`data` names a file that does not exist: {spec!r}")
     return Source(spec, args)
 
@@ -338,85 +346,17 @@ def read_examples(source: Source, policy: RowPolicy) -> Iterator[Example]:
     Raises:
         DataError: At a broken row, unless the policy skips them.
     """
-    for name, number, raw in source.raw_rows():
+    for name, number, row in source.raw_rows():
         try:
-            yield Example(name, number, **parse_row(_decoded(name, raw)))
+            yield Example(name, number, **parse_row(row))
         except BadRow as error:
             policy.reject(name, number, error)
 
 
-def _decoded(name: str, raw: Any) -> Any:
-    if not isinstance(raw, bytes):
-        return raw
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise BadRow("invalid UTF-8", str(error)) from error
-    if _kind(name) == ".txt":
-        return {"text": text}
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("bad JSON", str(error)) from error
-
-
-def _kind(file: str) -> str:
-    """The suffix that decides the reader, "" where there is none."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes[-2:]]
-    if suffixes and suffixes[-1] in OPENERS:
-        return suffixes[0] if suffixes[0] in (".jsonl", ".txt") else ""
-    return suffixes[-1] if suffixes and suffixes[-1] in (".jsonl", ".txt", *BUILDERS) else ""
-
-
 def _checked_file(file: str) -> str:
-    if not _kind(file):
+    if not kind_of(file):
         raise ValueError(f"`data` must hold files of these types: {SUFFIXES}; got {file!r}")
     return file
-
-
-def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, line without its end); a byte order mark at the start is removed."""
-    number = 0
-    try:
-        with OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):  # noqa: B007
-                yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{file}, row {number + 1}: broken compression: {error}") from error
-
-
-def _text_rows(file: str, sample_by: str) -> Iterator[tuple[int, bytes]]:
-    """Documents of a .txt file with the number of their first line; blank lines between documents are no documents."""
-    if sample_by == "line":
-        yield from ((number, line) for number, line in _lines(file) if line.strip())
-        return
-    start, lines = 0, []
-    for number, line in _lines(file):
-        if line.strip() or (lines and sample_by == "document"):
-            start = start if lines else number
-            lines.append(line)
-        elif lines:
-            yield start, b"\n".join(lines)
-            lines = []
-    if lines:
-        yield start, b"\n".join(lines)
-
-
-def _dataset_rows(dataset, all_columns: bool = False) -> Iterator[dict]:
-    names = dataset.column_names
-    if not all_columns and names is not None and any(name in FIELDS for name in names):
-        dataset = dataset.select_columns([name for name in names if name in FIELDS])
-    yield from dataset
-
-
-def _built_rows(file: str, builder: str, streaming: bool, all_columns: bool = False) -> Iterator[dict]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(builder, data_files=file, split="train", streaming=streaming)
-        yield from _dataset_rows(dataset, all_columns)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise DataError(f"{file}: {error.__cause__ or error}") from error
 
 
 def _download(uri: str) -> str:
@@ -426,9 +366,3 @@ def _download(uri: str) -> str:
     if match is None:
         raise ValueError(f"`data` must spell a file on the Hub hf://datasets/<owner>/<name>/<file>, got {uri!r}")
     return hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
-
-
-def file_digest(file: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
