@@ -4,12 +4,15 @@
     python scripts/quickstart.py --data my.jsonl     # the same on your rows
     python scripts/quickstart.py --size 32m          # the same with the full-size model (hours on a CPU)
 
-A run that was killed goes on where it stopped when the same command is given again.
+A run that was killed goes on where it stopped when the same command is given again. One whose figures are far outside
+what the recipe's recorded runs gave says so and ends with exit status 3: it is complete, but not to be built on, also
+by a script that looks at the status alone.
 """
 
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -86,8 +89,8 @@ class Quickstart:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
 
-    def run(self) -> None:
-        """All stages, each announced with its place and the time so far."""
+    def run(self) -> list[str]:
+        """All stages, each announced with its place and the time so far; returns what speaks against the run."""
         stages: list[tuple[str, Callable[[], None]]] = [
             ("corpus", self.make_corpus),
             ("tokenizer", self.make_tokenizer),
@@ -104,7 +107,7 @@ class Quickstart:
             minutes, seconds = divmod(int(time.perf_counter() - self.started), 60)
             self.console.rule(f"[bold]{number}/{len(stages)} {name}[/bold]  {minutes}:{seconds:02d}")
             stage()
-        self.finish()
+        return self.finish()
 
     # 1: rows
 
@@ -231,7 +234,7 @@ class Quickstart:
 
         for stage in STAGES:
             checkpoint = self.folder / stage
-            if not (checkpoint / "run.json").exists() or (checkpoint / "evaluation.json").exists():
+            if not self.done(stage) or self.evaluated(stage):
                 continue
             run = json.loads((checkpoint / "run.json").read_text())
             kinds = ("text", "sft") if stage.endswith("_sft") else ("text",)
@@ -246,6 +249,20 @@ class Quickstart:
                 shared = {name: evaluation[name] for name in ("command", "seed")}
                 evaluation["results"].append({"data": str(self.sudoku), **found, **shared})
             save_evaluation(evaluation, checkpoint / "evaluation.json")
+            write_json(self.folder / "results.json", {**self.results(), stage: evaluation})
+
+    def results(self) -> dict[str, dict]:
+        """What this program measured, by stage; a checkpoint's evaluation.json has other programs' results as well."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def evaluated(self, stage: str) -> bool:
+        """Whether the stage's model, as it is now, has its results here and in its evaluation.json."""
+        from nanollada.hub_upload.card_results import EVALUATION, model_digests
+
+        checkpoint, known = self.folder / stage, self.results().get(stage, {})
+        current = all(known.get(name) == digest for name, digest in model_digests(checkpoint).items())
+        return current and (checkpoint / EVALUATION).exists()
 
     @staticmethod
     def room(tokenizer, rows: list[dict]) -> int:
@@ -308,8 +325,9 @@ class Quickstart:
     def done(self, stage: str) -> bool:
         return (self.folder / stage / "run.json").exists()
 
-    def finish(self) -> None:
-        """The table, where everything is, and what to try next."""
+    def finish(self) -> list[str]:
+        """The table, where everything is, and what to try next; last, what speaks against the run."""
+        from nanollada.scripts.expected import DISTRUST, doubts
         from nanollada.scripts.report import results_table
 
         self.console.rule("[bold]done[/bold]")
@@ -328,6 +346,12 @@ class Quickstart:
         self.console.print(
             f"\nNext: python scripts/generate.py --checkpoint {self.final('diffusion')} {chat}--watch", soft_wrap=True
         )
+        against = doubts(self.folder)
+        if against:
+            self.console.print(f"\n[bold red]{DISTRUST}[/bold red]", soft_wrap=True)
+        for doubt in against:
+            self.console.print(f"- {doubt}", soft_wrap=True, markup=False, highlight=False)
+        return against
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -381,13 +405,13 @@ def split_rows(rows: list[dict], folder: Path, name: str) -> dict[str, int]:
     return {part: len(kept) for part, kept in parts.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and runs everything."""
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, runs everything, and returns the exit status: 3 where the run distrusts itself."""
     from transformers import HfArgumentParser
 
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
-    Quickstart(args).run()
+    return 3 if Quickstart(args).run() else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,8 @@ import io
 import json
 from pathlib import Path
 
-NAMES = {"ar": "AR", "diffusion": "diffusion", "ar_sft": "AR + SFT", "diffusion_sft": "diffusion + SFT"}
+from nanollada.scripts.expected import DISTRUST, NAMES, doubts, figures
+
 COLUMNS = (
     ("text", "text, bits/byte"),
     ("sft", "answers, bits/byte"),
@@ -29,13 +30,17 @@ th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #8886
 .curves svg { width: 100%; height: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .9em; }
 small { opacity: .75; }
+.warning { border: 3px solid #c00; border-radius: .5rem; padding: .2rem 1rem; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
 <p>Two language models with the same parameters, tokenizer and data: one writes from left to right (AR), one denoises
 (masked diffusion). AR scores are exact; diffusion scores are upper bounds, ± the error of their random masks.</p>
-<h2>Results</h2>
+{% if doubts %}<div class="warning" role="alert"><p><strong>{{ distrust }}</strong></p><ul>
+{% for doubt in doubts %}<li>{{ doubt }}</li>
+{% endfor %}</ul></div>
+{% endif %}<h2>Results</h2>
 <div class="scroll"><table>
 <tr><th>model</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}<th>size</th>
 <th>steps</th><th>time</th></tr>
@@ -82,15 +87,9 @@ def result_cell(result: dict | None) -> str:
 
 def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
     """The table: a row per model with its results, size, steps and training time."""
-    rows = []
+    rows, results = [], read_json(folder / "results.json")
     for stage in stages:
-        run, results = (read_json(folder / stage / name) for name in ("run.json", "evaluation.json"))
-        found = {}
-        for result in results["results"]:
-            key = (
-                "exact_match" if result["metric"] == "exact_match" else Path(result["data"]).stem.removesuffix("_test")
-            )
-            found[key] = result
+        run, found = read_json(folder / stage / "run.json"), figures(results[stage]["results"])
         cells = [result_cell(found.get(key)) for key, _ in COLUMNS]
         size = f"{run['parameters'] / 1e6:.2f}M"
         rows.append([NAMES[stage], *cells, size, f"{run['steps']:,}", f"{run['seconds']:.0f} s"])
@@ -169,7 +168,7 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
 
     Args:
         path (`Path`): The page.
-        folder (`Path`): The run: a folder per stage, and `comparison.json`.
+        folder (`Path`): The run: a folder per stage, `settings.json`, `results.json` and `comparison.json`.
         stages (`list[str]`): The stages to show.
         trace ([`~scripts.trace.TraceRecorder`]): A denoising to show.
         title (`str`): What was denoised.
@@ -186,6 +185,8 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     text = page.render(
         title="nanollada quickstart",
+        distrust=DISTRUST,
+        doubts=doubts(folder),
         columns=[title for _, title in COLUMNS],
         rows=result_rows(folder, stages),
         notes=f"Seed {last['seed']}; {last['hardware']}; torch {last['versions']['torch']}, transformers "

@@ -24,10 +24,12 @@ def run(tmp_path):
     """The files of a run with two models, as the quickstart leaves them."""
     facts = {"parameters": 1_070_000, "steps": 110, "seconds": 61.2, "seed": 42, "hardware": "CPU"}
     facts["versions"] = {"torch": "2.13", "transformers": "5.23"}
-    for stage, results in (("ar", [EXACT]), ("diffusion_sft", [BOUND, SOLVED])):
+    stages = {"ar": [EXACT], "diffusion_sft": [BOUND, SOLVED]}
+    (tmp_path / "results.json").write_text(json.dumps({stage: {"results": stages[stage]} for stage in stages}))
+    (tmp_path / "settings.json").write_text(json.dumps({"size": "1m", "data": ["my.jsonl"], "steps_share": 1.0}))
+    for stage in stages:
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "run.json").write_text(json.dumps(facts))
-        (tmp_path / stage / "evaluation.json").write_text(json.dumps({"results": results}))
         lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.6}]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {"seconds": 0.5, "tokens_per_second": 12.0, "tokens_per_forward": 1.0, "repeats": 2, "model": "ar"}
