@@ -100,7 +100,7 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
         },
     )
     variable_length_probability: float = field(
-        default=0.01, metadata={"help": "Pretraining: share of rows cut to a random length (LLaDA: 1 %)."}
+        default=0.01, metadata={"help": "Pretraining: share of rows cut to a random length (LLaDA: 1 %%)."}
     )
     eos_padding: str = field(
         default="max_length",
