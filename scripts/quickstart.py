@@ -279,6 +279,8 @@ class Quickstart:
             return 32
         from transformers import AutoTokenizer
 
+        import nanollada.modeling_nanollada  # noqa: F401, else a second call would ask whether to run remote code
+
         return self.room(AutoTokenizer.from_pretrained(self.final("diffusion")), read_rows(self.sudoku))
 
     def prompts(self) -> list:

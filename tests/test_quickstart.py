@@ -145,6 +145,9 @@ def test_the_main_job_survives_a_kill(tmp_path):
     assert "Next: python scripts/generate.py" in (tmp_path / "log").read_text()
     sudoku = json.loads((tmp_path / "run" / "diffusion_sft" / "evaluation.json").read_text())["results"][-1]
     assert sudoku["metric"] == "exact_match" and sudoku["rows"] == 200
+    finish(start(tmp_path), tmp_path)  # of a finished run: its page again, and no question
+    shown = (tmp_path / "log").read_text()
+    assert "Next: python scripts/generate.py" in shown and "custom code" not in shown
 
 
 @pytest.mark.slow
