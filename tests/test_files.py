@@ -303,6 +303,15 @@ def test_splits_of_a_folder(tmp_path, streaming):
     assert source.identity() != before
 
 
+def test_files_that_no_split_has_are_told(tmp_path, caplog):
+    """`datasets` leaves out what is of another kind, and what is not named after a split where others are."""
+    for name in ("train.csv", "more.csv", "other.jsonl", "notes.pdf"):
+        write_csv(tmp_path / name, ["text"], ["007"])
+    assert [example.text for example in read(tmp_path)] == [example.text for example in read(tmp_path)] == ["007"]
+    (record,) = [record for record in caplog.records if record.name.endswith("files")]
+    assert record.message == f"{tmp_path}: no split has more.csv, other.jsonl; a glob would read all files"
+
+
 def test_settings_of_a_card(tmp_path):
     """Its delimiter is taken, another setting is refused by name."""
     (tmp_path / "rows.csv").write_text("text;id\n007;1\n")

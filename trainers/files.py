@@ -11,15 +11,19 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Fields that are read; a table is cut down to them, so that images and audio beside them stay undecoded.
 FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output")
@@ -301,6 +305,7 @@ class TextFolder:
         import datasets
 
         builder = datasets.load_dataset_builder(path, name=config)
+        _tell_left_out(spec, path, builder.config.data_files or {})
         kind = _reader(builder)
         if kind is None:
             return None
@@ -366,6 +371,22 @@ class TextFolder:
         kind = ".jsonl" if self.kind == ".json" and re.search(r"\.(jsonl|ndjson)(\.\w+)?$", file, re.I) else self.kind
         names = [file] if len(paths) == 1 else [f"{file}: {path.split('::')[0]}" for path in paths]
         return [TextFile(name, path, kind, self.delimiter) for name, path in zip(names, paths, strict=True)]
+
+
+def _tell_left_out(spec: str, path: str, splits: dict) -> None:
+    """Warns of data files in a folder that no split has: `datasets` takes one kind, or what is named after splits."""
+    taken = {os.path.realpath(file) for files in splits.values() for file in files}
+    found = (file for file in sorted(Path(path).rglob("*")) if kind_of(file.name) and file.is_file())
+    left = [str(file.relative_to(path)) for file in found if os.path.realpath(file) not in taken]
+    if taken and left:
+        _warn_once(
+            f"{spec}: no split has {', '.join(left[:5])}{' …' if left[5:] else ''}; a glob would read all files"
+        )
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _reader(builder) -> str | None:
