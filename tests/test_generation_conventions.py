@@ -351,6 +351,7 @@ CACHE = DynamicCache()
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # refused under its old name too
 def test_refusals(model, kwargs, match):
     with pytest.raises(ValueError, match=match):
         model.generate(PROMPT, **{"max_new_tokens": 4, **kwargs})
