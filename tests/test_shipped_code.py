@@ -13,7 +13,18 @@ from nanollada.scripts.generate import load_checkpoint
 from nanollada.trainers.setup import config_for
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-ALLOWED = {"torch", "transformers", "copy", "math", "itertools", "dataclasses", "collections", "functools", "difflib"}
+ALLOWED = {
+    "torch",
+    "transformers",
+    "copy",
+    "math",
+    "itertools",
+    "dataclasses",
+    "collections",
+    "functools",
+    "difflib",
+    "warnings",
+}
 FORBIDDEN = {"open", "eval", "exec", "compile", "__import__", "input", "breakpoint", "globals", "getattr_static"}
 WATCHED = """
 import json, sys

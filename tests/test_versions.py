@@ -76,24 +76,28 @@ def test_a_cache_under_both_names_is_refused(model_class):
         build(model_class)(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(("ar", call) for call in ({}, {"do_sample": True}, {"cache_implementation": "static"}, {"num_beams": 2})),
+        *(("blocks", call) for call in ({}, {"use_cache": False}, {"threshold": 0.5})),
+        *(("whole", call) for call in ({"approximate_cache": "dual"}, {"cfg_scale": 0.5})),
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_generate_makes_no_warning_of_its_own(caplog):
+def test_generate_makes_no_warning_of_its_own(name, call, caplog):
+    model = build() if name == "ar" else build_diffusion(0, block_length=4 if name == "blocks" else None)
     caplog.set_level(logging.WARNING, logger="transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for model, calls in (
-            (build(), [{}, {"do_sample": True}, {"cache_implementation": "static"}, {"num_beams": 2}]),
-            (build_diffusion(0, block_length=4), [{}, {"use_cache": False}, {"threshold": 0.5}]),
-            (build_diffusion(0), [{"approximate_cache": "dual"}, {"cfg_scale": 0.5}]),
-        ):
-            for call in calls:
-                output = model.generate(IDS, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, **call)
-                assert output.sequences.shape == (2, 12)
-                if isinstance(model, NanoLLaDAForMaskedLM):
-                    assert output.cache is None and output.past_key_values is None
-                else:  # transformers' own output
-                    assert getattr(output, CACHE).get_seq_length() == 11
-    assert not [record.message for record in caplog.records if "deprecated" in record.getMessage()]
+        output = model.generate(IDS, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, **call)
+    assert output.sequences.shape == (2, 12)
+    if name == "ar":  # transformers' own output
+        assert getattr(output, CACHE).get_seq_length() == 11
+    else:
+        assert output.cache is None and output.past_key_values is None
+    assert not [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
