@@ -116,7 +116,8 @@ def verify_autoregressive(model, generate) -> None:
     Raises:
         `RuntimeError`: as `verify_cached`, and if the model refuses what it is called with.
     """
-    ids = torch.arange(5, device=model.device)[None] % model.config.vocab_size  # [1, P]
+    ids = torch.arange(model.config.vocab_size, device=model.device)
+    ids = ids[ids != model.config.mask_token_id][:5][None]  # [1, P]
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "use_cache": True, "num_beams": 1}
     settings |= {"num_return_sequences": 1, "return_dict_in_generate": True, "output_logits": True}
     training = model.training
