@@ -109,7 +109,7 @@ def prepare(pair: dict, names: dict, prompt: str, is_chat: bool, seed: int, **gi
         if name not in pair:
             continue
         model, tokenizer = pair[name]
-        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if is_chat else prompt)
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if is_chat else prompt, infill=True)
         refuse_masks(model, tokenizer, ids)
         settings = {"model": names[name], "seed": seed, **effective_settings(model, **options[name])}
         recorder = LiveRecorder(tokenizer)

@@ -8,6 +8,7 @@ python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The
 import contextlib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -176,32 +177,47 @@ def is_diffusion(model) -> bool:
     return not getattr(model.base_model, "is_causal", True)
 
 
-def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+def prompt_ids(tokenizer, prompt: str | list[dict], infill: bool = False) -> list[int]:
     """
-    Token ids of a prompt, as the model met such text in training.
+    Token ids of a prompt, as the model met such text in training: control tokens that somebody wrote out in it
+    (`<|im_end|>`) are text, and those of the chat template are control.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         prompt (`str` or `list[dict]`): Plain text, or messages, which the chat template renders.
+        infill (`bool`, defaults to `False`): Mask tokens in plain text are places to fill, not text.
 
     Raises:
-        `ValueError`: for messages without a chat template, and for text that the vocabulary cannot spell.
+        `ValueError`: for messages without a chat template or that it refuses, and for text that the vocabulary cannot
+            spell.
     """
+    from nanollada.trainers.chats import render_prompt
     from nanollada.trainers.rows import BadRow
     from nanollada.trainers.tokenization import encode_spans
 
     # Pretraining rows begin every document with <|endoftext|> (the pad token), for both models: AR predicts the first
     # token from it, and diffusion saw it as visible context. SFT rows begin with the template's own first token.
     context = [tokenizer.pad_token_id] if isinstance(prompt, str) else []
-    text = prompt
-    if not isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: a plain `prompt` must be given, got a chat")
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text, literal = prompt, None
     try:
-        return context + encode_spans(tokenizer, text, [(0, len(text))])[0]
+        if not isinstance(prompt, str):
+            if not tokenizer.chat_template:
+                raise ValueError("the tokenizer has no chat template: a plain `prompt` must be given, got a chat")
+            rendered = render_prompt(tokenizer, prompt)
+            text, literal = rendered.text, rendered.literal
+        elif infill:
+            literal = _around(text, tokenizer.mask_token)
+        return context + encode_spans(tokenizer, text, [(0, len(text))], literal)[0]
     except BadRow as error:
-        raise ValueError(f"`prompt` must be spelt by the tokenizer's vocabulary, got {error}") from error
+        rule = "be spelt by the tokenizer's vocabulary" if error.reason == "not in the vocabulary" else "be usable"
+        raise ValueError(f"`prompt` must {rule}, got {error}") from error
+
+
+def _around(text: str, token: str) -> list[tuple[int, int]]:
+    """(start, end) of what stands around a token in a text."""
+    places = [(match.start(), match.end()) for match in re.finditer(re.escape(token), text)]
+    starts, ends = [0, *(end for _, end in places)], [*(start for start, _ in places), len(text)]
+    return list(zip(starts, ends, strict=True))
 
 
 def generation_settings(model, **given) -> dict:
@@ -460,7 +476,7 @@ def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
 def _checked_prompt(args, model, tokenizer, prompt) -> list[int]:
     if args.infill and not is_diffusion(model):
         raise ValueError(f"`infill` needs a diffusion model, got {type(model).__name__}")
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, infill=True)
     if (tokenizer.mask_token_id in ids) != args.infill:
         raise ValueError(
             f"`infill` must be set for a `prompt` with {tokenizer.mask_token}, and only then, got {args.infill}"

@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DECODING = tuple(item.name for item in fields(DecodingArguments) if item.name != "max_new_tokens")
 PARTS = 2**16  # choices of a row, or rows of a text, at most
 CHUNK = 64  # batches whose scores are kept together
+RENDERED = "\U0010fffd"  # begins a rendered chat, so that no text is taken for one: private, in no text
 ROOM = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, the first wins
 
 
@@ -26,9 +27,9 @@ class NanoLLaDALM(TemplateLM):
     An AR or diffusion checkpoint for lm-eval.
 
     A plain context begins with `<|endoftext|>`, as every training document does, and is cut from its continuation by
-    `continuations.encode_pair`. A context that begins with a special token is a rendered chat
-    (`--apply_chat_template`): it begins with that token, as SFT rows do, and is cut where the answer begins, as in
-    training.
+    `continuations.encode_pair`. A chat that was rendered (`--apply_chat_template`; its
+    text begins with a private character that says so) begins with the template's own first token, as SFT rows do, and
+    is cut where the answer begins, as in training. Control tokens that are written out in a task's texts are text.
 
     Log-likelihoods of a diffusion model are lower bounds (minus `score_continuations`'s nats), with masks that belong
     to the row and the choice, whatever else is run beside them. `is_greedy` tells whether greedy decoding writes the
@@ -158,47 +159,54 @@ class NanoLLaDALM(TemplateLM):
         `add_generation_prompt`.
 
         Raises:
-            `ValueError`: without a template, or for one whose chats do not begin with a special token.
+            `ValueError`: without a template, and for messages that it refuses.
         """
+        from nanollada.trainers.chats import render_hidden
+        from nanollada.trainers.rows import BadRow
+
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template, which --apply_chat_template needs")
         how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        text = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
-        if not self._begins_itself(text):
-            raise ValueError(f"the chat template must begin with a special token to be told apart, got {text[:20]!r}")
-        return text
+        try:
+            return RENDERED + render_hidden(self.tokenizer, chat_history, **how)
+        except BadRow as error:
+            raise ValueError(f"`chat_history` must be usable, got {error}") from error
 
     # ---- tokens
 
-    def _begins_itself(self, text: str) -> bool:
-        return text.startswith(tuple(self.special_tokens))
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids of a text alone, or (`add_special_tokens`) as the beginning of a document or chat."""
-        from nanollada.trainers.continuations import context_ids
+        from nanollada.trainers.chats import placeholders
+        from nanollada.trainers.continuations import context_ids, split_ids
 
+        if string.startswith(RENDERED):
+            chat = placeholders(self.tokenizer).show(string.removeprefix(RENDERED))
+            return split_ids(self.tokenizer, chat.text, 0, chat.literal)[1]
         ids = context_ids(self.tokenizer, string)
-        return ids if add_special_tokens and not self._begins_itself(string) else ids[1:]
+        return ids if add_special_tokens else ids[1:]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        from nanollada.trainers.continuations import encode_pair
-        from nanollada.trainers.tokenization import IGNORE, encode_spans
+        from nanollada.trainers.chats import placeholders
+        from nanollada.trainers.continuations import encode_pair, split_ids
+        from nanollada.trainers.rows import BadRow
 
-        if not self._begins_itself(context):
+        if not context.startswith(RENDERED):
             return encode_pair(self.tokenizer, context, continuation)
-        whole = context + continuation
-        ids, labels = encode_spans(self.tokenizer, whole, [(len(context), len(whole))])
-        cut = labels.count(IGNORE)
-        if cut == len(ids):
+        context, hidden = context.removeprefix(RENDERED), placeholders(self.tokenizer)
+        try:
+            whole = context + hidden.hide(continuation)
+        except BadRow as error:
+            raise ValueError(f"`continuation` must be usable, got {error}") from error
+        chat = hidden.show(whole, [(len(context), len(whole))])
+        before, behind = split_ids(self.tokenizer, chat.text, chat.spans[0][0], chat.literal)
+        if not behind:
             raise ValueError(
                 f"`continuation` must add a token to its context, got {continuation!r} behind {context!r}"
             )
-        return ids[:cut], ids[cut:]
+        return before, behind
 
     def _check(self, ids: list[int], room: int = 0) -> None:
-        """Nothing is cut, and the mask token is no text."""
-        if self.tokenizer.mask_token_id in ids:
-            raise ValueError(f"it must not hold {self.tokenizer.mask_token}, got it")
+        """Nothing is cut."""
         if len(ids) + room > self.max_length:
             raise ValueError(
                 f"its tokens must fit into `max_length`, got {len(ids)} and {room} to write with {self.max_length}"
@@ -257,7 +265,6 @@ class NanoLLaDALM(TemplateLM):
         for number, request in enumerate(requests):
             with _of(number, request):
                 ids = self.tok_encode(request.args[0])
-                self._check([token for token in ids if token == self.tokenizer.mask_token_id])
                 rows.append(self._rolled(ids, _row_number(request)))
         found = []
         for start in range(0, len(rows), CHUNK):

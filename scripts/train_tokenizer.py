@@ -3,6 +3,7 @@
 python scripts/train_tokenizer.py --data corpus.jsonl --output_dir outputs/tokenizer
 """
 
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -181,7 +182,9 @@ def read_texts(args: SourceArguments, max_rows: int | None = None) -> Iterator[s
 
 def _texts_of(example: Example) -> Iterator[str]:
     if example.messages is not None:
-        yield from (f"{message['role']}\n{message['content']}" for message in example.messages)
+        for message in example.messages:
+            calls = (json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ())
+            yield "\n".join(text for text in (message["role"], message["content"], *calls) if text)
     elif example.text is not None:
         yield example.text
     else:

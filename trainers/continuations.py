@@ -41,15 +41,23 @@ def context_ids(tokenizer, text: str) -> list[int]:
     Raises:
         `ValueError`: for text that the vocabulary lacks.
     """
-    return [tokenizer.pad_token_id, *_spans(tokenizer, text, 0)[0]]
+    return [tokenizer.pad_token_id, *split_ids(tokenizer, text, 0)[1]]
 
 
-def _spans(tokenizer, text: str, cut: int) -> tuple[list[int], list[int]]:
-    """`encode_spans` of what stands behind `cut`."""
+def split_ids(tokenizer, text: str, cut: int, literal=None) -> tuple[list[int], list[int]]:
+    """
+    Token ids of what stands before and behind `cut`, as `encode_spans` makes them: control tokens in it are text,
+    unless `literal` says where they are.
+
+    Raises:
+        `ValueError`: for text that the vocabulary lacks.
+    """
     try:
-        return encode_spans(tokenizer, text, [(cut, len(text))])
+        ids, labels = encode_spans(tokenizer, text, [(cut, len(text))], literal)
     except BadRow as error:
         raise ValueError(f"the text is {error}") from error
+    size = labels.count(IGNORE)
+    return ids[:size], ids[size:]
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -66,9 +74,8 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     cut, whole = len(context.rstrip()), context + continuation
     if not continuation:
         raise ValueError(f"`continuation` must add a token to its context, got {continuation!r} behind {context!r}")
-    ids, labels = _spans(tokenizer, whole, cut)
-    size = labels.count(IGNORE)
-    return [tokenizer.pad_token_id, *ids[:size]], ids[size:]
+    before, behind = split_ids(tokenizer, whole, cut)
+    return [tokenizer.pad_token_id, *before], behind
 
 
 def score_continuations(

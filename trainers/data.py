@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollada.trainers import files, rows, tokenization
+from nanollada.trainers import chats, files, rows, tokenization
 from nanollada.trainers.collator import ROW_COLUMNS, Collator
 from nanollada.trainers.rows import DataError, Example, RowPolicy, Source, SourceArguments, read_examples
 from nanollada.trainers.tokenization import (
@@ -270,14 +270,14 @@ class _Plan:
         """Whatever the rows depend on: contents of the files, tokenizer, arguments, versions, and this code itself."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend = {name: part for name, part in backend.items() if name not in ("truncation", "padding")}
-        code = [Path(part.__file__).read_text("utf-8") for part in (files, rows, tokenization)]
+        code = [Path(part.__file__).read_text("utf-8") for part in (files, rows, chats, tokenization)]
         parts = {
             "args": dataclasses.asdict(self.args),
             "sources": [source.identity() for source in [*self.sources, *self.eval_sources]],
             "tokenizer": [backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map],
             "padding": dataclasses.asdict(self.padding),
             "seed": self.seed if self.args.data_weights else None,
-            "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets")],
+            "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "trl")],
             "code": [Path(__file__).read_text("utf-8"), *code],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

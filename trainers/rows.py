@@ -173,10 +173,45 @@ def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
         role = _checked_text(_required_of(message, name, i, "role"), f"{name}[{i}].role")
         if role not in ROLES:
             raise BadRow("unknown role", f"`{name}[{i}].role` must be one of {', '.join(ROLES)}, got {role!r}")
+        calls = message.get("tool_calls")
+        if calls is not None:
+            _check_calls(calls, f"{name}[{i}].tool_calls", role)
+        if calls:  # which may be all that is said; templates find no text easier to read than no field
+            message.setdefault("content", "")
         content = _required_of(message, name, i, "content")
-        _checked_text(content, f"{name}[{i}].content", allow_empty=role == "system")
+        _checked_text(content, f"{name}[{i}].content", allow_empty=role == "system" or bool(calls))
         messages.append(message)
     return tuple(messages)
+
+
+def _check_calls(calls: Any, name: str, role: str) -> None:
+    """Raises a BadRow for calls that are not as chat templates read them; `arguments` may also be an object's JSON."""
+    if role != "assistant" and calls:
+        raise BadRow("wrong role", f"`{name}` must be an assistant's, got them of {role!r}")
+    if not isinstance(calls, list | tuple):
+        raise BadRow("wrong type", f"`{name}` must be a list, got {type(calls).__name__}")
+    for i, call in enumerate(calls):
+        place, function = f"{name}[{i}]", call
+        if isinstance(call, dict) and "function" in call:
+            place, function = f"{place}.function", call["function"]
+        if not isinstance(function, dict):
+            raise BadRow("wrong type", f"`{place}` must be an object, got {type(function).__name__}")
+        for key in ("name", "arguments"):
+            if function.get(key) is None:
+                raise BadRow("missing field", f"`{place}.{key}`")
+        _checked_text(function["name"], f"{place}.name")
+        _check_arguments(function["arguments"], f"{place}.arguments")
+
+
+def _check_arguments(arguments: Any, name: str) -> None:
+    given = arguments
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise BadRow("bad JSON", f"`{name}`: {error}") from error
+    if not isinstance(given, dict):
+        raise BadRow("wrong type", f"`{name}` must be an object or its JSON, got {arguments!r}")
 
 
 def _required_of(message: dict, name: str, i: int, key: str) -> Any:

@@ -1,11 +1,11 @@
-"""Tokenizer checks, and the way from a row's text to token ids: chat rendering, answer spans, EOS padding, packing."""
+"""Tokenizer checks, and the way from a row's text to token ids: answer spans, truncation, EOS padding, packing."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
 
+from nanollada.trainers.chats import render_chat, special_tokens
 from nanollada.trainers.rows import BadRow, Example, RowPolicy
 
 IGNORE = -100
@@ -65,104 +65,110 @@ def check_tokenizer(config_or_model, tokenizer) -> None:
         raise ValueError("tokenizer and model do not fit: " + "; ".join(faults))
 
 
-def render_chat(tokenizer, messages: Iterable[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """
-    Renders a chat with the tokenizer's own template.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Must have a chat template. Its `{% generation %}` spans mark the
-            answers; without them the answer is what a message adds to the rendering of the messages before it, up to
-            its last EOS token.
-        messages (`Iterable[dict]`): With `role` and `content`.
-
-    Returns:
-        `tuple[str, list[tuple[int, int]]]`: The text, and one (start, end) of characters per assistant message.
-
-    Raises:
-        BadRow: If the template refuses the messages.
-        ValueError: If the tokenizer has no template, or the template's answers cannot be found.
-    """
-    from jinja2 import TemplateError
-
-    messages = list(messages)
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template, which chat rows need: set `tokenizer.chat_template`")
-    template = tokenizer.get_chat_template()
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    try:
-        text, spans = (_render_marked if marked else _render_prefixes)(tokenizer, template, messages)
-    except TemplateError as error:
-        raise BadRow("chat template", f"the template refuses the messages: {error}") from error
-    answers = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != answers:
-        raise ValueError(f"the chat template must mark every assistant message, got {len(spans)} marks for {answers}")
-    return text, spans
-
-
-def _render_marked(tokenizer, template: str, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    # What `apply_chat_template` calls. It would turn the spans into whole tokens, also those that begin before the
-    # answer; `encode_spans` needs the characters.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-    )
-    return texts[0], [tuple(span) for span in spans[0]]
-
-
-def _render_prefixes(tokenizer, template: str, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    def render(count: int, **kwargs) -> str:
-        return tokenizer.apply_chat_template(messages[:count], chat_template=template, tokenize=False, **kwargs)
-
-    text, spans = render(len(messages)), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt, upto = render(i, add_generation_prompt=True), render(i + 1)
-        if not (text.startswith(upto) and upto.startswith(prompt)):
-            raise ValueError(
-                "the chat template has no `{% generation %}` marks, and its rendering of the first "
-                f"{i + 1} messages is not the beginning of its rendering of all {len(messages)}: "
-                "the answer cannot be found"
-            )
-        eos = upto.rfind(tokenizer.eos_token, len(prompt))
-        spans.append((len(prompt), len(upto) if eos < 0 else eos + len(tokenizer.eos_token)))
-    return text, spans
-
-
-def encode_spans(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def encode_spans(
+    tokenizer, text: str, spans: Sequence[tuple[int, int]], literal: Sequence[tuple[int, int]] | None = None
+) -> tuple[list[int], list[int]]:
     """
     Tokenizes a text up to the end of its last span, with the tokens inside the spans as targets.
 
     The text before a span becomes the tokens that it becomes alone, as it will at generation: where a token would
     cross the border, the text is tokenized in pieces.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+        text (`str`): The text.
+        spans (`Sequence[tuple[int, int]]`): (start, end) of characters, in order.
+        literal (`Sequence[tuple[int, int]]`, *optional*): Where control tokens that stand in the text are text, see
+            [`~trainers.chats.RenderedChat`]. By default everywhere: only what a chat template wrote is control.
+
     Returns:
         `tuple[list[int], list[int]]`: `input_ids`, and `labels` with −100 outside the spans.
+
+    Raises:
+        BadRow: For text that the vocabulary lacks, or that it turns into a control token.
     """
+    literal = [(0, len(text))] if literal is None else literal
     cuts = [cut for span in spans for cut in span]
-    whole, *prefixes = _ids(tokenizer, [text[:cut] for cut in reversed(cuts)])
+    whole, *prefixes = _range_ids(tokenizer, text, [(0, cut) for cut in reversed(cuts)], literal)
     prefixes = [[], *reversed(prefixes), whole]
     if all(whole[: len(prefix)] == prefix for prefix in prefixes):
         pieces = [whole[len(left) : len(right)] for left, right in pairwise(prefixes)]
     else:
-        pieces = _ids(tokenizer, [text[left:right] for left, right in pairwise([0, *cuts])])
+        pieces = _range_ids(tokenizer, text, list(pairwise([0, *cuts])), literal)
     input_ids = [token for piece in pieces for token in piece]
     labels = [token if i % 2 else IGNORE for i, piece in enumerate(pieces) for token in piece]
     return input_ids, labels
 
 
-def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def _range_ids(tokenizer, text: str, ranges: list[tuple[int, int]], literal) -> list[list[int]]:
+    """Token ids of text[start:end] for each of the ranges."""
+    parts = [_parts(text, start, end, literal) for start, end in ranges]
+    found = {}
+    for kind in (False, True):
+        texts = list(dict.fromkeys(piece for pieces in parts for piece, is_literal in pieces if is_literal is kind))
+        found[kind] = dict(zip(texts, _ids(tokenizer, texts, kind), strict=True)) if texts else {}
+    return [
+        [
+            token
+            for number, (piece, kind) in enumerate(pieces)
+            for token in (_inner_ids(tokenizer, piece, kind) if number else found[kind][piece])
+        ]
+        for pieces in parts
+    ]
+
+
+def _parts(text: str, start: int, end: int, literal) -> list[tuple[str, bool]]:
+    """(piece, whether it is literal) of text[start:end], at least one."""
+    parts, place = [], start
+    for left, right in literal:
+        left, right = max(left, start), min(right, end)
+        if left < right:
+            parts += [(text[place:left], False), (text[left:right], True)]
+            place = right
+    parts = [part for part in [*parts, (text[place:end], False)] if part[0]]
+    return parts or [("", False)]
+
+
+def _inner_ids(tokenizer, piece: str, literal: bool) -> list[int]:
+    """Of a piece that does not begin a text: without the space that some tokenizers put before a text's first word."""
     try:
-        return tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        (newline,), (ids,) = (_ids(tokenizer, [text], literal) for text in ("\n", "\n" + piece))
+    except BadRow:  # a vocabulary without the newline
+        newline, ids = [], []
+    return ids[len(newline) :] if newline and ids[: len(newline)] == newline else _ids(tokenizer, [piece], literal)[0]
+
+
+def _ids(tokenizer, texts: list[str], literal: bool = True) -> list[list[int]]:
+    """Token ids of texts; special tokens that stand in them are text (`literal`) or themselves."""
+    try:
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            split_special_tokens=literal,
         )["input_ids"]
     except Exception as error:  # `tokenizers` raises the base class: a character that the vocabulary lacks
-        raise BadRow("not in the vocabulary", _unknown_characters(tokenizer, texts[0]) or str(error)) from error
+        unknown = _unknown_characters(tokenizer, texts[0], literal)
+        raise BadRow("not in the vocabulary", unknown or str(error)) from error
+    if literal:
+        _refuse_control(tokenizer, encoded)
+    return encoded
 
 
-def _unknown_characters(tokenizer, text: str) -> str:
-    for token in tokenizer.all_special_tokens:
+def _refuse_control(tokenizer, encoded: list[list[int]]) -> None:
+    control = special_tokens(tokenizer)
+    if tokenizer.unk_token_id not in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id):
+        control.pop(tokenizer.unk_token_id, None)  # what the vocabulary lacks is one in some foreign tokenizers
+    for ids in encoded:
+        if not control.keys().isdisjoint(ids):
+            token = next(control[index] for index in ids if index in control)
+            raise BadRow("control token", f"the tokenizer makes {token!r} of a text, which must be tokens of its own")
+
+
+def _unknown_characters(tokenizer, text: str, literal: bool) -> str:
+    for token in () if literal else tokenizer.all_special_tokens:
         text = text.replace(token, "")
     vocabulary = tokenizer.get_vocab()
     return ", ".join(repr(character) for character in sorted(set(text)) if character not in vocabulary)
@@ -172,6 +178,10 @@ def _unknown_characters(tokenizer, text: str) -> str:
 class RowEncoder:
     """
     Turns examples into token ids: documents for packing, or whole rows for SFT.
+
+    Control tokens that are written out in a document, a prompt, a completion or a message (`<|im_end|>`,
+    `<|endoftext|>`, `<|mask|>`) are text, spelt with ordinary tokens: they end nothing and begin no turn. The mask
+    token is in no row.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with pad and eos tokens.
@@ -185,8 +195,7 @@ class RowEncoder:
     special_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self):
-        added = self.tokenizer.added_tokens_decoder.items()
-        self.special_ids = frozenset(index for index, token in added if token.special)
+        self.special_ids = frozenset(special_tokens(self.tokenizer))
 
     def encode(self, examples: Iterable[Example], policy: RowPolicy) -> Iterator[tuple[Example, dict[str, Any]]]:
         """
@@ -233,12 +242,11 @@ class RowEncoder:
     def _answer_row(self, example: Example) -> dict[str, Any]:
         if example.messages is None:
             text = example.prompt + example.completion
-            spans = [(len(example.prompt), len(text))]
+            spans, literal = [(len(example.prompt), len(text))], None
         else:
-            text, spans = render_chat(self.tokenizer, example.messages)
-            given = sum(message["role"] == "assistant" for message in example.messages[: example.num_context])
-            spans = spans[-1:] if self.assistant_turns == "last" else spans[given:]
-        input_ids, labels = encode_spans(self.tokenizer, text, spans)
+            chat = render_chat(self.tokenizer, example.messages, example.num_context, self.assistant_turns)
+            text, spans, literal = chat.text, chat.spans, chat.literal
+        input_ids, labels = encode_spans(self.tokenizer, text, spans, literal)
         if self._holds_mask(input_ids):
             raise self._mask_error
         markers = self.tokenizer.convert_ids_to_tokens([label for label in labels if label in self.special_ids])
@@ -252,15 +260,24 @@ class RowEncoder:
         return {"input_ids": input_ids, "labels": labels, "num_bytes": num_bytes, "truncated": False}
 
     def _truncated(self, input_ids: list[int], labels: list[int]) -> dict[str, Any]:
-        """Keeps what fits, from the left, up to the last target; no EOS stands where the answer was cut."""
+        """
+        Keeps what fits, from the left, up to the last target; no EOS stands where the answer was cut. It is cut behind
+        a whole character, so that the bytes that are counted are those of the tokens.
+        """
         kept = [i for i, label in enumerate(labels[: self.max_length]) if label != IGNORE]
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        whole, text = self._text_of(labels), self._text_of([labels[i] for i in kept])
+        while kept and not whole.startswith(text):  # its last character lost bytes
+            text = self._text_of([labels[i] for i in kept[:-1]])
+            del kept[-1]
         if not kept:
-            first = next(i for i, label in enumerate(labels) if label != IGNORE)
             raise BadRow("no room for an answer", f"its prompt has {first} tokens, `max_length` is {self.max_length}")
-        end = kept[-1] + 1
-        text = self.tokenizer.decode([labels[i] for i in kept], skip_special_tokens=True)
-        num_bytes = len(text.rstrip("\ufffd").encode())  # without a character that lost its last bytes
+        end, num_bytes = kept[-1] + 1, len(text.encode())
         return {"input_ids": input_ids[:end], "labels": labels[:end], "num_bytes": num_bytes, "truncated": True}
+
+    def _text_of(self, labels: list[int]) -> str:
+        ids = [label for label in labels if label != IGNORE]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _holds_mask(self, ids: list[int]) -> bool:
         return self.tokenizer.mask_token_id is not None and self.tokenizer.mask_token_id in ids
