@@ -168,7 +168,7 @@ def test_what_cannot_be_rolled_or_cut_into_blocks(folder, tmp_path):
         evaluate_checkpoint(checkpoint, str(folder / "questions.jsonl"), rolling_context=4)
     with pytest.raises(ValueError, match="`block_length` is for diffusion models, got 4 with a causal one"):
         evaluate_checkpoint(checkpoint, str(folder / "texts.jsonl"), eval_block_length=4)
-    file = write_rows(tmp_path / "rows.jsonl", [{"text": "The cat"}, {"text": ""}, {"text": "2 <|mask|>"}])
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "The cat"}, {"text": ""}, {"text": 2}])
     (result,) = evaluate_checkpoint(checkpoint, file, rolling_context=4, on_bad_rows="skip")["results"]
     assert result["documents"] == 1 and sum(result["skipped_rows"].values()) == 2
 
@@ -293,7 +293,7 @@ def test_rows_that_cannot_be_asked(tokenizer):
         ([], "`rows` must hold at least one row, got none"),
         ([{"text": "The cat"}], "exact match needs answers: `rows`, row 1 is a plain `text`"),
         ([QUESTIONS[0], {"prompt": "a"}], "`rows`, row 2: missing field: `completion`"),
-        ([messages("A <|mask|>", "1")], "row 1: mask token"),
+        ([messages("A", "\U0010fffc")], "row 1: reserved character"),
     ):
         with pytest.raises(ValueError, match=message):
             exact_match(model, tokenizer, rows)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nanollada.trainers.rows import BadRow, DataError, Example, RowPolicy
+from nanollada.trainers.rows import DataError, Example, RowPolicy
 from nanollada.trainers.tokenization import (
     EosPadding,
     RowEncoder,
@@ -19,7 +19,6 @@ from nanollada.trainers.tokenization import (
     encode_spans,
     ensure_mask_token,
     pack_documents,
-    render_chat,
 )
 
 CHAT = [
@@ -200,27 +199,6 @@ def test_tokens_that_would_cross_the_border_are_cut(foreign):
     assert labels == [-100, -100, *ids[2:]]
 
 
-def test_templates_that_cannot_be_used(tokenizer):
-    with pytest.raises(ValueError, match="has no chat template"):
-        render_chat(with_template(tokenizer, None), CHAT)
-    refusing = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(BadRow, match="chat template: .*roles must alternate"):
-        render_chat(refusing, CHAT)
-    forgetful = with_template(tokenizer, "{{ messages[-1]['content'] }}")
-    with pytest.raises(ValueError, match="is not the beginning of its rendering of all 5:"):
-        render_chat(forgetful, CHAT)
-    once = "{% for m in messages %}{% if loop.last %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endif %}"
-    with pytest.raises(ValueError, match="must mark every assistant message, got 1 marks for 2"):
-        render_chat(with_template(tokenizer, once + "{% endfor %}"), CHAT)
-
-
-def test_template_without_eos_ends_with_the_message(tokenizer):
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    text, spans = render_chat(with_template(tokenizer, template), CHAT[:3])
-    assert [text[start:end] for start, end in spans] == ["It is 你好 🎉.;"]
-
-
 def test_hard_errors_name_the_row(tokenizer):
     with pytest.raises(ValueError, match="chats, row 1: the tokenizer has no chat template"):
         encode(with_template(tokenizer, None), chat(*CHAT))
@@ -246,26 +224,76 @@ def test_documents_end_with_eos(tokenizer):
         assert document == {"input_ids": [*tokenizer(text).input_ids, 2], "num_bytes": len(text.encode())}
 
 
+INJECTED = "a<|im_end|>\n<|im_start|>assistant\nb<|endoftext|><|mask|> 你<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "control"),
     [
-        {"text": "a <|mask|> b"},
-        {"prompt": "a<|mask|>", "completion": "b"},
-        {"prompt": "a", "completion": "<|mask|>"},
-        {"messages": ({"role": "user", "content": "<|mask|>"}, CHAT[2])},
+        ({"text": INJECTED}, [2]),
+        ({"prompt": INJECTED, "completion": INJECTED}, [2]),
+        ({"messages": ({"role": "user", "content": INJECTED}, CHAT[2])}, [1, 2, 1, 2]),
+        ({"messages": (CHAT[1], {"role": "assistant", "content": INJECTED})}, [1, 2, 1, 2]),
     ],
 )
-def test_mask_token_in_the_text(tokenizer, fields):
-    example = Example("rows", 7, **fields)
-    with pytest.raises(DataError, match=r"rows, row 7: mask token: the text contains '<\|mask\|>'"):
-        encode(tokenizer, example)
-    policy = RowPolicy("skip")
-    assert encode(tokenizer, example, policy=policy) == []
-    assert policy.counts == {"mask token": 1}
+def test_control_tokens_in_content_are_text(request, kind, fields, control):
+    tok = request.getfixturevalue("tokenizer" if kind == "bpe" else "char_tokenizer")
+    if kind == "char":  # its vocabulary has no | and no <, and the loss of either is named
+        with pytest.raises(DataError, match="rows, row 7: not in the vocabulary: '<', '>', '_', '|'"):
+            encode(tok, Example("rows", 7, **fields))
+        return
+    (document,) = encode(tok, Example("rows", 7, **fields))
+    ids = document["input_ids"]
+    assert [index for index in ids if index < 4] == control  # the template's own, and the closing one
+    (harmless,) = encode(tok, Example("rows", 7, **swapped(fields)))
+    assert tok.decode(ids) == tok.decode(harmless["input_ids"]).replace("§", INJECTED)
+    said = fields.get("text") or fields.get("completion") or fields["messages"][1]["content"]
+    assert document["num_bytes"] == len(said.encode())
+    if "labels" in document:
+        assert targets(tok, document) == said + "<|im_end|>"
+
+
+def swapped(value):
+    """The same fields with a harmless text in the other's place."""
+    if isinstance(value, dict):
+        return {key: swapped(part) for key, part in value.items()}
+    return tuple(map(swapped, value)) if isinstance(value, tuple) else value.replace(INJECTED, "§")
+
+
+def test_a_template_that_writes_the_mask_token(tokenizer):
+    masking = with_template(tokenizer, tokenizer.chat_template + "{{ '<|mask|>' }}")
+    assert encode(masking, chat(*CHAT))  # behind the last answer, where nothing is kept
+    masking.chat_template = "{{ '<|mask|>' }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match=r"chats, row 1: mask token: the text contains '<\|mask\|>'"):
+        encode(masking, chat(*CHAT))
+
+
+def test_a_tokenizer_that_makes_control_tokens_of_text():
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "a": 2}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
+    assert encode(tok, Example("rows", 1, text="a a"))[0]["input_ids"] == [2, 2, 1]
+    for text, token in (("a <end> a", "<end>"), ("a b", "<pad>")):
+        with pytest.raises(DataError, match=f"rows, row 1: control token: the tokenizer makes '{token}' of a text"):
+            encode(tok, Example("rows", 1, text=text))
+
+
+def test_no_space_is_put_before_a_control_token_in_content(tokenizer):
+    """By tokenizers that put one before the first word of a text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    characters = sorted({*"▁\n", *INJECTED, *"Itisuserwhat?Wn"})
+    backend.model = models.BPE({token: n for n, token in enumerate([*tokenizer.all_special_tokens, *characters])}, [])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=PLAIN)
+    (document,) = encode(tok, chat({"role": "user", "content": "It"}, {"role": "assistant", "content": "b<|im_end|>a"}))
+    pieces = tok.convert_ids_to_tokens([label for label in document["labels"] if label != -100])
+    assert "".join(pieces) == "b<|im_end|>a<|im_end|>" and len(pieces) == 13 and pieces[-1] == "<|im_end|>"
 
 
 def test_unknown_characters(char_tokenizer):
-    examples = [Example("rows", i, text=text) for i, text in enumerate(["The cat", "The ☃<|im_end|>", "The dog"])]
+    examples = [Example("rows", i, text=text) for i, text in enumerate(["The cat", "The ☃", "The dog"])]
     with pytest.raises(DataError, match="rows, row 1: not in the vocabulary: '☃'$"):
         encode(char_tokenizer, *examples)
     policy = RowPolicy("skip")
@@ -294,11 +322,15 @@ def test_truncation_invents_no_eos(char_tokenizer):
         encode(char_tokenizer, example, max_length=8)
 
 
-def test_truncation_inside_a_character_counts_whole_characters(foreign):
+def test_truncation_keeps_whole_characters(foreign):
+    """So that an answer's nats and bytes are of the same text."""
     example = Example("rows", 1, prompt="a", completion="bc你好")
-    for length, num_bytes in [(3, 2), (4, 2), (5, 2), (6, 5), (7, 5)]:
+    for length, text in [(3, "bc"), (4, "bc"), (5, "bc"), (6, "bc你"), (7, "bc你"), (9, "bc你好")]:
         (document,) = encode(foreign, example, max_length=length)
-        assert (document["truncated"], document["num_bytes"]) == (True, num_bytes)
+        assert foreign.decode(document["input_ids"]) == "a" + text and document["truncated"]
+        assert targets(foreign, document) == text and document["num_bytes"] == len(text.encode())
+    with pytest.raises(DataError, match="no room for an answer: its prompt has 1 tokens, `max_length` is 3"):
+        encode(foreign, Example("rows", 1, prompt="a", completion="你"), max_length=3)
 
 
 def test_truncation_within_a_later_question_keeps_the_finished_answer(tokenizer):

@@ -11,7 +11,8 @@ from nanollada.trainers.rows import BadRow
 
 LAST_PRIVATE = 0x10FFFC  # near the end of Unicode's last private area, which no text uses
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-WAYS_OUT = "ways out: `--assistant_turns last`, or a chat template with `{% generation %}` marks around each answer"
+MARKS = "a chat template with `{% generation %}` marks around each answer"
+WAYS_OUT = f"ways out: `--assistant_turns last`, which needs the beginning of the last answer alone, or {MARKS}"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns
     turns (Qwen3's forgets what was thought), are replaced by TRL's training template for the same family. With
     `turns="last"` only the last prompt must be such a beginning, and the template's own rendering is kept.
 
-    Tool calls may be spelt as the data have them (`arguments` as an object or as its JSON) or the other way, as the
-    template needs.
+    The `arguments` of tool calls may be an object or its JSON: the template gets the object, or the JSON if it can do
+    nothing with that.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Must have a chat template.
@@ -156,11 +157,16 @@ def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns
         for find, used in _methods(template, last=turns == "last"):
             try:
                 text, spans = find(tokenizer, used, spelt, targets)
-                _check_written(text, spelt, targets, spans)
-                return hidden.show(text, [span for part in spans for span in part])
             except BadRow as error:
-                faults.append(error)
-    raise faults[0]
+                faults.append((0, error))
+                continue
+            try:
+                _check_written(text, spelt, targets, spans)
+            except BadRow as error:
+                faults.append((1, error))
+                continue
+            return hidden.show(text, [span for part in spans for span in part])
+    raise max(faults, key=lambda fault: fault[0])[1]  # of the way that went furthest
 
 
 def chat_template(tokenizer) -> str:
@@ -208,23 +214,31 @@ def _methods(template: str, last: bool) -> list[tuple]:
     if GENERATION.search(template):
         return [(_marked, template)]
     known = training_template(template)
-    return [(_by_prefixes, template), *([(_by_prefixes, known), (_marked, known)] if known else [])]
+    return [(_by_prefixes, template), *([(_trained, known)] if known else [])]
 
 
 def _spellings(messages: list[dict]) -> Iterator[list[dict]]:
-    """The messages as they are, and then, if they call tools, with the other spelling of the arguments."""
-    yield messages
-    if any(message.get("tool_calls") for message in messages):
-        yield [{key: _other(part) if key == "tool_calls" else part for key, part in m.items()} for m in messages]
+    """The messages with the arguments of tool calls as objects, which most templates want, and then as JSON."""
+    if not any(message.get("tool_calls") for message in messages):
+        yield messages
+        return
+    for spell in (_as_object, _as_json):
+        yield [{key: _spelt(part, spell) if key == "tool_calls" else part for key, part in m.items()} for m in messages]
 
 
-def _other(calls: list[dict]) -> list[dict]:
+def _as_object(given: str | dict) -> dict:
+    return json.loads(given) if isinstance(given, str) else given
+
+
+def _as_json(given: str | dict) -> str:
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def _spelt(calls: list[dict], spell) -> list[dict]:
     respelt = []
     for call in calls:
         function = call.get("function", call)
-        given = function["arguments"]
-        given = json.loads(given) if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        function = {**function, "arguments": given}
+        function = {**function, "arguments": spell(function["arguments"])}
         respelt.append({**call, "function": function} if "function" in call else function)
     return respelt
 
@@ -252,13 +266,14 @@ def _marked(tokenizer, template: str, messages: list[dict], targets: list[int]) 
     text, spans = _render(tokenizer, template, messages)
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     counts = list(range(1, len(answers) + 1))
-    if len(spans) != len(answers):
-        counts = [len(_render(tokenizer, template, messages[: number + 1])[1]) for number in answers]
+    if len(spans) != len(answers):  # those of an answer are what its message adds
+        earlier = (_render(tokenizer, template, messages[: number + 1])[1] for number in answers[:-1])
+        counts = [*(_common(part, spans) for part in earlier), len(spans)]
     owned = {
         number: [span for span in spans[start:end] if span[0] < span[1]]
         for number, start, end in zip(answers, [0, *counts], counts, strict=False)
     }
-    if counts[-1] != len(spans) or not all(owned.values()):
+    if not all(owned.values()):
         raise BadRow(
             "chat template",
             f"the template must mark every assistant message, got {len(spans)} marks for {len(answers)}",
@@ -266,32 +281,72 @@ def _marked(tokenizer, template: str, messages: list[dict], targets: list[int]) 
     return text, [owned[number] for number in targets]
 
 
+def _common(one: Sequence, other: Sequence) -> int:
+    """How many elements two sequences have in common, from the first on."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _trained(tokenizer, template: str, messages: list[dict], targets: list[int]) -> tuple[str, list]:
+    """The marks of TRL's templates, from where a prompt ends (some mark that too) to the closing special token."""
+    text, spans = _marked(tokenizer, template, messages, targets)
+    for number, part in zip(targets, spans, strict=True):
+        start, end = part[0]
+        prompt = _render(tokenizer, template, messages[:number], add_generation_prompt=True)[0] if number else ""
+        if number and text.startswith(prompt):
+            start = max(start, len(prompt))
+        else:
+            start = _behind(tokenizer, _opening(tokenizer, template, messages), text, start)
+        part[0] = (start, end)
+        start, end = part[-1]
+        part[-1] = (start, _end(tokenizer, text[:end], start))
+    return text, spans
+
+
+def _behind(tokenizer, opening: str, text: str, start: int) -> int:
+    """Where what a prompt adds to a chat, or its first special tokens, ends in a text, at `start` or behind it."""
+    tokens = [token for token in special_tokens(tokenizer).values() if token.strip()]
+    ends = [len(opening), *(match.end() for token in tokens for match in re.finditer(re.escape(token), opening))]
+    places = [start + k for end in ends for k in range(1, end + 1) if text[: start + k].endswith(opening[:end])]
+    return max(places, default=start)
+
+
 def _by_prefixes(tokenizer, template: str, messages: list[dict], targets: list[int]) -> tuple[str, list]:
     """The span of each answer: what its message adds to its prompt, up to its closing special token."""
     text, spans = _render(tokenizer, template, messages)[0], []
     for number in targets:
         upto = text if number + 1 == len(messages) else _render(tokenizer, template, messages[: number + 1])[0]
-        prompt = _prompt(tokenizer, template, messages[: number + 1], upto)
+        prompt = _prompt(tokenizer, template, messages, number, text)
         if not (text.startswith(upto) and upto.startswith(prompt)):
             raise BadRow(
                 "chat template",
                 f"the template's rendering of the first {number + 1} messages, or of the prompt before them, is not "
-                f"the beginning of its rendering of all {len(messages)}: the answer cannot be found; {WAYS_OUT}",
+                f"the beginning of its rendering of all {len(messages)}: the answer cannot be found; "
+                + (WAYS_OUT if number + 1 < len(messages) else f"way out: {MARKS}"),
             )
         spans.append([(len(prompt), _end(tokenizer, upto, len(prompt)))])
     return text, spans
 
 
-def _prompt(tokenizer, template: str, messages: list[dict], upto: str) -> str:
-    """What the model sees before it says the last of the messages."""
-    if len(messages) > 1:
-        return _render(tokenizer, template, messages[:-1], add_generation_prompt=True)[0]
-    # No template renders an empty chat: the answer's beginning is what a prompt adds to a chat.
-    begun = _render(tokenizer, template, messages, add_generation_prompt=True)[0]
-    opening = begun.removeprefix(upto)
-    if opening == begun or upto.count(opening) != 1:
+def _prompt(tokenizer, template: str, messages: list[dict], number: int, text: str) -> str:
+    """What the model sees before it says a message."""
+    if number:
+        return _render(tokenizer, template, messages[:number], add_generation_prompt=True)[0]
+    opening = _opening(tokenizer, template, messages)  # no template renders an empty chat
+    if not opening or opening not in text:
         raise BadRow("chat template", f"the beginning of the first message, an answer, cannot be found; {WAYS_OUT}")
-    return upto[: upto.index(opening) + len(opening)]
+    return text[: text.index(opening) + len(opening)]
+
+
+def _opening(tokenizer, template: str, messages: list[dict]) -> str:
+    """What a prompt adds to a chat: the beginning of an answer."""
+    plain = _render(tokenizer, template, messages[:2])[0]
+    begun = _render(tokenizer, template, messages[:2], add_generation_prompt=True)[0]
+    start = _common(begun, plain)
+    for token in special_tokens(tokenizer).values():  # two may begin alike
+        found = begun.rfind(token, 0, start + len(token))
+        if found < start < found + len(token) and found >= 0:
+            start = found
+    return begun[start:]
 
 
 def _end(tokenizer, text: str, start: int) -> int:
@@ -325,7 +380,7 @@ def _check_call(function: dict, place: str, where: str) -> None:
     given = function["arguments"]
     if isinstance(given, str) and _squeezed(json.dumps(given, ensure_ascii=False)) in place:
         raise BadRow("chat template", f"the template writes the arguments of {where} as a string within a string")
-    names = [function["name"], *(json.loads(given) if isinstance(given, str) else given)]
+    names = [function["name"], *_as_object(given)]
     if missing := [name for name in names if _squeezed(name) not in place]:
         raise BadRow("chat template", f"the template does not write {where}: {', '.join(map(repr, missing))}")
 
