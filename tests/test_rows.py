@@ -23,6 +23,10 @@ USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Yes."}
 
 
+def calling(call):
+    return {"role": "assistant", "tool_calls": [call]}
+
+
 def read(spec, policy=None, **kwargs):
     args = SourceArguments(data=[str(spec)], **kwargs)
     return list(read_examples(resolve_source(str(spec), args), policy or RowPolicy()))
@@ -88,6 +92,12 @@ BROKEN = [
     ({"prompt": "a", "completion": " "}, "empty text: `completion`"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"empty text: `messages\[1\].content`"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "unknown role: .* got 'robot'"),
+    ({"messages": [USER, calling({"name": "f"})]}, r"missing field: `messages\[1\].tool_calls\[0\].arguments`"),
+    ({"messages": [USER, calling({"function": 1})]}, r"wrong type: `messages\[1\].tool_calls\[0\].function`"),
+    ({"messages": [USER, calling({"name": "f", "arguments": "{"})]}, r"bad JSON: `messages\[1\].tool_calls\[0\].arg"),
+    ({"messages": [USER, calling({"name": "f", "arguments": "1"})]}, r"wrong type: .* an object or its JSON, got '1'"),
+    ({"messages": [{**USER, "tool_calls": [{}]}, ANSWER]}, r"wrong role: `messages\[0\].tool_calls` .* 'user'"),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, r"missing field: `messages\[1\].content`"),
     ({"messages": [USER]}, "no answer"),
     ({"messages": []}, "no answer"),
     ({"prompt": [USER, ANSWER], "completion": [USER]}, "no answer"),

@@ -287,7 +287,9 @@ def test_no_space_is_put_before_a_control_token_in_content(tokenizer):
     characters = sorted({*"▁\n", *INJECTED, *"Itisuserwhat?Wn"})
     backend.model = models.BPE({token: n for n, token in enumerate([*tokenizer.all_special_tokens, *characters])}, [])
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=PLAIN)
-    (document,) = encode(tok, chat({"role": "user", "content": "It"}, {"role": "assistant", "content": "b<|im_end|>a"}))
+    (document,) = encode(
+        tok, chat({"role": "user", "content": "It"}, {"role": "assistant", "content": "b<|im_end|>a"})
+    )
     pieces = tok.convert_ids_to_tokens([label for label in document["labels"] if label != -100])
     assert "".join(pieces) == "b<|im_end|>a<|im_end|>" and len(pieces) == 13 and pieces[-1] == "<|im_end|>"
 

@@ -223,7 +223,9 @@ def _spellings(messages: list[dict]) -> Iterator[list[dict]]:
         yield messages
         return
     for spell in (_as_object, _as_json):
-        yield [{key: _spelt(part, spell) if key == "tool_calls" else part for key, part in m.items()} for m in messages]
+        yield [
+            {key: _spelt(part, spell) if key == "tool_calls" else part for key, part in m.items()} for m in messages
+        ]
 
 
 def _as_object(given: str | dict) -> dict:
@@ -255,9 +257,7 @@ def _render(tokenizer, template: str, messages: list[dict], **kwargs) -> tuple[s
             [messages], chat_template=template, **kwargs, **tokenizer.special_tokens_map
         )
     except Exception as error:  # a template can do what Python can
-        raise BadRow(
-            "chat template", f"the template refuses the messages: {type(error).__name__}: {error}"
-        ) from error
+        raise BadRow("chat template", f"the template refuses the messages: {type(error).__name__}: {error}") from error
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
@@ -360,14 +360,15 @@ def _end(tokenizer, text: str, start: int) -> int:
 
 
 def _check_written(text: str, messages: list[dict], targets: list[int], spans: list) -> None:
-    """Raises a BadRow for a part of the messages that the template leaves out, or an answer outside of its span."""
+    """Raises a BadRow for a part of the messages that is left out, an answer outside of its span, or others within."""
     said = {
         number: _squeezed("".join(text[start:end] for start, end in part))
         for number, part in zip(targets, spans, strict=True)
     }
-    whole = _squeezed(text)
+    cuts = [0, *(cut for part in spans for span in part for cut in span), len(text)]
+    given = _squeezed(" ".join(text[start:end] for start, end in zip(cuts[::2], cuts[1::2], strict=True)))
     for number, message in enumerate(messages):
-        place, where = said.get(number, whole), f"`messages[{number}]"
+        place, where = said.get(number, given), f"`messages[{number}]"
         # Thoughts may be left out of earlier turns, or be moved.
         content = (message.get("content") or "").rpartition("</think>")[2]
         if not any(_squeezed(spelt) in place for spelt in (content, json.dumps(content, ensure_ascii=False)[1:-1])):

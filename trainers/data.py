@@ -277,7 +277,9 @@ class _Plan:
             "tokenizer": [backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map],
             "padding": dataclasses.asdict(self.padding),
             "seed": self.seed if self.args.data_weights else None,
-            "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "trl")],
+            "versions": [
+                importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "trl")
+            ],
             "code": [Path(__file__).read_text("utf-8"), *code],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
