@@ -184,13 +184,13 @@ class Quickstart:
         if (self.folder / stage / "run.json").exists():
             return
         import nanollada.modeling_nanollada as models
-        from nanollada.trainers import base, causal, diffusion
+        from nanollada.trainers import causal, diffusion, run
 
         trainer, config, model = {
             "ar": (causal.CausalTrainer, causal.CausalConfig, models.NanoLLaDAForCausalLM),
             "diffusion": (diffusion.DiffusionTrainer, diffusion.DiffusionConfig, models.NanoLLaDAForMaskedLM),
         }[stage.removesuffix("_sft")]
-        base.main(
+        run.main(
             trainer, config, model, ["--config", str(RECIPES / f"quickstart_{stage}.yaml"), *self.overrides(stage)]
         )
 

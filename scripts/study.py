@@ -268,14 +268,14 @@ class Study:
 
     def train(self, name: str, seed: int) -> None:
         import nanollada.modeling_nanollada as models
-        from nanollada.trainers import base, causal, diffusion
+        from nanollada.trainers import causal, diffusion, run
 
         trainer, config, model = {
             "ar": (causal.CausalTrainer, causal.CausalConfig, models.NanoLLaDAForCausalLM),
             "diffusion": (diffusion.DiffusionTrainer, diffusion.DiffusionConfig, models.NanoLLaDAForMaskedLM),
         }[VARIANTS[name].kind]
         recipe = RECIPES / f"study_{VARIANTS[name].kind}.yaml"
-        base.main(trainer, config, model, ["--config", str(recipe), *self.overrides(name, seed)])
+        run.main(trainer, config, model, ["--config", str(recipe), *self.overrides(name, seed)])
 
     def setting(self, kind: str, name: str):
         """A number of the trainings: of the options, the size or the recipe, in this order."""

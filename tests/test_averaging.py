@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 from nanollada.modeling_nanollada import NanoLLaDAConfig
 from nanollada.trainers import averaging
 from nanollada.trainers.averaging import ExponentialMovingAverage, MergeCandidates
-from nanollada.trainers.base import main
 from nanollada.trainers.causal import CausalConfig
 from nanollada.trainers.data import Collator
 from nanollada.trainers.diffusion import DiffusionConfig
+from nanollada.trainers.run import main
 from nanollada.trainers.setup import last_complete_checkpoint
 
 HELD_OUT = make_rows(11)[8:]  # not those that are trained, so that the loss rises again

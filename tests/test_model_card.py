@@ -16,7 +16,7 @@ from nanollada.hub_upload.export import export
 from nanollada.hub_upload.model_card import Facts, build_card, choose_prompt, read_facts, without_paths
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluate import save_evaluation
-from nanollada.trainers import base
+from nanollada.trainers.run import _saved_digests
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DATA = {
@@ -387,7 +387,7 @@ def test_saving_again_keeps_the_digests(model_class, tokenizer, tmp_path):
 def test_the_numbers_of_a_run_are_of_its_files(checkpoints, tmp_path):
     """A run.json beside other weights, or another config, is refused; one that names no files gives no number."""
     folder = Path(shutil.copytree(checkpoints["ar"], tmp_path / "ar"))
-    assert base._saved_digests(folder) == saved(folder)  # as a run writes them
+    assert _saved_digests(folder) == saved(folder)  # as a run writes them
     assert read_facts(folder).evaluation["results"][0]["bits_per_byte"] == 2.5
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace("1000000.0", "10.0"))

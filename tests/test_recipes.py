@@ -13,11 +13,11 @@ import yaml
 from trl import TrlParser
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, layers_nanollada
-from nanollada.trainers.base import main
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.data import DataArguments
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
+from nanollada.trainers.run import main
 from nanollada.trainers.schedule import BlockLengthSchedule
 from nanollada.trainers.setup import SHAPE, ModelArguments, config_for, load_model
 

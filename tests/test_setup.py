@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.trainers import base
+from nanollada.trainers import run
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.setup import (
     ModelArguments,
@@ -142,9 +142,9 @@ def start_group(*args):
 
 def test_main_ends_the_process_group_that_it_started(tmp_path, monkeypatch):
     """Its threads too: test_trainers' and test_averaging's ranks."""
-    monkeypatch.setattr(base, "train", start_group)
+    monkeypatch.setattr(run, "train", start_group)
     command = ["--tokenizer_name_or_path", "t", "--data", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    base.main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, command)
+    run.main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, command)
     assert not torch.distributed.is_initialized()
 
 

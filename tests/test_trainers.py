@@ -13,12 +13,12 @@ import torch
 from ranks import rank
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.trainers.base import EpochOrder, KeyedRows, main
+from nanollada.trainers.base import EpochOrder, KeyedRows
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.data import Collator
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
-from nanollada.trainers.setup import last_complete_checkpoint
+from nanollada.trainers.run import last_complete_checkpoint, main
 
 KINDS = {
     "causal": (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM),

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
+from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
 from nanollada.trainers.likelihood import model_inputs
+from nanollada.trainers.run import main
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
-from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments, main
+from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
 from nanollada.trainers.corruption import (
     NOISE_SCHEDULES,
     STREAM_ATTENTION,
@@ -24,6 +24,7 @@ from nanollada.trainers.corruption import (
 )
 from nanollada.trainers.likelihood import model_inputs
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
+from nanollada.trainers.run import main
 from nanollada.trainers.schedule import BlockLengthSchedule
 
 EOS_PADDINGS = ("none", "block", "max_length")
