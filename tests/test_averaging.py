@@ -18,10 +18,10 @@ from nanollada.modeling_nanollada import NanoLLaDAConfig
 from nanollada.trainers import averaging
 from nanollada.trainers.averaging import ExponentialMovingAverage, MergeCandidates
 from nanollada.trainers.causal import CausalConfig
+from nanollada.trainers.checkpoints import last_complete_checkpoint
 from nanollada.trainers.data import Collator
 from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.run import main
-from nanollada.trainers.setup import last_complete_checkpoint
 
 HELD_OUT = make_rows(11)[8:]  # not those that are trained, so that the loss rises again
 
@@ -433,13 +433,13 @@ def test_the_number_of_evaluations_is_checked_before_training(tmp_path):
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_sharded_weights_are_refused(name, tmp_path, monkeypatch):
-    prepare = averaging.Trainer.create_accelerator_and_postprocess
+    prepare = averaging.ResumingTrainer.create_accelerator_and_postprocess
 
     def pretend(self):
         prepare(self)
         setattr(self, f"is_{name}_enabled", True)
 
-    monkeypatch.setattr(averaging.Trainer, "create_accelerator_and_postprocess", pretend)
+    monkeypatch.setattr(averaging.ResumingTrainer, "create_accelerator_and_postprocess", pretend)
     label = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[name]
     for settings in ({"ema_decay": 0.5}, {"merge_top_k": 1}):
         with pytest.raises(ValueError, match=f"need whole weights on every rank, got {label}"):

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from nanollada.trainers import callbacks
-from nanollada.trainers.callbacks import MetricsCallback, draw_loss, read_metrics
+from nanollada.trainers.callbacks import MetricsCallback, draw_loss, read_metrics, strict_json
 
 
-def state(step, first=True):
-    return SimpleNamespace(global_step=step, is_world_process_zero=first)
+def state(step, first=True, history=()):
+    return SimpleNamespace(global_step=step, is_world_process_zero=first, log_history=list(history))
 
 
 def log(callback, args, step, **logs):
@@ -25,11 +25,22 @@ def test_a_resumed_run_reads_like_an_unbroken_one(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    callback.on_train_begin(args, state(2), None)  # goes on from the checkpoint of step 2
+    known = [{"loss": 1.0, "step": 1}, {"loss": 2.0, "step": 2}]  # to the checkpoint of step 2
+    callback.on_train_begin(args, state(2, history=known), None)
     log(callback, args, 3, loss=3.5)
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 3.5}]
+    (tmp_path / "metrics.jsonl").unlink()  # or another folder
+    callback.on_train_begin(args, state(2, history=known), None)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
     callback.on_train_begin(args, state(0), None)  # a new run starts a new file
     assert read_metrics(tmp_path) == []
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    args, callback = SimpleNamespace(output_dir=str(tmp_path)), MetricsCallback(plot_loss=False)
+    log(callback, args, 1, grad_norm=float("inf"), error=float("nan"), loss=1.5)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "error": null, "loss": 1.5}\n'
+    assert strict_json({"a": [1.0, (float("-inf"), "x")]}) == '{"a": [1.0, [null, "x"]]}'
 
 
 def test_only_the_first_rank_writes(tmp_path):

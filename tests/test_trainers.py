@@ -16,9 +16,10 @@ from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, 
 from nanollada.trainers.base import EpochOrder, KeyedRows
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
+from nanollada.trainers.checkpoints import last_complete_checkpoint
 from nanollada.trainers.data import Collator
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
-from nanollada.trainers.run import last_complete_checkpoint, main
+from nanollada.trainers.run import main
 
 KINDS = {
     "causal": (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM),
@@ -238,15 +239,6 @@ def test_a_killed_run_goes_on_bit_for_bit(kind, job, tmp_path):
         [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line] for name in ("unbroken", "killed")
     ]
     assert losses[0] == losses[1]
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((4, "{}"), (8, '{"global_st'), (12, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_the_run_from_text_to_diffusion(job, tmp_path):

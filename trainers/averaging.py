@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
+
+from nanollada.trainers.resuming import ResumingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +207,7 @@ class _AveragingCallback(TrainerCallback):
             self.trainer.candidates.saved(state.global_step)
 
 
-class AveragingTrainer(Trainer):
+class AveragingTrainer(ResumingTrainer):
     """
     Trainer with `args.ema_decay` and `args.merge_top_k`.
 
@@ -294,15 +296,11 @@ class AveragingTrainer(Trainer):
         with nullcontext() if checkpoint else self.averaged_weights():
             super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, *args, **kwargs):
-        """The average comes first and `trainer_state.json`, which makes the checkpoint complete, last."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "trainer_state.json").unlink(missing_ok=True)  # of an earlier attempt at these steps
-            if self.ema is not None:
-                self.ema.save(folder)
-        super()._save_checkpoint(*args, **kwargs)
+    def begin_checkpoint(self, folder: Path):
+        """The average comes first; the manifest, which makes the checkpoint complete, last."""
+        super().begin_checkpoint(folder)
+        if self.ema is not None:
+            self.ema.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)

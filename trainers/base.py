@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from nanollada.trainers.averaging import AveragingTrainer, check_averaging
@@ -43,6 +43,9 @@ class NanoLLaDATrainingArguments(TrainingArguments):
         default="eval_loss", metadata={"help": "eval_loss: held-out nats per token, a bound for diffusion."}
     )
     greater_is_better: bool | None = field(default=False, metadata={"help": "A loss is better when smaller."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Only false: a loss that is not finite ends the run, and is not hidden."}
+    )
     include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Counts the tokens of the run for run.json."}
     )
@@ -167,8 +170,6 @@ class NanoLLaDATrainer(AveragingTrainer):
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
         self.add_callback(_EpochCallback(self))
         self.add_callback(MetricsCallback(args.plot_loss))
-        if args.early_stopping_patience:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_min_delta))
 
     def create_accelerator_and_postprocess(self):
         """FSDP2 in bf16: weights and activations only. By default the loss and its weights would be rounded, too."""

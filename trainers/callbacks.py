@@ -1,6 +1,7 @@
 """What a run leaves behind while it goes: `metrics.jsonl` and the loss curve."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ class MetricsCallback(TrainerCallback):
     """
     Appends every log to `metrics.jsonl`, a line each, and draws `loss.png` at every save and at the end.
 
-    Lines of steps that a resumed run does again are cut, so that a killed and resumed run reads like an unbroken one.
+    A resumed run keeps the lines that its checkpoint knows (and writes those that are gone anew), so that a killed and
+    resumed run reads like an unbroken one. A number that is not finite is `null`.
 
     Args:
         plot_loss (`bool`): Whether to draw. Needs matplotlib (the extra `plots`).
@@ -32,17 +34,18 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS
-        lines = read_metrics(args.output_dir) if state.global_step else []
+        known = [{"step": entry["step"], **entry} for entry in state.log_history] if state.global_step else []
+        lines = read_metrics(args.output_dir)[: len(known)] if known else []
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        kept = [line for line in lines if line["step"] <= state.global_step]
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = lines if lines == known else known  # equal as JSON; the file's have the order they were logged in
+        partial.write_text("".join(strict_json(line) + "\n" for line in kept))
         os.replace(partial, path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             with open(Path(args.output_dir) / METRICS, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(strict_json({"step": state.global_step, **logs}) + "\n")
 
     def on_save(self, args, state, control, **kwargs):
         self._draw(args, state)
@@ -53,6 +56,19 @@ class MetricsCallback(TrainerCallback):
     def _draw(self, args, state):
         if self.plot_loss and state.is_world_process_zero:
             draw_loss(read_metrics(args.output_dir), Path(args.output_dir) / "loss.png")
+
+
+def strict_json(value, **kwargs) -> str:
+    """JSON that strict readers take: `json.dumps` with `null` for numbers that are not finite."""
+    return json.dumps(_finite(value), allow_nan=False, **kwargs)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:

@@ -176,29 +176,6 @@ def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
     )
 
 
-def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """
-    The newest checkpoint of a run that was written to its end, or `None`.
-
-    The trainer writes `trainer_state.json` last: a run killed while saving leaves a folder without it (or with half of
-    it), which is passed over.
-    """
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and _readable(path / "trainer_state.json"):
-            found.append((int(step), path))
-    return str(max(found)[1]) if found else None
-
-
-def _readable(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def hardware() -> str:
     """One line on what this process runs on."""
     if torch.cuda.is_available():
