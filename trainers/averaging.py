@@ -107,8 +107,9 @@ class MergeCandidates:
     """
     The evaluated states of a run that its top-k merge may need, on disk: `step-N.safetensors` and `index.json`.
 
-    Kept are the k best so far and the k best up to the newest checkpoint, so that a run resumed from there merges what
-    an unbroken one would. Every file appears only when it is complete.
+    Kept are the k best so far and the k best up to each of the last two checkpoints, so that a run resumed from there
+    (from the older one if the newest is damaged) merges what an unbroken one would. Every file appears only when it is
+    complete.
 
     Args:
         folder (`str` or `os.PathLike`): Its own folder.
@@ -121,7 +122,7 @@ class MergeCandidates:
 
     def __init__(self, folder: str | os.PathLike, k: int, writes: bool = True):
         self.folder, self.k, self.writes = Path(folder), k, writes
-        self.losses, self._checkpoint = {}, 0
+        self.losses, self._checkpoints = {}, [0]
 
     def start(self, step: int):
         """
@@ -130,7 +131,7 @@ class MergeCandidates:
         Raises:
             `ValueError`: if a resumed run has no index or lacks one of its k best states.
         """
-        self.losses, self._checkpoint = {}, step
+        self.losses, self._checkpoints = {}, [step]
         if step:
             self.losses = {at: loss for at, loss in self._read_index().items() if at <= step}
         gone = [at for at in self.best() if not self._path(at).is_file()]
@@ -152,8 +153,8 @@ class MergeCandidates:
         self._write()
 
     def saved(self, step: int):
-        """There is a complete checkpoint of `step`: nothing resumes from before it."""
-        self._checkpoint = step
+        """There is a complete checkpoint of `step`: nothing resumes from before the one that preceded it."""
+        self._checkpoints = [*self._checkpoints, step][-2:]
         self._write()
 
     def best(self, until: int | None = None) -> list[int]:
@@ -184,7 +185,7 @@ class MergeCandidates:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"best": self.best(), "evaluated": lines}, indent=2) + "\n")
         os.replace(partial, path)
-        needed = {self._path(step) for step in (*self.best(), *self.best(self._checkpoint))}
+        needed = {self._path(step) for until in (None, *self._checkpoints) for step in self.best(until)}
         for file in set(self.folder.glob("step-*.safetensors*")) - needed:
             file.unlink()
 
