@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from nanollada.trainers.arguments import check_inherited, check_schedule
 from nanollada.trainers.averaging import AveragingTrainer, check_averaging
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.data import Collator
@@ -35,7 +36,11 @@ class NanoLLaDATrainingArguments(TrainingArguments):
     )
     lr_decay_ratio: float = field(default=0.2, metadata={"help": "WSD: the share of the steps that decays."})
     min_lr_ratio: float = field(
-        default=0.1, metadata={"help": "WSD and cosine_with_min_lr: the last learning rate as a share of the peak."}
+        default=0.1,
+        metadata={
+            "help": "WSD and cosine_with_min_lr: the share of the peak that the learning rate falls to. As "
+            "transformers counts, that is one step after the last: the last of n decay steps is at (n - 1)/n of the decay."
+        },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows keep their keys."})
@@ -69,7 +74,9 @@ class NanoLLaDATrainingArguments(TrainingArguments):
     plot_loss: bool = field(default=True, metadata={"help": "Draw loss.png (needs the extra `plots`)."})
 
     def __post_init__(self):
+        check_inherited(self)
         super().__post_init__()
+        check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name in ("lr_decay_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:

@@ -113,16 +113,21 @@ def _json_fault(path: Path) -> str | None:
 def _reading_fault(folder: Path) -> str | None:
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.safetensors")]):
         try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    continue
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+            damaged = _read(path)
         except (OSError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name} is broken ({error})"
         if damaged:
             return f"{path.name} is broken (the checksum of {damaged} is wrong)"
     return None
+
+
+def _read(path: Path) -> str | None:
+    """Opens a file of tensors; of torch's archives it returns the first part with a wrong checksum."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):
+            return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
