@@ -204,10 +204,11 @@ class Quickstart:
             "data": self.corpus / f"{kind}_train.jsonl",
             "eval_data": self.corpus / f"{kind}_test.jsonl",
             "output_dir": self.folder / stage,
-            "resume_from_checkpoint": "last",
             "on_bad_rows": self.args.on_bad_rows,
             "seed": self.args.seed,
         }
+        if any((self.folder / stage).glob("checkpoint-*")):
+            chosen["resume_from_checkpoint"] = "last"
         if "model_name_or_path" in recipe:
             chosen["model_name_or_path"] = self.folder / Path(recipe["model_name_or_path"]).name
         else:

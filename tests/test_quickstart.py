@@ -58,6 +58,7 @@ def test_recipes_get_this_runs_paths(tmp_path):
         arguments = run.overrides(stage)
         given = dict(zip((name.removeprefix("--") for name in arguments[::2]), arguments[1::2], strict=True))
         assert given["output_dir"] == str(tmp_path / "run" / stage) and given["seed"] == "7"
+        assert "resume_from_checkpoint" not in given  # it begins
         kind = "sft" if "sft" in stage else "text"
         assert given["data"].endswith(f"{kind}_train.jsonl") and given["eval_data"].endswith(f"{kind}_test.jsonl")
         assert ("hidden_size" in given) == (stage == "ar")
@@ -67,6 +68,14 @@ def test_recipes_get_this_runs_paths(tmp_path):
             "ar_sft": str(tmp_path / "run" / "ar"),
             "diffusion_sft": str(tmp_path / "run" / "diffusion"),
         }.get(stage)
+
+
+def test_a_killed_stage_goes_on(tmp_path):
+    run = Quickstart(QuickstartArguments(output=str(tmp_path / "run")))
+    (tmp_path / "run" / "ar" / "checkpoint-4").mkdir(parents=True)
+    arguments = run.overrides("ar")
+    assert arguments[arguments.index("--resume_from_checkpoint") + 1] == "last"
+    assert "--resume_from_checkpoint" not in run.overrides("diffusion")
 
 
 def test_users_rows_are_sorted_by_kind(tmp_path):
