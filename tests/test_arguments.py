@@ -102,4 +102,4 @@ def test_min_lr_ratio_is_due_one_step_after_the_last(schedule, tmp_path):
         trainer.optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1.0, 0.8, 0.4, 0.2])
-    assert "(n - 1)/n of the way" in FIELDS["min_lr_ratio"].metadata["help"]
+    assert "the last of n decay steps is at (n - 1)/n" in FIELDS["min_lr_ratio"].metadata["help"]

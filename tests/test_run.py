@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from ranks import rank
 from test_trainers import build_trainer, fresh_model_and_rows, run, weights
 
 from nanollada.trainers.callbacks import read_metrics
@@ -231,3 +235,40 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(job, tmp_path, monkeypatc
     scaler.get_scale = lambda: 1.0
     with pytest.raises(FloatingPointError, match="step 1 diverged: the gradient norm is not finite"):
         trainer._get_grad_norm(trainer.model)
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_together(tmp_path):
+    """One of two processes has the loss that is not finite; the checkpoint holds what both wrote."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [(tmp_path / f"rank-{number}.txt").read_text() for number in range(2)]
+    assert messages[0] == messages[1]
+    assert re.search("step 3 diverged: the loss is not finite.*whole checkpoint is .*checkpoint-2", messages[0])
+    files = json.loads((tmp_path / "run" / "checkpoint-2" / "manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} < files.keys()
+
+
+def diverge(folder):
+    """A rank of `test_all_ranks_stop_together`."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    trainer = build_trainer("causal", folder / "run", **settings)
+    compute = trainer.micro_batch_loss
+
+    def poisoned(*args):
+        loss, supervised = compute(*args)
+        odd = trainer.args.process_index == 1 and trainer.state.global_step == 2
+        return (loss.detach() * float("inf") if odd else 0) + loss, supervised
+
+    trainer.micro_batch_loss = poisoned
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    (folder / f"rank-{trainer.args.process_index}.txt").write_text(str(error.value))
+
+
+if __name__ == "__main__":
+    with rank():
+        diverge(Path(sys.argv[1]))

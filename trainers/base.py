@@ -39,7 +39,7 @@ class NanoLLaDATrainingArguments(TrainingArguments):
         default=0.1,
         metadata={
             "help": "WSD and cosine_with_min_lr: the share of the peak that the learning rate falls to. As "
-            "transformers counts, that is one step after the last: of n decay steps the last is at (n - 1)/n of the way."
+            "transformers counts, that is one step after the last: the last of n decay steps is at (n - 1)/n."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
