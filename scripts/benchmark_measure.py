@@ -182,18 +182,12 @@ def plain_loop(trainer) -> float:
     Its hyper-parameters are the trainer's. Like theirs, its AdamW decays every tensor.
     """
     import torch
-    from torch.utils.data import DataLoader
 
     args, model = trainer.args, trainer.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    batches = DataLoader(
-        trainer.train_dataset,
-        batch_size=args.per_device_train_batch_size,
-        sampler=trainer.rows_order,
-        collate_fn=trainer.data_collator,
-    )
     losses = []
-    for inputs in batches:
+    for inputs in trainer.get_train_dataloader():
+        inputs.pop("share")  # whose rows these are: all are this process's
         inputs = {name: value.to(args.device) for name, value in inputs.items()}
         loss, supervised = full_logits_loss(trainer, model, inputs, (inputs["labels"] != -100).sum())
         loss.backward()

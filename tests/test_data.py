@@ -12,6 +12,7 @@ import yaml
 from nanollada.scripts.train_tokenizer import train_tokenizer
 from nanollada.trainers import data as data_module
 from nanollada.trainers.data import Collator, DataArguments, DataError, prepare_data
+from nanollada.trainers.keyed import RowStream
 
 CONTEXT, EOS = 0, 2
 
@@ -49,7 +50,7 @@ def test_pretraining(tmp_path, tokenizer, streaming):
     data = prepare_data(arguments(path, streaming=streaming), tokenizer)
     rows = list(data.train)
     assert data.format == "pretrain" and data.eval is None
-    assert isinstance(data.train, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert isinstance(data.train, RowStream if streaming else datasets.Dataset)
     columns = ["document_ids", "index", "input_ids", "labels", "num_bytes", "position_ids"]
     assert all(sorted(row) == columns and len(row["input_ids"]) == 16 for row in rows)
     assert [row["index"] for row in rows] == list(range(len(rows)))

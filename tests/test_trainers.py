@@ -13,7 +13,6 @@ import torch
 from ranks import rank
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.trainers.base import EpochOrder, KeyedRows
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.checkpoints import last_complete_checkpoint
@@ -127,16 +126,6 @@ def test_gradient_is_that_of_the_definition(tmp_path):
         logits = model(ids).logits[0, :-1]
         (torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / total).backward()
     assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, gradients)
-
-
-def test_epoch_order_is_a_permutation_of_its_own():
-    order = EpochOrder(10, seed=1)
-    first = list(order)
-    assert sorted(row for row, _, _ in first) == list(range(10)) and [rank for _, rank, _ in first] == list(range(10))
-    order.set_epoch(1)
-    assert [row for row, _, _ in order] != [row for row, _, _ in first]
-    assert {epoch for _, _, epoch in order} == {1}
-    assert KeyedRows(make_rows())[(3, 5, 2)]["rank"] == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,4 +1,4 @@
-"""What the AR and the diffusion trainer share: keyed rows, exact normalisation, and evaluation."""
+"""What the AR and the diffusion trainer share: exact normalisation, and evaluation."""
 
 import math
 import time
@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from nanollada.trainers.arguments import check_inherited, check_schedule
@@ -15,6 +14,7 @@ from nanollada.trainers.averaging import AveragingTrainer, check_averaging
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.data import Collator
 from nanollada.trainers.likelihood import Likelihood, evaluate_likelihood
+from nanollada.trainers.stepping import SteppingTrainer
 
 
 @dataclass
@@ -93,64 +93,7 @@ class NanoLLaDATrainingArguments(TrainingArguments):
         check_averaging(self)
 
 
-class KeyedRows(Dataset):
-    """Map-style rows that carry their rank in the epoch's order and the epoch, for the noise."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        place, rank, epoch = key
-        return {**self.rows[place], "rank": rank, "epoch": epoch}
-
-
-class KeyedStream(IterableDataset):
-    """Streamed rows: a row's rank is its number in the stream."""
-
-    def __init__(self, rows):
-        self.rows, self.epoch = rows, 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-        self.rows.set_epoch(epoch)
-
-    def __iter__(self):
-        for row in self.rows:
-            yield {**row, "rank": row["index"], "epoch": self.epoch}
-
-
-class EpochOrder(Sampler):
-    """A permutation per epoch that depends on `(seed, epoch)` alone; yields `(row, rank, epoch)`."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
-        return iter([(row, rank, self.epoch) for rank, row in enumerate(order)])
-
-
-class _EpochCallback(TrainerCallback):
-    """Tells the rows their epoch; the data loader does not reach through every wrapper (after a resume with ranks)."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.rows_order.set_epoch(round((state.epoch or 0) * 1e6) // 1_000_000)
-
-
-class NanoLLaDATrainer(AveragingTrainer):
+class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
     """
     Trainer whose loss is a weighted sum over the target tokens of the whole optimizer step.
 
@@ -169,13 +112,9 @@ class NanoLLaDATrainer(AveragingTrainer):
             raise ValueError(
                 f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process"
             )
-        streaming = not hasattr(train_dataset, "__len__")
-        rows = KeyedStream(train_dataset) if streaming else KeyedRows(train_dataset)
-        self.rows_order = rows if streaming else EpochOrder(len(rows), args.seed)
         self._window = {"targets": 0, "masked": 0, "seconds": time.perf_counter()}
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator, **kwargs)
+        super().__init__(model, args, train_dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
-        self.add_callback(_EpochCallback(self))
         self.add_callback(MetricsCallback(args.plot_loss))
 
     def create_accelerator_and_postprocess(self):
@@ -186,9 +125,6 @@ class NanoLLaDATrainer(AveragingTrainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-
-    def _get_train_sampler(self, train_dataset=None):
-        return self.rows_order
 
     def micro_batch_loss(self, model, inputs: dict, num_items_in_batch) -> tuple[torch.Tensor, torch.Tensor]:
         """

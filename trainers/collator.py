@@ -69,3 +69,22 @@ class Collator:
                 row = {name: row[name][:end] for name in ROW_COLUMNS}
             shortened.append(row)
         return shortened
+
+
+def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
+    """A collated batch, padded on the right to `length` as `Collator` pads."""
+    missing = length - batch["input_ids"].shape[1]
+    if missing <= 0:
+        return batch
+    mask = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    fillings = {
+        "input_ids": pad_token_id,
+        "labels": IGNORE,
+        "attention_mask": 0,
+        "document_ids": -1,
+        "position_ids": 0,
+    }
+    padded = {**batch, "attention_mask": mask}
+    for name in {*ROW_COLUMNS, "attention_mask"} & padded.keys():
+        padded[name] = torch.nn.functional.pad(padded[name], (0, missing), value=fillings.get(name, 0))
+    return padded

@@ -1,6 +1,8 @@
 """The data room: sources in, training and evaluation rows out; [`Collator`] makes batches of them."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 from nanollada.trainers import chats, files, rows, tokenization
 from nanollada.trainers.collator import ROW_COLUMNS, Collator
+from nanollada.trainers.keyed import RowStream
 from nanollada.trainers.rows import DataError, Example, RowPolicy, Source, SourceArguments, read_examples
 from nanollada.trainers.tokenization import (
     EosPadding,
@@ -107,14 +110,14 @@ class PreparedData:
     What [`prepare_data`] returns.
 
     Attributes:
-        train (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Training rows; `None` without `data`.
+        train (`datasets.Dataset` or `RowStream`, *optional*): Training rows; `None` without `data`.
         eval (`datasets.Dataset`, *optional*): Evaluation rows; `None` without any.
         format (`str`): "pretrain" or "sft".
         report (`dict`): Plain numbers for `run.json`: `sources`, `format`, `max_length`; of training `documents`
             (source rows used), `rows`, `target_tokens`, `bytes`, `dropped_tokens` (targets in the last, partial row),
             `truncated_rows`; `skipped_rows` (reason → count); and `eval`, the same of the evaluation rows, with
             `unused_documents` (held out, beyond the limit). The counts of a stream grow while it is read, over all
-            passes, in the process that reads it.
+            passes; a trainer sets them to what its optimizer steps have read.
     """
 
     train: Any
@@ -270,7 +273,8 @@ class _Plan:
         """Whatever the rows depend on: contents of the files, tokenizer, arguments, versions, and this code itself."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend = {name: part for name, part in backend.items() if name not in ("truncation", "padding")}
-        code = [Path(part.__file__).read_text("utf-8") for part in (files, rows, chats, tokenization)]
+        parts = (part.__file__ for part in (files, rows, chats, tokenization))
+        code = [Path(file).read_text("utf-8") for file in (__file__, *parts)]
         parts = {
             "args": dataclasses.asdict(self.args),
             "sources": [source.identity() for source in [*self.sources, *self.eval_sources]],
@@ -367,8 +371,7 @@ class _Plan:
         self.find_format()
         train = held_out = None
         if self.sources:
-            features = _row_features()
-            train = datasets.IterableDataset.from_generator(_stream_rows, features, gen_kwargs={"plan": self})
+            train = RowStream(functools.partial(_stream_rows, self), self.report)
         if self.fraction or self.eval_sources:
             held_out = datasets.Dataset.from_list(list(self._eval_rows()), features=_row_features())
             if not len(held_out):
@@ -389,9 +392,11 @@ class _Plan:
         return self.rows((_counted(document, report) for document in documents), report, training=False)
 
 
-def _stream_rows(plan: _Plan) -> Iterator[dict[str, Any]]:
+def _stream_rows(plan: _Plan, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import datasets
 
+    plan = copy.copy(plan)
+    plan.report = report
     parts = [
         datasets.IterableDataset.from_generator(
             _stream_documents, _document_features(plan.format), gen_kwargs={"plan": plan, "number": number}
