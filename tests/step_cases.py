@@ -1,0 +1,180 @@
+"""Training runs for `test_keyed.py` and its ranks: the same rows, however they are divided, read and interrupted."""
+
+import functools
+import itertools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from ranks import rank
+from transformers import TrainerCallback
+
+from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.trainers.causal import CausalConfig, CausalTrainer
+from nanollada.trainers.collator import Collator
+from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
+from nanollada.trainers.keyed import COUNTS, RowStream
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SETTINGS = {
+    "optim": "sgd",
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "report_to": "none",
+    "plot_loss": False,
+    "disable_tqdm": True,
+}
+KINDS = ("causal", "diffusion", "block")
+DATA = ("pretrain", "sft", "partial")
+ROWS_PER_STEP, STEPS = 6, 7
+# After which of seven steps a run is broken off: in pass 1, on the border, in pass 2.
+BREAKS = {"pretrain": (1, 2, 3), "sft": (1, 2, 3), "partial": (2, 3, 4)}
+
+
+def make_rows(data):
+    """`pretrain`: packed rows of equal length; `sft`: unequal ones; `partial`: a last step of one row, packed or not."""
+    generator = torch.Generator().manual_seed(DATA.index(data))
+    rows = []
+    for index in range(13 if data == "partial" else 12):
+        length = 12 if data == "pretrain" else (3, 6, 15, 9)[index % 4]
+        border = (length, 5, 8)[index % 3] if data != "sft" and length > 8 else length  # of two documents
+        ids = torch.randint(4, 30, (length,), generator=generator).tolist()
+        row = {
+            "input_ids": ids,
+            "labels": [-100, *ids[1:]],
+            "document_ids": [int(place >= border) for place in range(length)],
+            "position_ids": [*range(border), *range(length - border)],
+        }
+        if border < length:
+            row["labels"][border] = -100
+        rows.append({**row, "index": index, "num_bytes": length})
+    return rows
+
+
+def read(rows, report):
+    """One pass of a stream, with a count as `prepare_data` has it."""
+    for row in rows:
+        report["documents"] += 1
+        report["rows"] += 1
+        report["target_tokens"] += sum(label != -100 for label in row["labels"])
+        yield row
+    report["dropped_tokens"] += 3
+
+
+def stream_of(rows):
+    return RowStream(functools.partial(read, rows), {**dict.fromkeys(COUNTS, 0), "skipped_rows": {}})
+
+
+def build(kind, data, folder, streaming=False, ranks=1, accumulation=1, **settings):
+    """A trainer whose steps have six rows."""
+    trainer_class, config_class, model_class = (
+        (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM)
+        if kind == "causal"
+        else (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM)
+    )
+    torch.manual_seed(settings.pop("init", 0))
+    model = model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE))
+    block = {"block_length": 4} if kind == "block" else {}
+    batch = {"per_device_train_batch_size": ROWS_PER_STEP // accumulation // ranks}
+    settings = {**SETTINGS, "max_steps": STEPS, "save_strategy": "no", **batch, **block, **settings}
+    args = config_class(output_dir=str(folder), gradient_accumulation_steps=accumulation, **settings)
+    rows = make_rows(data)
+    collator = Collator(0, 0.3 if kind == "diffusion" else 0.0, args.seed)
+    return trainer_class(model, args, stream_of(rows) if streaming else rows, collator)
+
+
+def facts_of(trainer):
+    history = trainer.state.log_history
+    return {
+        "weights": torch.cat(
+            [p.detach().flatten() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+        ),
+        "losses": [line["loss"] for line in history if "loss" in line],
+        "epochs": [line["epoch"] for line in history if "loss" in line],
+        "train_loss": history[-1]["train_loss"],
+        "tokens": trainer.state.num_input_tokens_seen,
+        "counts": getattr(trainer.train_dataset.rows, "report", None),
+    }
+
+
+class SaveBefore(TrainerCallback):
+    """Checkpoints after the given steps alone."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+def run_and_resume(kind, data, folder, workers, **settings):
+    """
+    Facts of an unbroken run and of those that go on behind its checkpoints from new weights, by (step, workers).
+
+    All checkpoints are the run's without workers.
+    """
+    found, run = {}, Path(folder) / "run"
+    for step, number in itertools.product((None, *BREAKS[data]), workers):
+        trainer = build(kind, data, run, init=1 if step else 0, dataloader_num_workers=number, **settings)
+        if not found:
+            trainer.add_callback(SaveBefore(BREAKS[data]))
+        trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{step}") if step else None)
+        found[step, number] = facts_of(trainer)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.process_index == 0:
+        shutil.rmtree(run)
+    return found
+
+
+def cases(accumulations=(1, 3), streams=(False, True), data=DATA, kinds=KINDS):
+    return list(itertools.product(accumulations, streams, data, kinds))
+
+
+def run_cases(folder, ranks, which, workers=(0, 2)):
+    """The facts of each case, by case."""
+    found = {}
+    for case in which:
+        accumulation, streaming, data, kind = case
+        settings = {"streaming": streaming, "ranks": ranks, "accumulation": accumulation}
+        found[case] = run_and_resume(kind, data, folder, workers, **settings)
+    return found
+
+
+def plain_run(kind, data, folder, streaming):
+    """Weights and losses of a plain loop: a step's rows, by the definition of the order, are one batch."""
+    trainer, rows = build(kind, data, folder), make_rows(data)
+    model, collate = trainer.model.train(), trainer.data_collator
+    trainer.state.max_steps = STEPS
+    passes = []
+    for epoch in range(STEPS):
+        order = list(range(len(rows)))
+        if not streaming:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((42 << 20) + epoch)).tolist()
+        keyed = [{**rows[place], "rank": rank, "epoch": epoch} for rank, place in enumerate(order)]
+        passes += [keyed[at : at + ROWS_PER_STEP] for at in range(0, len(keyed), ROWS_PER_STEP)]
+    losses = []
+    for step in passes[:STEPS]:
+        batch = collate(step)
+        loss, _ = trainer.micro_batch_loss(model, batch, (batch["labels"] != -100).sum())
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= SETTINGS["learning_rate"] * parameter.grad
+        losses.append(loss.item())
+        trainer.state.global_step += 1
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
+
+
+if __name__ == "__main__":  # a rank of `test_the_whole_product`
+    with rank():
+        results = run_cases(sys.argv[1], 2, cases())
+    if os.environ["RANK"] == "0":
+        torch.save(results, Path(sys.argv[1]) / "ranks.pt")
