@@ -39,7 +39,7 @@ BREAKS = {"pretrain": (1, 2, 3), "sft": (1, 2, 3), "partial": (2, 3, 4)}
 
 
 def make_rows(data):
-    """`pretrain`: packed rows of equal length; `sft`: unequal ones; `partial`: a last step of one row, packed or not."""
+    """`pretrain`: packed rows; `sft`: rows of unequal lengths; `partial`: both, with a last step of one row."""
     generator = torch.Generator().manual_seed(DATA.index(data))
     rows = []
     for index in range(13 if data == "partial" else 12):
@@ -90,12 +90,16 @@ def build(kind, data, folder, streaming=False, ranks=1, accumulation=1, **settin
     return trainer_class(model, args, stream_of(rows) if streaming else rows, collator)
 
 
+def weights_of(model):
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    whole = [parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter for parameter in parameters]
+    return torch.cat([parameter.flatten() for parameter in whole])
+
+
 def facts_of(trainer):
     history = trainer.state.log_history
     return {
-        "weights": torch.cat(
-            [p.detach().flatten() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
-        ),
+        "weights": weights_of(trainer.accelerator.unwrap_model(trainer.model)),
         "losses": [line["loss"] for line in history if "loss" in line],
         "epochs": [line["epoch"] for line in history if "loss" in line],
         "train_loss": history[-1]["train_loss"],
@@ -147,9 +151,9 @@ def run_cases(folder, ranks, which, workers=(0, 2)):
     return found
 
 
-def plain_run(kind, data, folder, streaming):
+def plain_run(kind, data, folder, streaming, **settings):
     """Weights and losses of a plain loop: a step's rows, by the definition of the order, are one batch."""
-    trainer, rows = build(kind, data, folder), make_rows(data)
+    trainer, rows = build(kind, data, folder, **settings), make_rows(data)
     model, collate = trainer.model.train(), trainer.data_collator
     trainer.state.max_steps = STEPS
     passes = []
@@ -170,11 +174,33 @@ def plain_run(kind, data, folder, streaming):
                 parameter -= SETTINGS["learning_rate"] * parameter.grad
         losses.append(loss.item())
         trainer.state.global_step += 1
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
+    return weights_of(model), losses
 
 
-if __name__ == "__main__":  # a rank of `test_the_whole_product`
+def shards(folder):
+    """FSDP2 with one row a rank and micro-batch, of which some fit into one block and some don't."""
+    from test_recipes import allow_shards_without_a_gpu
+
+    allow_shards_without_a_gpu()
+    found = {}
+    for data in ("sft", "partial"):
+        trainer = build("block", data, folder, ranks=2, accumulation=3, block_length=8)
+        trainer.train()
+        assert trainer.is_fsdp_enabled and hasattr(next(trainer.model.parameters()), "full_tensor")
+        found[data] = facts_of(trainer)
+    return found
+
+
+def ranks(folder):
+    """All cases, and a run that one process began."""
+    found = run_cases(folder, 2, cases())
+    trainer = build("causal", "sft", folder, ranks=2, init=1)
+    trainer.train(resume_from_checkpoint=f"{folder}/one/checkpoint-3")
+    return {**found, "resumed": facts_of(trainer)}
+
+
+if __name__ == "__main__":  # a rank
     with rank():
-        results = run_cases(sys.argv[1], 2, cases())
+        results = {"ranks": ranks, "shards": shards}[sys.argv[1]](sys.argv[2])
     if os.environ["RANK"] == "0":
-        torch.save(results, Path(sys.argv[1]) / "ranks.pt")
+        torch.save(results, Path(sys.argv[2]) / "results.pt")

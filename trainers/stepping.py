@@ -230,7 +230,7 @@ def _forkserver():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanollada.trainers.data"])
+    context.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
     return context
 
 

@@ -1,0 +1,216 @@
+"""The rows of optimizer step s depend on (seed, s) alone: against a plain loop over the definition of their order."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from step_cases import (
+    KINDS,
+    STEPS,
+    SaveBefore,
+    build,
+    cases,
+    facts_of,
+    make_rows,
+    plain_run,
+    run_cases,
+    stream_of,
+)
+
+from nanollada.trainers.keyed import MicroBatches, PreparedSteps, StepShape, StreamedSteps
+
+HERE = Path(__file__).parent
+TOLERANCE = 2e-6  # float32, after seven steps of SGD
+
+
+def assert_as_one_run(found, folder):
+    """Each run of a case: the plain loop's weights and losses, and bit for bit those of the other runs."""
+    for (accumulation, streaming, data, kind), runs in found.items():
+        weights, losses = plain_run(kind, data, folder, streaming)
+        first = next(iter(runs.values()))
+        for at, run in runs.items():
+            case = (accumulation, streaming, data, kind, at)
+            assert torch.equal(run["weights"], first["weights"]), case
+            assert all(run[name] == first[name] for name in ("losses", "epochs", "tokens", "counts", "train_loss")), (
+                case
+            )
+        assert (first["weights"] - weights).abs().max() <= TOLERANCE, case
+        assert first["losses"] == pytest.approx(losses, abs=TOLERANCE), case
+        assert first["train_loss"] == pytest.approx(sum(losses) / STEPS, abs=TOLERANCE), case
+        assert first["epochs"] == sorted(first["epochs"]) and first["epochs"][-1] >= 2, case
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interruptions_and_accumulation_change_nothing(kind, tmp_path):
+    found = run_cases(tmp_path, 1, cases(accumulations=(3,), data=("partial",), kinds=(kind,)), workers=(0,))
+    assert len(found) == 2 and all(len(runs) == 4 for runs in found.values())
+    assert_as_one_run(found, tmp_path)
+
+
+def in_two_processes(mode, folder, environment=None):
+    """What the ranks of `step_cases` find."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0", str(HERE / "step_cases.py"), mode, str(folder)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        **(environment or {}),
+    }
+    process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        output, _ = process.communicate(timeout=1200)
+    except subprocess.TimeoutExpired:  # killed outright, torchrun would leave its ranks
+        process.terminate()
+        output, _ = process.communicate()
+    assert process.returncode == 0, output[-8000:]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.mark.slow
+def test_the_whole_product_in_one_process(tmp_path):
+    """{1, 3 accumulation} × {map, stream} × {0, 2 workers} × {unbroken, three breaks} × rows × objectives."""
+    found = run_cases(tmp_path, 1, cases())
+    assert sum(map(len, found.values())) == 2 * 2 * 2 * 4 * 3 * 3
+    assert_as_one_run(found, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_whole_product_on_two_ranks(tmp_path):
+    one = build("causal", "sft", tmp_path / "one", save_strategy="steps", save_steps=100)
+    one.add_callback(SaveBefore((3,)))
+    one.train()
+    found = in_two_processes("ranks", tmp_path)
+    resumed, one = found.pop("resumed"), facts_of(one)
+    assert sum(map(len, found.values())) == 2 * 2 * 2 * 4 * 3 * 3
+    assert_as_one_run(found, tmp_path)
+    assert (resumed["weights"] - one["weights"]).abs().max() <= TOLERANCE
+    assert resumed["train_loss"] == pytest.approx(one["train_loss"], abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_shards_with_blocks(tmp_path):
+    """FSDP2, block length 8, one row a rank: a row that fits into one block beside one that does not."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    launcher = str(HERE.parent / "scripts" / "recipes" / "accelerate" / "fsdp2_8gpu.yaml")
+    options = launch_command_parser().parse_args(["--config_file", launcher, "--num_processes", "2", "script.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(options)[0])
+    sharded = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE", "FSDP"))}
+    for data, run in in_two_processes("shards", tmp_path, sharded).items():
+        weights, losses = plain_run("block", data, tmp_path, streaming=False, block_length=8)
+        assert (run["weights"] - weights).abs().max() <= TOLERANCE
+        assert run["losses"] == pytest.approx(losses, abs=TOLERANCE)
+
+
+# ---- the division of a step
+
+
+def test_ranks_share_a_steps_rows():
+    """Each row on one rank, once; micro-batches idle on all ranks or on none; the division of a single process."""
+    for accumulation, ranks, batch in ((1, 1, 4), (3, 1, 2), (1, 2, 3), (3, 2, 1), (2, 3, 2)):
+        shapes = [StepShape(batch, accumulation, rank, ranks) for rank in range(ranks)]
+        for rows in range(1, shapes[0].rows + 1):
+            shares = [[list(shape.share(rows, turn)) for shape in shapes] for turn in range(accumulation)]
+            flat = [place for turn in shares for share in turn for place in share]
+            assert flat == list(range(rows))  # in the order of a single process's micro-batches
+            working = [any(turn) for turn in shares]
+            assert working == sorted(working) and sum(working) == shapes[0].micro_batches(rows)
+
+
+def test_a_pass_is_a_permutation_of_its_own():
+    steps = PreparedSteps(make_rows("partial"), StepShape(batch=6, seed=1))
+    passes = [[row for step in range(at, at + 3) for row in steps[step, 0][1]] for at in (0, 3)]
+    for epoch, rows in enumerate(passes):
+        assert sorted(row["index"] for row in rows) == list(range(13))
+        assert [row["rank"] for row in rows] == list(range(13)) and {row["epoch"] for row in rows} == {epoch}
+    assert [row["index"] for row in passes[0]] != [row["index"] for row in passes[1]]
+    assert [steps.window(step).last for step in range(6)] == [False, False, True] * 2
+
+
+def test_a_stream_is_read_in_its_order():
+    """Also from the middle, and back again."""
+    steps = StreamedSteps(stream_of(make_rows("partial")), StepShape(batch=6))
+    first = [[(row["index"], row["epoch"]) for row in steps[step, 0][1]] for step in range(7)]
+    rows = [(place, epoch) for epoch in range(3) for place in range(13)]
+    assert first == [rows[0:6], rows[6:12], rows[12:13], rows[13:19], rows[19:25], rows[25:26], rows[26:32]]
+    anchor = steps.window(6).anchor
+    assert (anchor.epoch, anchor.step, anchor.counts["rows"], anchor.counts["dropped_tokens"]) == (2, 6, 26, 6)
+    steps.start(anchor)
+    assert [(row["index"], row["epoch"]) for row in steps[6, 0][1]] == first[6]
+    assert [(row["index"], row["epoch"]) for row in steps[1, 0][1]] == first[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_drop_last_leaves_out_a_passs_partial_step(streaming):
+    rows, shape = make_rows("partial"), StepShape(batch=2, accumulation=3, drop_last=True)
+    steps = StreamedSteps(stream_of(rows), shape) if streaming else PreparedSteps(rows, shape)
+    assert [steps.window(step).rows for step in range(5)] == [6] * 5
+    assert [steps.window(step).epoch for step in range(5)] == [0, 0, 1, 1, 2]
+    with pytest.raises(ValueError, match="`dataloader_drop_last` needs 6 rows for a full step, got 5 in a pass"):
+        (StreamedSteps if streaming else PreparedSteps)(rows[:5], shape).window(0)
+
+
+def test_a_stream_without_rows_is_refused():
+    with pytest.raises(ValueError, match="`train_dataset` must hold rows, got 0 in a pass"):
+        StreamedSteps(iter([]), StepShape(batch=2)).window(0)
+
+
+def test_keys_of_a_pass():
+    keys = MicroBatches(accumulation=2, per_pass=3)
+    keys.begin(4)
+    assert [key for (key,) in keys] == [(3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1)] and len(keys) == 6
+    with pytest.raises(TypeError, match="no length"):
+        len(MicroBatches(2, None))
+
+
+# ---- what would change a step's rows is refused
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"per_device_train_batch_size": 3},
+            r"rows per step \(.per_device_train_batch_size.*: checkpoint-1 has 6, got 3",
+        ),
+        ({"gradient_accumulation_steps": 2}, "checkpoint-1 has 6, got 12"),
+        ({"seed": 7}, "needs the run's `seed`.*: checkpoint-1 has 42, got 7"),
+        ({"dataloader_drop_last": True}, "needs the run's `dataloader_drop_last`.*: checkpoint-1 has False, got True"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_steps(changed, message, tmp_path):
+    build("causal", "sft", tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, **changed}
+    trainer = rebuilt(build("causal", "sft", tmp_path), **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    fewer = rebuilt(build("causal", "sft", tmp_path), rows=make_rows("sft")[:9])
+    with pytest.raises(ValueError, match="needs the run's number of rows.*: checkpoint-1 has 12, got 9"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def rebuilt(trainer, rows=None, **settings):
+    """The trainer with other settings or rows."""
+    for name, value in settings.items():
+        setattr(trainer.args, name, value)
+    return type(trainer)(trainer.model, trainer.args, rows or trainer.train_dataset.rows, trainer.data_collator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False.*got True"),
+        ({"ignore_data_skip": True}, "`ignore_data_skip` must be False.*got True"),
+        ({"dataloader_in_order": False}, "`dataloader_in_order` must be True.*got False"),
+        ({"accelerator_config": {"split_batches": True}}, "must leave split_batches at False.*got True"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "must leave dispatch_batches at None.*got True"),
+    ],
+)
+def test_settings_that_would_change_a_steps_rows(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build("causal", "sft", tmp_path, **settings)
