@@ -16,6 +16,7 @@ from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.collator import Collator
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
 from nanollada.trainers.keyed import COUNTS, RowStream
+from nanollada.trainers.setup import own_process_group
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SETTINGS = {
@@ -199,8 +200,8 @@ def ranks(folder):
     return {**found, "resumed": facts_of(trainer)}
 
 
-if __name__ == "__main__":  # a rank
-    with rank():
+if __name__ == "__main__":  # a rank; of shards, torch's own caches keep gloo's threads
+    with own_process_group() if sys.argv[1] == "shards" else rank():
         results = {"ranks": ranks, "shards": shards}[sys.argv[1]](sys.argv[2])
     if os.environ["RANK"] == "0":
         torch.save(results, Path(sys.argv[2]) / "results.pt")
