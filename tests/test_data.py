@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import random
 
 import datasets
@@ -287,6 +288,7 @@ def test_stream_through_a_data_loader(tmp_path, tokenizer):
     size = len(prepare_data(arguments(str(tmp_path / "a.jsonl")), tokenizer).train)
     batches = list(DataLoader(data.train, batch_size=4, collate_fn=Collator(0), num_workers=1))
     assert [index for batch in batches for index in batch["index"].tolist()] == list(range(size))
+    assert list(pickle.loads(pickle.dumps(data.train))) == list(data.train)  # as a worker that isn't forked gets it
 
 
 def test_stream_is_lazy(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,10 +262,19 @@ def test_the_run_from_text_to_diffusion(job, tmp_path):
 
 
 def test_streaming_trains_the_same_rows(job, tmp_path):
-    """A stream keeps the source's order, so only its size is compared with the run in memory."""
-    facts = run("diffusion", job, output_dir=tmp_path / "stream", streaming=True)
-    assert facts["steps"] == 12 and facts["tokens_seen"] > 12 * 8 * 20
+    """Also with a worker, and after a resumption in the second pass: weights, epochs, and what `run.json` counts."""
+    job |= {"streaming": True, "max_steps": 20, "logging_steps": 1, "save_steps": 14, "eval_steps": 14}
+    facts = run("diffusion", job, output_dir=tmp_path / "stream")
+    assert facts["steps"] == 20 and facts["epochs"] == 2.5 and 2 * 57 + 32 <= facts["data"]["rows"] <= 160
     assert [line for line in read_metrics(tmp_path / "stream") if "eval_loss" in line]
+    shutil.copytree(tmp_path / "stream", tmp_path / "broken-off")
+    shutil.rmtree(tmp_path / "broken-off" / "checkpoint-20")
+    settings = ({"dataloader_num_workers": 1}, {"resume_from_checkpoint": "last"})
+    for name, setting in zip(("worker", "broken-off"), settings, strict=True):
+        other = run("diffusion", job, output_dir=tmp_path / name, **setting)
+        assert all(other[fact] == facts[fact] for fact in ("data", "epochs", "tokens_seen", "evaluation"))
+        expected, found = weights(tmp_path / "stream"), weights(tmp_path / name)
+        assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
 
 
 def test_sft_rows_train_on_answers(job, tmp_path):
