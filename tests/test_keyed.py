@@ -41,6 +41,7 @@ def assert_as_one_run(found, folder):
         assert first["losses"] == pytest.approx(losses, abs=TOLERANCE), case
         assert first["train_loss"] == pytest.approx(sum(losses) / STEPS, abs=TOLERANCE), case
         assert first["epochs"] == sorted(first["epochs"]) and first["epochs"][-1] >= 2, case
+        assert not streaming or first["counts"]["rows"] == (32 if data == "partial" else 42), case
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,6 +144,26 @@ def test_a_stream_is_read_in_its_order():
     steps.start(anchor)
     assert [(row["index"], row["epoch"]) for row in steps[6, 0][1]] == first[6]
     assert [(row["index"], row["epoch"]) for row in steps[1, 0][1]] == first[1]
+
+
+def test_a_resumed_stream_is_read_from_its_pass_on(tmp_path):
+    trainer = build("causal", "partial", tmp_path, streaming=True, save_strategy="steps", save_steps=4)
+    opened = []
+    for resume, passes in ((None, 3), (str(tmp_path / "checkpoint-4"), 2)):
+        rows = stream_of(make_rows("partial"))
+        inner = rows._read
+        rows._read = lambda report, inner=inner: opened.append(report["rows"]) or inner(report)
+        rebuilt(trainer, rows=rows).train(resume_from_checkpoint=resume)
+        assert opened == [0, 13, 26][-passes:]
+        opened.clear()
+
+
+def test_a_micro_batch_without_rows_is_not_computed(tmp_path):
+    """Three steps of a pass with three micro-batches each, but one row for the last step: seven forwards."""
+    trainer, seen = build("causal", "partial", tmp_path, accumulation=3, max_steps=3), []
+    trainer.model.register_forward_pre_hook(lambda *args: seen.append(1))
+    trainer.train()
+    assert len(seen) == 7
 
 
 @pytest.mark.parametrize("streaming", [False, True])
