@@ -20,7 +20,7 @@ from step_cases import (
     stream_of,
 )
 
-from nanollada.trainers.keyed import MicroBatches, PreparedSteps, StepShape, StreamedSteps
+from nanollada.trainers.keyed import MicroBatches, PreparedSteps, StepCollator, StepShape, StreamedSteps, Window
 
 HERE = Path(__file__).parent
 TOLERANCE = 2e-6  # float32, after seven steps of SGD
@@ -164,6 +164,29 @@ def test_a_micro_batch_without_rows_is_not_computed(tmp_path):
     trainer.model.register_forward_pre_hook(lambda *args: seen.append(1))
     trainer.train()
     assert len(seen) == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("causal", {}),
+        ("diffusion", {"mask_count": "bernoulli", "attention_annealing_steps": 3}),
+        ("diffusion", {"confidence_weight": 1.0, "repetition_penalty_weight": 1.0}),
+        ("block", {"complementary": True, "mask_embedding_noise": 0.1, "mask_embedding_noise_steps": 3}),
+        ("block", {"weighting": "unweighted", "mask_rate_band": [0.3, 0.8]}),
+    ],
+)
+def test_a_rank_without_rows_adds_nothing(kind, settings, tmp_path):
+    """A loss of 0, and a gradient of 0 for every parameter, which DDP waits for."""
+    trainer = build(kind, "sft", tmp_path, **settings)
+    trainer.train_dataset = PreparedSteps(make_rows("sft"), StepShape(batch=2, accumulation=3, rank=1, ranks=2))
+    trainer.train_dataset.window = lambda step: Window(step, 0, 0, 1, True)
+    trainer.create_optimizer()
+    trainer.accelerator.gradient_accumulation_steps, trainer.state.max_steps = 1, STEPS
+    batch = StepCollator(trainer.data_collator)([trainer.train_dataset[0, 2]])
+    assert batch["share"].rows == 0 and not batch["share"].idle and not batch["attention_mask"].any()
+    assert trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(9)).item() == 0
+    assert all((parameter.grad == 0).all() for parameter in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
