@@ -179,7 +179,7 @@ def test_the_block_length_of_a_run_that_only_lacks_its_files(job, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_a_diverged_run_says_so(what, job, tmp_path, monkeypatch):
     """Step 5 of two micro-batches, of which the second has a NaN: the checkpoint of step 3 is the last thing kept."""
-    job |= {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2, "logging_steps": 1}
+    job |= {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2, "logging_steps": 4}
     compute, calls = CausalTrainer.micro_batch_loss, []
 
     def poisoned(self, model, inputs, num_items_in_batch):

@@ -296,15 +296,16 @@ def test_training_lowers_the_bound(job, tmp_path):
 
 @pytest.mark.parametrize("scheduler", ["warmup_stable_decay", "cosine_with_min_lr"])
 def test_learning_rate_schedules(scheduler, tmp_path):
+    decay = {"lr_decay_ratio": 0.3} if scheduler == "warmup_stable_decay" else {}
     trainer = build_trainer(
         "causal",
         tmp_path,
         lr_scheduler_type=scheduler,
         learning_rate=1.0,
         warmup_steps=10,
-        lr_decay_ratio=0.3,
         min_lr_ratio=0.25,
         max_steps=100,
+        **decay,
     )
     trainer.create_optimizer_and_scheduler(100)
     rates = []
