@@ -248,9 +248,6 @@ def rebuilt(trainer, rows=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False.*got True"),
-        ({"ignore_data_skip": True}, "`ignore_data_skip` must be False.*got True"),
-        ({"dataloader_in_order": False}, "`dataloader_in_order` must be True.*got False"),
         ({"accelerator_config": {"split_batches": True}}, "must leave split_batches at False.*got True"),
         ({"accelerator_config": {"dispatch_batches": True}}, "must leave dispatch_batches at None.*got True"),
     ],

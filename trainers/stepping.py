@@ -16,9 +16,7 @@ from nanollada.trainers.keyed import Anchor, MicroBatches, PreparedSteps, StepCo
 
 logger = logging.getLogger(__name__)
 
-# What would change a step's rows behind its number, or no longer does anything: name → the only value.
-FIXED = {"auto_find_batch_size": False, "ignore_data_skip": False, "dataloader_in_order": True}
-FIXED_IN_ACCELERATE = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+DIVIDED_BY_ACCELERATE = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 
 
 def check_data_path(args) -> None:
@@ -26,11 +24,8 @@ def check_data_path(args) -> None:
     Raises:
         `ValueError`: for settings of training arguments that contradict rows by optimizer step.
     """
-    for name, value in FIXED.items():
-        if getattr(args, name, value) != value:
-            raise ValueError(f"`{name}` must be {value}: a step's rows depend on its number alone, got {not value}")
     default = AcceleratorConfig()
-    for name in FIXED_IN_ACCELERATE:
+    for name in DIVIDED_BY_ACCELERATE:
         value = getattr(args.accelerator_config, name)
         if value != getattr(default, name):
             raise ValueError(
