@@ -204,7 +204,7 @@ def test_shards_train_as_one_rank(bf16, tolerance, stage, tmp_path):
     command = on_this_machine(recipe, yaml.safe_load(recipe.read_text()), stage, tmp_path / "shards")
     command += ["--config", str(recipe), "--merge_top_k", "0", "--load_best_model_at_end", "true", "--bf16", str(bf16)]
     command += ["--per_device_eval_batch_size", "1", "--max_held_out_documents", "7"]
-    command += ["--dataloader_num_workers", "0"]  # a worker is forked each epoch, beside gloo's threads
+    command += ["--dataloader_num_workers", "0"]
     train_in_processes(2, sharded, command)
     facts = main(
         *kind_of(recipe), [*command, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
