@@ -1,9 +1,12 @@
 """Every field of transformers' `TrainingArguments`: it works here, is transformers' own, or is refused by name."""
 
 import dataclasses
+import logging
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+
+logger = logging.getLogger(__name__)
 
 # What decides a run's rows, steps, numbers or files, and does here what transformers' help says.
 WORKING = frozenset(
@@ -105,11 +108,10 @@ def check_inherited(args) -> None:
 
 def check_schedule(args) -> None:
     """
-    Checks that the schedule reads what is given for it.
+    Checks that the schedule reads what is given for it; what it doesn't read is named in the log.
 
     Raises:
-        `ValueError`: for `lr_decay_ratio` or `min_lr_ratio` under a schedule without them, or beside
-            `lr_scheduler_kwargs` that say the same.
+        `ValueError`: for `lr_decay_ratio` or `min_lr_ratio` beside `lr_scheduler_kwargs` that say the same.
     """
     defaults = {field.name: default_of(field) for field in dataclasses.fields(args)}
     kwargs = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
@@ -118,11 +120,11 @@ def check_schedule(args) -> None:
         value = getattr(args, name)
         if value == defaults[name]:
             continue
-        if args.lr_scheduler_type not in schedules:
-            raise ValueError(
-                f"`{name}` is for `lr_scheduler_type` {' and '.join(schedule.value for schedule in schedules)}, "
-                f"got {value} and {args.lr_scheduler_type.value}"
-            )
+        if args.lr_scheduler_type not in schedules:  # a recipe's, under another schedule on the command line
+            names = " and ".join(schedule.value for schedule in schedules)
+            chosen = args.lr_scheduler_type.value
+            logger.warning("`%s` of %s does nothing under %s: it is for %s", name, value, chosen, names)
+            continue
         both = [twin for twin in twins[name] if twin in kwargs]
         if both:
             raise ValueError(
