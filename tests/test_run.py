@@ -20,7 +20,7 @@ from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
 from nanollada.trainers.run import checkpoint_to_resume
 
-TIMES = ("runtime", "per_second", "train_loss")
+TIMES = ("runtime", "per_second")
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ EARLY = {
 ENDINGS = {
     "max_steps": ({}, "`max_steps` is reached at step 6"),
     "half_an_epoch": ({"max_steps": -1, "num_train_epochs": 0.5}, "`num_train_epochs` is reached at step [1-9]"),
+    "stream": ({"streaming": True}, "`max_steps` is reached at step 6"),
     "early": (EARLY, "early stopping ended it at step 9"),
 }
 

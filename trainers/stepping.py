@@ -48,10 +48,12 @@ class StepRecord(TrainerCallback, ExportableState):
         loss_sum (`float`), loss_steps (`int`): The losses of `loss_steps` steps, summed.
         anchor (`dict`, *optional*): Of a stream, where the pass of the next step begins.
         steps_per_pass (`int`, *optional*): Of a stream, the steps of its last whole pass.
+        counts (`dict`, *optional*): Of a stream, what was read up to the last step.
     """
 
     def __init__(self):
-        self.run, self.loss_sum, self.loss_steps, self.anchor, self.steps_per_pass = {}, 0.0, 0, None, None
+        self.run, self.loss_sum, self.loss_steps = {}, 0.0, 0
+        self.anchor, self.steps_per_pass, self.counts = None, None, None
 
     def state(self) -> dict:
         return {"args": {}, "attributes": dict(vars(self))}
@@ -181,6 +183,8 @@ class SteppingTrainer(Trainer):
         if self.streaming:
             anchor = Anchor(**record.anchor) if record.anchor else dataset.beginning
             dataset.start(anchor)
+        if record.counts is not None:  # where no step follows, nothing else says them
+            dataset.rows.set_counts(record.counts)
 
     def end_step(self, args, state, control) -> None:
         """Counts a finished step in, and of a stream its pass."""
@@ -194,6 +198,7 @@ class SteppingTrainer(Trainer):
         if not self.streaming:
             return
         record.anchor = asdict(window.anchor)
+        record.counts = window.counts
         if window.counts is not None:
             self.train_dataset.rows.set_counts(window.counts)
         if window.last:
