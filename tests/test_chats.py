@@ -1,15 +1,26 @@
 """Chats: every template that TRL ships with every kind of chat, and templates that make trouble."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanollada.trainers.chats import LAST_PRIVATE, placeholders, render_chat, training_template
-from nanollada.trainers.rows import BadRow, DataError, Example, RowPolicy, parse_row
+from nanollada.trainers.rows import (
+    BadRow,
+    DataError,
+    Example,
+    RowPolicy,
+    SourceArguments,
+    parse_row,
+    read_examples,
+    resolve_source,
+)
 from nanollada.trainers.tokenization import RowEncoder, encode_spans
 
 SHIPPED = {
@@ -299,3 +310,60 @@ def test_private_characters_in_a_message_are_refused(tokenizer):
     assert character in placeholders(tokenizer).token
     with pytest.raises(BadRow, match=r"reserved character: '\\U0010fffc' is private"):
         render_chat(tokenizer, turns(("user", f"a{character}"), ANSWER))
+
+
+# ---- what the model may call
+
+
+PARAMETERS = {"type": "object", "properties": {"first": {"type": "integer"}}}
+MULTIPLY = {"type": "function", "function": {"name": "multiply", "description": "a * b", "parameters": PARAMETERS}}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "gptoss"])
+def test_tools_of_a_row_are_rendered(tokenizer, name):
+    tok = with_template(tokenizer, SHIPPED[name])
+    row = parse_row({"messages": called({"first": 2}), "tools": json.dumps([MULTIPLY])})
+    assert row == parse_row({"messages": called({"first": 2}), "tools": [MULTIPLY | {"strict": None}]})
+    chat = render_chat(tok, row["messages"], turns="last", tools=row["tools"])
+    expected = tok.apply_chat_template(list(row["messages"]), tools=[MULTIPLY], tokenize=False)
+    assert chat.text == expected and "a * b" in chat.text
+    assert "a * b" not in "".join(chat.text[start:end] for start, end in chat.spans)
+    made = RowEncoder(tok, 2000, "last").encode([Example("a", 1, **row)], RowPolicy())
+    assert "a * b" in tok.decode(next(made)[1]["input_ids"])
+
+
+def test_tools_that_are_not_written_are_refused(tokenizer):
+    row = parse_row({"messages": turns(ASK, ANSWER), "tools": [MULTIPLY]})
+    with pytest.raises(DataError, match=r"a, row 3: chat template: the template does not write `tools\[0\]`: 'multip"):
+        list(RowEncoder(tokenizer, 200).encode([Example("a", 3, **row)], RowPolicy()))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": turns(ASK, ANSWER), "tools": "["}, "bad JSON: `tools`"),
+        ({"messages": turns(ASK, ANSWER), "tools": {"name": "f"}}, "`tools` must be a list of objects .* got dict"),
+        (
+            {"messages": turns(ASK, ANSWER), "tools": [{"type": "function"}]},
+            r"missing field: `tools\[0\].function.name`",
+        ),
+        ({"text": "a", "tools": [MULTIPLY]}, "`tools` belong to a chat, got them beside text"),
+    ],
+)
+def test_tools_that_cannot_be_read(row, message):
+    with pytest.raises(BadRow, match=message):
+        parse_row(row)
+
+
+def test_a_row_without_tools_stays_where_it_was(tmp_path):
+    """On its side of the split; and columns of parquet may hold them, as objects or as text."""
+    chat = turns(ASK, ANSWER)
+    bare = Example("a", 1, **parse_row({"messages": chat}))
+    assert bare == Example("a", 1, **parse_row({"messages": chat, "tools": []}))
+    assert bare.position != Example("a", 1, **parse_row({"messages": chat, "tools": [MULTIPLY]})).position
+    for number, tools in enumerate(([MULTIPLY], json.dumps([MULTIPLY]))):
+        path = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list([{"messages": chat, "tools": tools}]).to_parquet(path)
+        source = resolve_source(str(path), SourceArguments())
+        (example,) = read_examples(source, RowPolicy())
+        assert example.tools == (MULTIPLY,)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nanollada.trainers.rows import BadRow
+from nanollada.trainers.rows import BadRow, tool_name
 
 LAST_PRIVATE = 0x10FFFC  # near the end of Unicode's last private area, which no text uses
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -124,7 +124,24 @@ def render_hidden(tokenizer, messages: Sequence[dict], **kwargs) -> str:
     return _render(tokenizer, chat_template(tokenizer), placeholders(tokenizer).hide(messages), **kwargs)[0]
 
 
-def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns: str = "all") -> RenderedChat:
+@dataclass(frozen=True)
+class _WithTools:
+    """A tokenizer whose chats begin with what the model may call."""
+
+    tokenizer: Any
+    tools: list[dict]
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def render_chat(
+    tokenizer,
+    messages: Sequence[dict],
+    num_context: int = 0,
+    turns: str = "all",
+    tools: Sequence[dict] | None = None,
+) -> RenderedChat:
     """
     Renders a chat up to its last answer, and finds the answers.
 
@@ -143,6 +160,7 @@ def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns
             answer are left out.
         num_context (`int`, *optional*, defaults to 0): How many leading messages are never targets.
         turns (`str`, *optional*, defaults to `"all"`): "all" or "last": which answers the spans are.
+        tools (`Sequence[dict]`, *optional*): What the model may call; the template must write their names.
 
     Raises:
         BadRow: If the template refuses the messages, leaves out a part of them, or hides where the answers are.
@@ -152,6 +170,8 @@ def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     targets = answers[-1:] if turns == "last" else [number for number in answers if number >= num_context]
     messages = hidden.hide(messages[: answers[-1] + 1])
+    if tools:
+        tokenizer = _WithTools(tokenizer, hidden.hide(tools))
     faults = []
     for spelt in _spellings(messages):
         for find, used in _methods(template, last=turns == "last"):
@@ -161,7 +181,7 @@ def render_chat(tokenizer, messages: Sequence[dict], num_context: int = 0, turns
                 faults.append((0, error))
                 continue
             try:
-                _check_written(text, spelt, targets, spans)
+                _check_written(text, spelt, targets, spans, getattr(tokenizer, "tools", ()))
             except BadRow as error:
                 faults.append((1, error))
                 continue
@@ -253,9 +273,8 @@ def _render(tokenizer, template: str, messages: list[dict], **kwargs) -> tuple[s
     if GENERATION.search(template):
         kwargs["return_assistant_tokens_mask"] = True
     try:
-        texts, spans = render_jinja_template(
-            [messages], chat_template=template, **kwargs, **tokenizer.special_tokens_map
-        )
+        kwargs |= {"tools": getattr(tokenizer, "tools", None), **tokenizer.special_tokens_map}
+        texts, spans = render_jinja_template([messages], chat_template=template, **kwargs)
     except Exception as error:  # a template can do what Python can
         raise BadRow("chat template", f"the template refuses the messages: {type(error).__name__}: {error}") from error
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
@@ -359,7 +378,7 @@ def _end(tokenizer, text: str, start: int) -> int:
     return len(shown) if closed else len(text)
 
 
-def _check_written(text: str, messages: list[dict], targets: list[int], spans: list) -> None:
+def _check_written(text: str, messages: list[dict], targets: list[int], spans: list, tools: Sequence[dict]) -> None:
     """Raises a BadRow for a part of the messages that is left out, an answer outside of its span, or others within."""
     said = {
         number: _squeezed("".join(text[start:end] for start, end in part))
@@ -367,6 +386,9 @@ def _check_written(text: str, messages: list[dict], targets: list[int], spans: l
     }
     cuts = [0, *(cut for part in spans for span in part for cut in span), len(text)]
     given = _squeezed(" ".join(text[start:end] for start, end in zip(cuts[::2], cuts[1::2], strict=True)))
+    for number, tool in enumerate(tools):
+        if _squeezed(tool_name(tool)) not in given:
+            raise BadRow("chat template", f"the template does not write `tools[{number}]`: {tool_name(tool)!r}")
     for number, message in enumerate(messages):
         place, where = said.get(number, given), f"`messages[{number}]"
         # Thoughts may be left out of earlier turns, or be moved.

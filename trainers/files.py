@@ -26,8 +26,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 # Fields that are read; a table is cut down to them, so that images and audio beside them stay undecoded.
-FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output")
-CHATS = ("conversations", "messages", "prompt", "completion")  # may be lists of messages
+FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output", "tools")
+CHATS = ("conversations", "messages", "prompt", "completion", "tools")  # may be lists of messages, or of tools
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 LINES = (".jsonl", ".txt")  # also compressed
 SUFFIXES = ".jsonl, .txt (both also with .gz or .xz), .json, .parquet, .csv"

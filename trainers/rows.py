@@ -94,6 +94,7 @@ class Example:
         prompt, completion (`str`, *optional*): Plain strings; no chat template applies.
         messages (`tuple[dict]`, *optional*): A chat.
         num_context (`int`): How many leading messages are never targets (a conversational `prompt`).
+        tools (`tuple[dict]`, *optional*): What the model may call, as the chat template gets it.
     """
 
     source: str
@@ -103,6 +104,7 @@ class Example:
     completion: str | None = None
     messages: tuple[dict, ...] | None = None
     num_context: int = 0
+    tools: tuple[dict, ...] | None = None
 
     @property
     def format(self) -> str:
@@ -112,6 +114,7 @@ class Example:
     def position(self) -> float:
         """A number in [0, 1) made from the content alone, for splits that no order, file or seed can change."""
         content = [self.text, self.prompt, self.completion, self.messages]
+        content += [self.tools] if self.tools else []
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
         return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
@@ -121,7 +124,8 @@ def parse_row(row: Any) -> dict[str, Any]:
     Checks one row and brings it to the canonical form: the content fields of [`Example`].
 
     The first of these that has a value decides what the row is: `messages`, `conversations`, `completion` with
-    `prompt`, `output` with `instruction`, `text`. A field that is null counts as absent.
+    `prompt`, `output` with `instruction`, `text`. A field that is null counts as absent. Beside a chat, `tools` are a
+    list of objects or its JSON.
 
     Raises:
         BadRow: With the reason; [`RowPolicy`] adds the place.
@@ -131,6 +135,16 @@ def parse_row(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
     row = {name: value for name, value in row.items() if value is not None}
+    tools = _checked_tools(row.pop("tools", None))
+    found = _content(row)
+    if not tools:
+        return found
+    if "messages" not in found:
+        raise BadRow("wrong type", f"`tools` belong to a chat, got them beside {', '.join(sorted(found))}")
+    return {**found, "tools": tools}
+
+
+def _content(row: dict) -> dict[str, Any]:
     if "messages" in row or "conversations" in row:
         name = "messages" if "messages" in row else "conversations"
         return {"messages": _checked_chat(_checked_messages(row[name], name))}
@@ -212,6 +226,35 @@ def _check_arguments(arguments: Any, name: str) -> None:
             raise BadRow("bad JSON", f"`{name}`: {error}") from error
     if not isinstance(given, dict):
         raise BadRow("wrong type", f"`{name}` must be an object or its JSON, got {arguments!r}")
+
+
+def _checked_tools(tools: Any) -> tuple[dict, ...]:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise BadRow("bad JSON", f"`tools`: {error}") from error
+    if not tools:
+        return ()
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("wrong type", f"`tools` must be a list of objects or its JSON, got {type(tools).__name__}")
+    tools = tuple(_without_nulls(tool) for tool in tools)
+    for i, tool in enumerate(tools):
+        if not isinstance(tool.get("function", tool), dict) or not isinstance(tool_name(tool), str):
+            raise BadRow("missing field", f"`tools[{i}].function.name`")
+    return tools
+
+
+def tool_name(tool: dict) -> str | None:
+    """What calls say: tools are functions by themselves, or objects with one."""
+    return tool.get("function", tool).get("name")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column all fields that one of them has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _required_of(message: dict, name: str, i: int, key: str) -> Any:

@@ -244,7 +244,8 @@ class RowEncoder:
             text = example.prompt + example.completion
             spans, literal = [(len(example.prompt), len(text))], None
         else:
-            chat = render_chat(self.tokenizer, example.messages, example.num_context, self.assistant_turns)
+            given = (example.num_context, self.assistant_turns, example.tools)
+            chat = render_chat(self.tokenizer, example.messages, *given)
             text, spans, literal = chat.text, chat.spans, chat.literal
         input_ids, labels = encode_spans(self.tokenizer, text, spans, literal)
         if self._holds_mask(input_ids):
