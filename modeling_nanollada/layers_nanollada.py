@@ -180,3 +180,42 @@ class NanoLLaDADecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + nn.functional.dropout(attended, self.hidden_dropout, self.training)
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + nn.functional.dropout(transformed, self.hidden_dropout, self.training)
+
+
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The hidden states that go through the head.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): All of them.
+        logits_to_keep (`int` or `torch.Tensor`): The last n positions (0: all), the positions of a 1-D index, or a
+            boolean mask of shape `(batch, length)`, whose True positions come out flattened.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]  # [N, hidden]
+    return hidden_states[:, logits_to_keep]
+
+
+def predicted_from_before(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """
+    `config.label_shift`: at each position the hidden state of the one before it, `(batch, length, hidden_size)`. A
+    document's first position, which has none before it, keeps its own (as in Dream's code). Arguments as in
+    [`NanoLLaDAModel.forward`].
+    """
+    batch, length, _ = hidden_states.shape
+    first = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
+    first[:, 0] = True
+    if position_ids is not None:
+        first |= position_ids == 0
+    elif attention_mask is not None and attention_mask.dim() == 2:
+        first |= attention_mask.long().cumsum(-1) <= 1  # left padding, and the token behind it
+    if document_ids is not None:
+        first[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(first[..., None], hidden_states, hidden_states.roll(1, dims=1))

@@ -5,6 +5,8 @@ model by `NanoLLaDAForMaskedLM.from_pretrained(ar_checkpoint)`, and transformers
 the same logits. The class decides between causal and bidirectional attention, never the checkpoint.
 """
 
+from functools import wraps
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -18,7 +20,14 @@ from .canvas_nanollada import check_prompt
 from .configuration_nanollada import NanoLLaDAConfig
 from .generation_config_nanollada import NanoLLaDAGenerationConfig
 from .generation_nanollada import NanoLLaDAGenerationMixin
-from .layers_nanollada import NanoLLaDAAttention, NanoLLaDADecoderLayer, NanoLLaDARMSNorm, NanoLLaDARotaryEmbedding
+from .layers_nanollada import (
+    NanoLLaDAAttention,
+    NanoLLaDADecoderLayer,
+    NanoLLaDARMSNorm,
+    NanoLLaDARotaryEmbedding,
+    predicted_from_before,
+    select_positions,
+)
 from .loss_nanollada import FLOOR, weighted_head_loss
 from .versions_nanollada import (
     CACHE,
@@ -27,6 +36,8 @@ from .versions_nanollada import (
     NanoLLaDAModelOutput,
     must_verify,
     one_cache,
+    refuse_batching,
+    refuse_paged,
     refuse_unknown,
     verify_autoregressive,
     warn_if_untested,
@@ -184,10 +195,11 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         # What a mask of our own leaves out need not be computed: clean → noisy, and the last layer's clean half.
         split = clean_half and self.config._attn_implementation == "sdpa" and mask is not attention_mask
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for index, layer in enumerate(self.layers):
+        depth = self.config.num_hidden_layers  # which an early exit's draft lowers for a while
+        for index, layer in enumerate(self.layers[:depth]):
             hidden_states = layer(
                 hidden_states,
-                noisy_only=split and index + 1 == len(self.layers),
+                noisy_only=split and index + 1 == depth,
                 noisy_length=length if split else None,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
@@ -247,45 +259,6 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length : past_length + length]
         return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
-
-
-def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """
-    The hidden states that go through the head.
-
-    Args:
-        hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): All of them.
-        logits_to_keep (`int` or `torch.Tensor`): The last n positions (0: all), the positions of a 1-D index, or a
-            boolean mask of shape `(batch, length)`, whose True positions come out flattened.
-    """
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]  # [N, hidden]
-    return hidden_states[:, logits_to_keep]
-
-
-def predicted_from_before(
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.LongTensor | None = None,
-    document_ids: torch.LongTensor | None = None,
-) -> torch.Tensor:
-    """
-    `config.label_shift`: at each position the hidden state of the one before it, `(batch, length, hidden_size)`. A
-    document's first position, which has none before it, keeps its own (as in Dream's code). Arguments as in
-    [`NanoLLaDAModel.forward`].
-    """
-    batch, length, _ = hidden_states.shape
-    first = torch.zeros(batch, length, dtype=torch.bool, device=hidden_states.device)
-    first[:, 0] = True
-    if position_ids is not None:
-        first |= position_ids == 0
-    elif attention_mask is not None and attention_mask.dim() == 2:
-        first |= attention_mask.long().cumsum(-1) <= 1  # left padding, and the token behind it
-    if document_ids is not None:
-        first[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.where(first[..., None], hidden_states, hidden_states.roll(1, dims=1))
 
 
 class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
@@ -373,13 +346,27 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
             **{CACHE: outputs.cache},
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # without what transformers hands on to every forward: tokenizers, of stop strings and assistants
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+
     def generate(self, *args, **kwargs):
-        """transformers' `generate`. On a version that nobody has tested, the first call with a cache is checked."""
+        """
+        transformers' `generate`, with a cache under either name. On a version that nobody has tested, the first call
+        with a cache is checked.
+        """
+        given = one_cache(*(kwargs.pop(name, None) for name in SPELLINGS))
+        kwargs |= {} if given is None else {CACHE: given}
+        refuse_paged(kwargs)
         settings = kwargs.get("generation_config") or self.generation_config
         use_cache = kwargs.get("use_cache", settings.use_cache)
         if use_cache is not False and must_verify("autoregressive"):
             verify_autoregressive(self, super().generate)
         return super().generate(*args, **kwargs)
+
+    init_continuous_batching = generate_batch = continuous_batching_context_manager = refuse_batching
 
 
 class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):

@@ -51,13 +51,17 @@ def warn_if_untested() -> None:
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """
-    The cache under either of its names.
+    The cache under either of its names. Of two, one may be empty: PEFT's prefix beside the new one of `generate`.
 
     Raises:
-        `TypeError`: if it is given under both.
+        `TypeError`: if caches with keys are given under both.
     """
-    if cache is not None and past_key_values is not None:
-        raise TypeError("`cache` and `past_key_values` are two names of one argument: only one may be given, got both")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        if cache.get_seq_length() and past_key_values.get_seq_length():
+            raise TypeError(
+                "`cache` and `past_key_values` are two names of one argument: only one may hold keys, got both"
+            )
+        return cache if cache.get_seq_length() else past_key_values
     return past_key_values if cache is None else cache
 
 
@@ -81,6 +85,21 @@ def refuse_unknown(name: str, kwargs: dict, attn_implementation: str = "sdpa") -
         raise TypeError(
             f"{name}.forward() got an unexpected keyword argument '{argument}'{hint}; running {describe_versions()}"
         )
+
+
+def refuse_batching(model, *args, **kwargs):
+    """In the place of `generate_batch` and its like, whose paged cache is not built here. Raises `ValueError`."""
+    raise ValueError(
+        "Continuous batching needs a paged cache, which is not built: `generate` must be used, got a call"
+    )
+
+
+def refuse_paged(kwargs: dict) -> None:
+    """Raises `ValueError` where `generate` would hand over to continuous batching, and give back bare prompts."""
+    settings = kwargs.get("generation_config")
+    kind = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
+    if kind == "paged":
+        raise ValueError("`cache_implementation` must not be 'paged', which is not built, got 'paged'")
 
 
 _verified: set[str] = set()

@@ -34,7 +34,7 @@ IDS = torch.arange(5, 17).view(2, 6)
 
 def build(model_class=NanoLLaDAForCausalLM, **overrides):
     torch.manual_seed(0)
-    config = NanoLLaDAConfig(**SHAPE, initializer_range=0.3, **overrides)
+    config = NanoLLaDAConfig(**{**SHAPE, **overrides}, initializer_range=0.3)
     return model_class(config).eval()
 
 
@@ -72,8 +72,10 @@ def test_both_names_of_the_cache(name, caplog):
 
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda model_class: model_class.__name__)
 def test_a_cache_under_both_names_is_refused(model_class):
+    one, other = DynamicCache(), DynamicCache()
+    build()(IDS, cache=one), build()(IDS, cache=other)
     with pytest.raises(TypeError, match="`cache` and `past_key_values` are two names of one argument"):
-        build(model_class)(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
+        build(model_class)(IDS, cache=one, past_key_values=other)
 
 
 @pytest.mark.parametrize(
@@ -229,3 +231,53 @@ def test_importing_warns_once_on_an_untested_version():
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(seen) == 1 and "has not been tested with transformers 5.99.0 (tested: 5.17 to 5" in seen[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What transformers and other libraries legitimately do
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_goes_on_from_a_cache_under_either_name(name):
+    model = build()
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    past = DynamicCache(config=model.config)
+    model(IDS[:, :3], cache=past)
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, **{name: past}).tolist() == expected.tolist()
+
+
+def test_stop_strings_bring_their_tokenizer(tokenizer):
+    model = build(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+    free = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 6:]
+    stop = tokenizer.decode(free[2:3])
+    stopped = model.generate(
+        IDS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None, stop_strings=[stop], tokenizer=tokenizer
+    )
+    assert len(stopped[0]) - 6 == next(n for n in range(1, 9) if stop in tokenizer.decode(free[:n]))
+    embeds = model.get_input_embeddings()(IDS[:1])
+    assert model.generate(inputs_embeds=embeds, max_new_tokens=8, eos_token_id=None)[0].tolist() == free.tolist()
+
+
+@torch.no_grad()
+def test_an_empty_cache_beside_one_with_keys_is_none():
+    """PEFT's prefix tuning brings one under the old name, `generate` an empty one under the new."""
+    model = build()
+    expected = model(IDS).logits[:, 4:]
+    for names in (("cache", "past_key_values"), ("past_key_values", "cache")):
+        past = model(IDS[:, :4], use_cache=True).cache
+        found = model(IDS[:, 4:], **dict(zip(names, (past, DynamicCache(config=model.config)), strict=True))).logits
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_early_exit_drafts_for_the_whole_model():
+    model = build()
+    expected = model.generate(IDS[:1], max_new_tokens=6, do_sample=False)
+    found = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, assistant_early_exit=1)
+    assert found.tolist() == expected.tolist() and model.config.num_hidden_layers == 2
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="`cache_implementation` must not be 'paged'"):
+        build().generate(IDS, max_new_tokens=4, cache_implementation="paged")
+    with pytest.raises(ValueError, match="Continuous batching needs a paged cache, which is not built"):
+        build().generate_batch([IDS[0].tolist()])
