@@ -106,20 +106,23 @@ def evaluate_checkpoint(
             a single row).
 
     Raises:
-        `ValueError`: for unknown metrics, for a `batch_size` below 1, for `decoding` without exact match, for exact
-            match on rows without an answer, for `rolling_context` on rows with one, and as `load_checkpoint`,
-            `prepare_data`, `rolling_rows` and `evaluate_likelihood`.
+        `ValueError`: for unknown metrics, for a `batch_size` below 1, for rows longer than the model's positions, for
+            `decoding` without exact match, for exact match on rows without an answer, for `rolling_context` on rows
+            with one, and as `load_checkpoint`, `prepare_data`, `rolling_rows` and `evaluate_likelihood`.
     """
     from nanollada.hub_upload.card_results import model_digests
     from nanollada.scripts.generate import generation_settings, load_checkpoint
     from nanollada.trainers.likelihood import scored_block_length
     from nanollada.trainers.rows import RowPolicy, read_examples, resolve_sources
+    from nanollada.trainers.run import check_length
 
     _check(metrics, batch_size, decoding)
     digests = {"weights_sha256": None, "config_sha256": None}
     digests |= model_digests(checkpoint) if Path(checkpoint).is_dir() else {}
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
     generation_settings(model, **(decoding or {}))  # before anything takes long
+    if "likelihood" in metrics:
+        check_length(max_length, model.config)
     blocks = scored_block_length(model, eval_block_length)
     run = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed}
     results = []

@@ -174,6 +174,7 @@ def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: st
 
 def is_diffusion(model) -> bool:
     """Whether a model denoises; by its attention, so that classes loaded as remote code are known, too."""
+    model = getattr(model, "get_base_model", lambda: model)()
     return not getattr(model.base_model, "is_causal", True)
 
 

@@ -154,7 +154,12 @@ def decoding(found: dict) -> tuple[str, str]:
     arguments = found["arguments"]
     model = Path(arguments["model"]).name if arguments["model"] else f"{arguments['size']} with random weights"
     text = f"Model: {model}. Medians, in brackets the range over {arguments['repeats']} repeats; "
-    return "Decoding", text + "± is binomial over the scored rows, whose answers are as long as they need.\n\n" + markdown(table(found))
+    return (
+        "Decoding",
+        text
+        + "± is binomial over the scored rows, whose answers are as long as they need.\n\n"
+        + markdown(table(found)),
+    )
 
 
 def training(found: dict) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.collator import Collator
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
 from nanollada.trainers.keyed import COUNTS, RowStream
+from nanollada.trainers.run import use_fork_server
 from nanollada.trainers.setup import own_process_group
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -86,6 +87,7 @@ def build(kind, data, folder, streaming=False, ranks=1, accumulation=1, **settin
     batch = {"per_device_train_batch_size": ROWS_PER_STEP // accumulation // ranks}
     settings = {**SETTINGS, "max_steps": STEPS, "save_strategy": "no", **batch, **block, **settings}
     args = config_class(output_dir=str(folder), gradient_accumulation_steps=accumulation, **settings)
+    use_fork_server(args)
     rows = make_rows(data)
     collator = Collator(0, 0.3 if kind == "diffusion" else 0.0, args.seed)
     return trainer_class(model, args, stream_of(rows) if streaming else rows, collator)

@@ -103,3 +103,9 @@ def test_min_lr_ratio_is_due_one_step_after_the_last(schedule, tmp_path):
         scheduler.step()
     assert rates == pytest.approx([1.0, 0.8, 0.4, 0.2])
     assert "the last of n decay steps is at (n - 1)/n" in FIELDS["min_lr_ratio"].metadata["help"]
+
+
+def test_what_happens_anyway_may_be_asked_for(tmp_path):
+    CausalConfig(output_dir=str(tmp_path), do_train=True, prediction_loss_only=True, label_names=["labels"])
+    with pytest.raises(ValueError, match="`label_names` must be None: the targets are `labels`, got .'other'."):
+        CausalConfig(output_dir=str(tmp_path), label_names=["other"])

@@ -367,3 +367,11 @@ def test_a_row_without_tools_stays_where_it_was(tmp_path):
         source = resolve_source(str(path), SourceArguments())
         (example,) = read_examples(source, RowPolicy())
         assert example.tools == (MULTIPLY,)
+
+
+def test_thoughts_beside_an_answer_are_written_or_refused(tokenizer):
+    messages = [*turns(ASK), {"role": "assistant", "content": "Six.", "reasoning_content": "Two threes."}]
+    chat = render_chat(with_template(tokenizer, SHIPPED["qwen3"]), parse_row({"messages": messages})["messages"])
+    assert "Two threes." in chat.text
+    with pytest.raises(BadRow, match=r"does not write `messages\[1\].reasoning_content` \(assistant\)"):
+        render_chat(tokenizer, parse_row({"messages": messages})["messages"])

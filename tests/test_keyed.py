@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from step_cases import (
@@ -20,7 +21,15 @@ from step_cases import (
     stream_of,
 )
 
-from nanollada.trainers.keyed import MicroBatches, PreparedSteps, StepCollator, StepShape, StreamedSteps, Window
+from nanollada.trainers.keyed import (
+    MicroBatches,
+    PreparedSteps,
+    StepCollator,
+    StepShape,
+    StreamedSteps,
+    Window,
+    digest_of,
+)
 
 HERE = Path(__file__).parent
 TOLERANCE = 2e-6  # float32, after seven steps of SGD
@@ -236,6 +245,22 @@ def test_a_run_goes_on_with_its_own_steps(changed, message, tmp_path):
     fewer = rebuilt(build("causal", "sft", tmp_path), rows=make_rows("sft")[:9])
     with pytest.raises(ValueError, match="needs the run's number of rows.*: checkpoint-1 has 12, got 9"):
         fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    others = rebuilt(build("causal", "sft", tmp_path), rows=make_rows("sft")[::-1])
+    with pytest.raises(ValueError, match="needs the run's rows, in their order .SHA-256.*: checkpoint-1 has [0-9a-f]"):
+        others.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_digest_of_rows_is_that_of_their_tokens_targets_and_order(tmp_path):
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+    table = datasets.Dataset.from_list([{**row, "num_bytes": 3} for row in rows])
+    others = [rows[::-1], [{"input_ids": [1], "labels": [-100]}, {"input_ids": [2, 3], "labels": [2, 3]}]]
+    others += [[{**rows[0], "labels": [1, 2]}, rows[1]], rows[:1]]
+    digests = [digest_of(table), *(digest_of(datasets.Dataset.from_list(other)) for other in others)]
+    digests += [digest_of(rows), *map(digest_of, others)]
+    assert len(set(digests)) == len(digests)  # a list's is another than a table's
+    table.save_to_disk(tmp_path)
+    kept = datasets.load_from_disk(tmp_path)
+    assert digest_of(kept) == digests[0] == digest_of(kept.select([1, 0]).select([1, 0]))
 
 
 def rebuilt(trainer, rows=None, **settings):
@@ -255,3 +280,15 @@ def rebuilt(trainer, rows=None, **settings):
 def test_settings_that_would_change_a_steps_rows(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build("causal", "sft", tmp_path, **settings)
+
+
+def test_what_a_trainer_would_ignore_is_refused(tmp_path):
+    trainer = build("causal", "sft", tmp_path)
+    rows = trainer.train_dataset.rows
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"`{name}` must be None: losses and scores are the objective's own"):
+            type(trainer)(trainer.model, trainer.args, rows, trainer.data_collator, **{name: len})
+    with pytest.raises(ValueError, match=r"`eval_dataset` must be rows and not a dictionary .* got \['a', 'b'\]"):
+        trainer.evaluate({"a": rows, "b": rows})
+    with pytest.raises(ValueError, match="`predict` has no meaning here"):
+        trainer.predict(rows)

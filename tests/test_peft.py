@@ -7,6 +7,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_
 from safetensors.torch import load_file
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.scripts.generate import is_diffusion
+from nanollada.trainers.likelihood import is_causal
 
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -109,3 +111,9 @@ def test_only_the_adapter_learns(name, tied):
     assert changed == {name for name, value in wrapped.named_parameters() if value.requires_grad}
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
     assert tied or any("modules_to_save" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_an_adapters_model_is_scored_as_what_it_wraps(name):
+    wrapped = adapted(build(name))
+    assert is_causal(wrapped) is (name == "ar") and is_diffusion(wrapped) is (name != "ar")

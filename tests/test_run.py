@@ -100,6 +100,30 @@ def test_a_finished_run_is_finished(ending, job, tmp_path, caplog):
     assert [untimed(line) for line in read_metrics(tmp_path / "run")] == [untimed(line) for line in metrics]
 
 
+@pytest.mark.parametrize("damage", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_finished_runs_last_files_are_written_again(damage, job, tmp_path, caplog):
+    job |= {"output_dir": tmp_path / "run", "save_total_limit": 1}
+    run("causal", job)
+    expected = {name: weight.clone() for name, weight in weights(tmp_path / "run").items()}  # not a map of the file
+    path = tmp_path / "run" / damage
+    if damage == "tokenizer_config.json":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    run("causal", job, resume_from_checkpoint="last")
+    assert re.search(f"run is finished, but {damage}.*: its last files are written again", caplog.text)
+    assert all(expected[name].equal(found) for name, found in weights(tmp_path / "run").items())
+    before = bytes_of(tmp_path / "run")
+    run("causal", job, resume_from_checkpoint="last")
+    assert bytes_of(tmp_path / "run") == before
+
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    path.unlink()
+    with pytest.raises(ValueError, match="must hold the files of the finished run, which left no checkpoint"):
+        run("causal", job, resume_from_checkpoint="last")
+
+
 def test_other_lengths_of_a_finished_run(job, tmp_path, caplog):
     """Shorter is refused; longer goes on, and says that its schedule is another; two logs lie around a checkpoint."""
     job |= {"output_dir": tmp_path / "run", "eval_strategy": "no"}

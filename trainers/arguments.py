@@ -32,7 +32,7 @@ TRANSFORMERS_OWN = frozenset(
     trackio_space_id trackio_bucket_id trackio_static_space_id debug skip_memory_metrics torch_empty_cache_steps
     torch_compile torch_compile_backend torch_compile_mode
     ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
-    fsdp fsdp_config deepspeed
+    fsdp fsdp_config deepspeed do_train prediction_loss_only
     """.split()
 )
 _ROWS = "a step's rows depend on its number alone"
@@ -55,7 +55,6 @@ REFUSED = {
     "use_liger_kernel": "there is no kernel for this model",
     "liger_kernel_config": "there is no kernel for this model",
     "logging_nan_inf_filter": "a loss that is not finite ends the run, and is not hidden",
-    "prediction_loss_only": _SCORE,
     "eval_accumulation_steps": _SCORE,
     "eval_do_concat_batches": _SCORE,
     "eval_use_gather_object": _SCORE,
@@ -63,7 +62,6 @@ REFUSED = {
     "batch_eval_metrics": _SCORE,
     "bf16_full_eval": _SCORE,
     "fp16_full_eval": _SCORE,
-    "do_train": "a run always trains",
     "do_predict": "a run has nothing to predict",
     "enable_jit_checkpoint": "a killed run goes on from its last checkpoint of `save_steps`",
     "restore_callback_states_from_checkpoint": "early stopping goes on by itself, with the patience that is given",
@@ -76,6 +74,8 @@ REFUSED = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
 }
+# A value that asks for what happens anyway; other people's scripts pass it.
+ASKED_ANYWAY = (("label_names", ["labels"]),)
 # A setting of ours that only these schedules read.
 SCHEDULES = {
     "lr_decay_ratio": (SchedulerType.WARMUP_STABLE_DECAY,),
@@ -99,7 +99,7 @@ def check_inherited(args) -> None:
     own = {field.name: default_of(field) for field in dataclasses.fields(args)}
     for field in dataclasses.fields(TrainingArguments):
         name, value = field.name, getattr(args, field.name)
-        if name in WORKING or name in TRANSFORMERS_OWN or value == own[name]:
+        if name in WORKING or name in TRANSFORMERS_OWN or value == own[name] or (name, value) in ASKED_ANYWAY:
             continue
         if name not in REFUSED:
             raise ValueError(f"`{name}` is new in this transformers and not known to do anything here, got {value!r}")

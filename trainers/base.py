@@ -112,6 +112,11 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             raise ValueError(
                 f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process"
             )
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None: losses and scores are the objective's own, got {kwargs[name]}"
+                )
         self._window = {"targets": 0, "masked": 0, "seconds": time.perf_counter()}
         super().__init__(model, args, train_dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
@@ -203,6 +208,12 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
         self._window["seconds"] += time.perf_counter() - started  # evaluation is not throughput
         return metrics
 
+    def predict(self, *args, **kwargs):
+        """Refused: `likelihood` scores rows, and a model's `generate` writes."""
+        raise ValueError(
+            "`predict` has no meaning here: use `evaluate` for scores and `generate` for texts, got a call"
+        )
+
     def likelihood(self, rows) -> Likelihood:
         """
         Scores rows over all ranks, each row exactly once, with the averaged weights if there is an average.
@@ -211,6 +222,8 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             `ValueError`: for fewer rows than ranks.
         """
         size, rank, ranks = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        if isinstance(rows, dict):
+            raise ValueError(f"`eval_dataset` must be rows and not a dictionary of several, got {sorted(rows)}")
         if rows is None or len(rows) < ranks:
             raise ValueError(f"`eval_dataset` must have a row for each of {ranks} ranks, got {rows and len(rows)}")
         if self.is_fsdp_enabled:  # a forward takes weights from every rank: all ranks run the same ones, on all rows

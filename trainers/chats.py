@@ -10,6 +10,7 @@ from typing import Any
 from nanollada.trainers.rows import BadRow, tool_name
 
 LAST_PRIVATE = 0x10FFFC  # near the end of Unicode's last private area, which no text uses
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = "a chat template with `{% generation %}` marks around each answer"
 WAYS_OUT = f"ways out: `--assistant_turns last`, which needs the beginning of the last answer alone, or {MARKS}"
@@ -395,6 +396,9 @@ def _check_written(text: str, messages: list[dict], targets: list[int], spans: l
         content = (message.get("content") or "").rpartition("</think>")[2]
         if not any(_squeezed(spelt) in place for spelt in (content, json.dumps(content, ensure_ascii=False)[1:-1])):
             raise BadRow("chat template", f"the template does not write {where}.content` ({message['role']})")
+        for key in THOUGHTS if number in said else ():
+            if message.get(key) and _squeezed(str(message[key])) not in place:
+                raise BadRow("chat template", f"the template does not write {where}.{key}` (assistant)")
         for call_number, call in enumerate(message.get("tool_calls") or ()):
             _check_call(call.get("function", call), place, f"{where}.tool_calls[{call_number}]`")
 

@@ -6,6 +6,7 @@ has the same number of micro-batches: one without a row for this rank holds a ro
 row for any rank is not computed.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -144,6 +145,21 @@ class Steps(Dataset):
     def row(self, window: Window, place: int) -> dict:
         """A row of a step, with its `rank` in the pass and its `epoch`, for the noise."""
         raise NotImplementedError
+
+
+def digest_of(rows) -> str:
+    """SHA-256 of the tokens and targets of map-style rows, in their order."""
+    digest = hashlib.sha256()
+    if not hasattr(rows, "with_format"):
+        for row in rows:
+            digest.update(repr([[int(token) for token in row[name]] for name in ("input_ids", "labels")]).encode())
+        return digest.hexdigest()
+    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(4096):
+        for name in ("input_ids", "labels"):
+            column = batch.column(name).combine_chunks()
+            for part in (column.value_lengths(), column.flatten()):
+                digest.update(part.to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return digest.hexdigest()
 
 
 class PreparedSteps(Steps):

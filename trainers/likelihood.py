@@ -140,6 +140,7 @@ def masked_nats(
 
 def is_causal(model) -> bool:
     """Whether the model is an AR one; foreign models are."""
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper has a `model` of its own
     return getattr(model.model, "is_causal", True)
 
 

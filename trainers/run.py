@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import multiprocessing
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ from nanollada.trainers.data import Collator, DataArguments, prepare_data
 from nanollada.trainers.rows import file_digest
 from nanollada.trainers.setup import (
     ModelArguments,
+    check_files,
     hardware,
     load_model_and_tokenizer,
     own_process_group,
@@ -236,7 +238,7 @@ def finished_run(args, resume: str | None, planned: int) -> dict | None:
                 f"`{asked}` must not end before the finished run, got {getattr(args, asked)} ({planned} steps) and "
                 f"{args.output_dir} with {record.step} steps"
             )
-        if _is_finished(args, record, planned):
+        if _is_finished(args, record, planned) and _has_last_files(args, record, resume):
             ending = "early stopping ended it" if record.step < record.planned else f"`{asked}` is reached"
             logger.warning(
                 "the run in %s is finished: %s at step %d. Nothing is changed", args.output_dir, ending, record.step
@@ -262,6 +264,31 @@ def finished_run(args, resume: str | None, planned: int) -> dict | None:
     return None
 
 
+def _has_last_files(args, record: _Finished, resume: str | None) -> bool:
+    """
+    Whether the files of a finished run are there and can be read; else a checkpoint writes them again. Other bytes are
+    no fault: whoever changed a file knows.
+
+    Raises:
+        `ValueError`: naming the file, where there is no checkpoint.
+    """
+    folder, names = Path(args.output_dir), (*record.facts.get("sha256", ()), "tokenizer.json", "tokenizer_config.json")
+    fault = next((f"{name} is missing" for name in names if not (folder / name).is_file()), None)
+    try:
+        check_files(folder)
+    except ValueError as error:
+        fault = fault or str(error)
+    if fault is None:
+        return True
+    if resume is None:
+        raise ValueError(
+            "`output_dir` must hold the files of the finished run, which left no checkpoint to write them again, got "
+            f"{folder}: {fault}"
+        )
+    logger.warning("the run in %s is finished, but %s: its last files are written again", folder, fault)
+    return False
+
+
 def _is_finished(args, record: _Finished, planned: int) -> bool:
     """Longer than planned, or with more patience, a finished run goes on."""
     if record.step < record.planned and record.patience is not None:
@@ -277,6 +304,18 @@ def _check_best_model(args, state: dict) -> None:
         )
 
 
+def use_fork_server(args) -> None:
+    """
+    With several ranks, data workers come from a process without threads: a fork beside those of gloo or NCCL may copy
+    a lock that nobody frees. Not for callers from Python: a fork server imports their script once more.
+    """
+    wanted = args.world_size > 1 and args.dataloader_num_workers and args.dataloader_multiprocessing_context is None
+    if wanted and "forkserver" in multiprocessing.get_all_start_methods():
+        args.dataloader_multiprocessing_context = "forkserver"
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
+
+
 def main(trainer_class, config_class, model_class, argv: list[str] | None = None) -> dict:
     """Parses `--config recipe.yaml` and the command line over it, and runs `train`."""
     from trl import TrlParser
@@ -287,4 +326,5 @@ def main(trainer_class, config_class, model_class, argv: list[str] | None = None
     command = shlex.join(["accelerate", "launch", script, *map(str, argv)])
     with own_process_group():  # which the arguments start
         model_args, data_args, args = parser.parse_args_and_config(argv)
+        use_fork_server(args)
         return train(trainer_class, model_class, model_args, data_args, args, command)

@@ -1,7 +1,6 @@
 """A `Trainer` whose rows come by optimizer step: its data loader, its micro-batches, and what a checkpoint keeps."""
 
 import logging
-import multiprocessing
 from dataclasses import asdict
 
 import torch
@@ -12,7 +11,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from nanollada.trainers.collator import pad_batch
-from nanollada.trainers.keyed import Anchor, MicroBatches, PreparedSteps, StepCollator, StepShape, StreamedSteps
+from nanollada.trainers.keyed import (
+    Anchor,
+    MicroBatches,
+    PreparedSteps,
+    StepCollator,
+    StepShape,
+    StreamedSteps,
+    digest_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +50,8 @@ class StepRecord(TrainerCallback, ExportableState):
     What `trainer_state.json` keeps of the data path.
 
     Attributes:
-        run (`dict`): What decides the rows of a step: `rows_per_step`, `seed`, `rows` (of a pass, `None` for a
-            stream), `drop_last`.
+        run (`dict`): What decides the rows of a step: `rows_per_step`, `seed`, `drop_last`, and of map-style rows
+            `rows` (their number) and `content` (their digest).
         loss_sum (`float`), loss_steps (`int`): The losses of `loss_steps` steps, summed.
         anchor (`dict`, *optional*): Of a stream, where the pass of the next step begins.
         steps_per_pass (`int`, *optional*): Of a stream, the steps of its last whole pass.
@@ -87,8 +94,8 @@ class SteppingTrainer(Trainer):
         train_dataset: Rows with a length (map-style), or a stream of rows.
 
     Raises:
-        `ValueError`: as `check_data_path`; and for a checkpoint of a run with other rows per step, another number of
-            rows, another seed or another `dataloader_drop_last`.
+        `ValueError`: as `check_data_path`; and for a checkpoint of a run with other rows per step, other rows,
+            another seed or another `dataloader_drop_last`.
     """
 
     def __init__(self, model, args, train_dataset, **kwargs):
@@ -119,9 +126,6 @@ class SteppingTrainer(Trainer):
         if self.streaming and workers > 1:
             logger.warning("`dataloader_num_workers`: a stream has one reader, so one is started, not %d", workers)
             workers = 1
-        context = args.dataloader_multiprocessing_context
-        if workers and context is None and args.world_size > 1:
-            context = _forkserver()
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.micro_batches,
@@ -130,7 +134,7 @@ class SteppingTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=context if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -175,6 +179,7 @@ class SteppingTrainer(Trainer):
             "seed": dataset.shape.seed,
             "rows": None if self.streaming else len(dataset),
             "drop_last": dataset.shape.drop_last,
+            "content": None if self.streaming else digest_of(dataset.rows),
         }
         self._step_loss = 0.0
         if state.global_step and saved["run"]:
@@ -221,19 +226,6 @@ class SteppingTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
 
-def _forkserver():
-    """
-    Workers from a process without threads: a fork beside those of gloo or NCCL may copy a lock that nobody frees.
-
-    `None`, the platform's way, where there are no fork servers.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
-    return context
-
-
 def _check_same_run(saved: dict, now: dict, step: int) -> None:
     names = {
         "rows_per_step": "the run's rows per step (`per_device_train_batch_size` · `gradient_accumulation_steps` · "
@@ -241,9 +233,10 @@ def _check_same_run(saved: dict, now: dict, step: int) -> None:
         "seed": "the run's `seed`",
         "rows": "the run's number of rows",
         "drop_last": "the run's `dataloader_drop_last`",
+        "content": "the run's rows, in their order (SHA-256)",
     }
     for name, words in names.items():
-        if saved[name] != now[name]:
+        if saved.get(name, now[name]) != now[name]:  # older checkpoints don't know all
             raise ValueError(
                 f"`resume_from_checkpoint` needs {words}, or rows would be repeated and left out: checkpoint-{step} "
                 f"has {saved[name]}, got {now[name]}"
