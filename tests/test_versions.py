@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from generation_models import build as build_diffusion
 from transformers import DynamicCache, GenerationMixin
 
@@ -41,7 +40,7 @@ def build(model_class=NanoLLaDAForCausalLM, **overrides):
 @pytest.fixture
 def untested(monkeypatch):
     """A transformers that nobody has tested, in a process that has verified nothing."""
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions_nanollada.transformers, "__version__", "5.99.0")
     monkeypatch.setattr(versions_nanollada, "_verified", set())
 
 
@@ -217,7 +216,7 @@ def test_tested_versions_are_not_verified_again(monkeypatch):
         ("5.25.0.dev0", False),
         ("6.0.0", False),
     ):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(versions_nanollada.transformers, "__version__", version)
         assert versions_nanollada.must_verify("autoregressive") is not tested
 
 
