@@ -155,7 +155,7 @@ class NanoLLaDAConfig(PreTrainedConfig):
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         if whole:
             return config, unused
-        cls._check_names(unused)
+        cls._check_names({name: value for name, value in unused.items() if value is not None})  # loaders' own, unset
         return config
 
     @classmethod

@@ -177,3 +177,11 @@ def test_each_field_does_something():
     base = facts()
     assert base == facts()
     assert [name for name, value in OTHER.items() if facts(**{name: value}) == base] == []
+
+
+def test_what_a_loader_leaves_unset_is_no_field(tmp_path):
+    """lm-eval passes `gguf_file=None`; set, nobody here reads it."""
+    NanoLLaDAConfig(vocab_size=20).save_pretrained(tmp_path)
+    assert NanoLLaDAConfig.from_pretrained(tmp_path, gguf_file=None).vocab_size == 20
+    with pytest.raises(ValueError, match="`gguf_fil` is no field of NanoLLaDAConfig"):
+        NanoLLaDAConfig.from_pretrained(tmp_path, gguf_fil="a")
