@@ -82,8 +82,10 @@ class NanoLLaDAPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; `ValueError` for a size below a special token's id, which could not be read any more."""
         if new_num_tokens is not None:
-            step = pad_to_multiple_of or 1
-            self.config.check_vocab_size(-(-new_num_tokens // step) * step)
+            step = pad_to_multiple_of if isinstance(pad_to_multiple_of, int) and pad_to_multiple_of else 1
+            size = -(-new_num_tokens // step) * step
+            if size < self.config.vocab_size:
+                self.config.check_vocab_size(size)
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 

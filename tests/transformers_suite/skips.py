@@ -1,6 +1,7 @@
 """What of transformers' model tests does not run on our classes, and why: all of it, test by test."""
 
 OWN_SKIPS = {
+    "test_bc_cache_name_forward": "ours: it asks for a warning at `past_key_values`, which is no old name here",
     "test_generation_tester_mixin_inheritance": (
         "ours: it asks for transformers' tests of `generate`, which are not part of its source distribution"
     ),

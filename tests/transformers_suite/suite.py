@@ -69,6 +69,11 @@ class Suite(ModelTesterMixin, TensorParallelTesterMixin):
     def setUp(self):
         if self._testMethodName in OWN_SKIPS:
             self.skipTest(OWN_SKIPS[self._testMethodName])
+        # Its tests write fields of other models (`batch_norm_eps`) into every config; tests/test_configuration.py has
+        # what ours refuses.
+        patched = mock.patch.object(NanoLLaDAConfig, "_check_names", classmethod(lambda cls, names: None))
+        patched.start()
+        self.addCleanup(patched.stop)
         self.model_tester = Tester(self.head, self.shape)
 
     def test_config(self):
@@ -83,20 +88,6 @@ class CausalSuite(Suite, TrainingTesterMixin):
 class MaskedSuite(Suite):
     head = NanoLLaDAForMaskedLM
     all_model_classes = (Bidirectional, NanoLLaDAForMaskedLM)
-
-    def test_batching_equivalence(self):
-        """transformers' test, which allows no infinity, on all columns but the mask token's (−inf by our rule)."""
-        forward = NanoLLaDAForMaskedLM.forward
-
-        def finite(model, *args, **kwargs):
-            output = forward(model, *args, **kwargs)
-            kept = torch.arange(output.logits.shape[-1]) != MASK
-            self.assertTrue(torch.isneginf(output.logits[..., ~kept]).all())
-            output["logits"] = output.logits[..., kept]
-            return output
-
-        with mock.patch.object(NanoLLaDAForMaskedLM, "forward", finite):
-            super().test_batching_equivalence()
 
 
 class CausalPlain(CausalSuite, unittest.TestCase):
