@@ -59,6 +59,7 @@ MODEL_SKIPS = {
         "test_keep_in_fp32_modules",
         "test_keep_in_fp32_modules_exist",
     },
+    "No `_keep_in_fp32_modules_strict` defined": {"test_keep_in_fp32_modules_strict_also_hardcode_fp32"},
     "No conversion found": {"test_can_load_from_already_mapped_keys", "test_reverse_loading_mapping"},
     "No sequence-to-sequence language modeling head": {"test_encoder_decoder_loss_no_double_shift"},
     "Model does not have position embeddings": {"test_resize_position_vector_embeddings"},
