@@ -27,7 +27,7 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
-        model_registry.register(NAME, target="nanollada.scripts.lm_eval_model:NanoLLaDALM")
+        model_registry.register(NAME, target="nanollada.scripts.evaluation.lm_eval_model:NanoLLaDALM")
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def _combined(rng: random.Random, parts: list[tuple[Fraction, str, int]]) -> tup
 
 def sudoku(rng: random.Random, side: str, min_blanks: int = 8, max_blanks: int = 12) -> dict:
     """The quickstart's puzzles: the solutions of training ones are training boards, those of test ones are not."""
-    from nanollada.scripts.corpus import split_grids, sudoku_rows
+    from nanollada.scripts.first_run.corpus import split_grids, sudoku_rows
 
     boards = split_grids(GRID_SEED)[side == "test"]
     (row,) = sudoku_rows(1, boards, rng.getrandbits(64), min_blanks, max_blanks)
@@ -156,7 +156,7 @@ def solves(puzzle: str, row: dict, answer: str) -> bool:
     """Whether an answer solves the problem; any right one does, malformed ones are just wrong."""
     answer = answer.strip()
     if puzzle == "sudoku":
-        from nanollada.scripts.corpus import is_valid_solution
+        from nanollada.scripts.first_run.corpus import is_valid_solution
 
         return is_valid_solution(row["puzzle"], answer)
     if puzzle == "arithmetic":

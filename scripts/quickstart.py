@@ -124,7 +124,7 @@ class Quickstart:
             self.console.print(f"{kind}: {counts['train']:,} training rows, {counts['test']:,} test rows")
 
     def _builtin_rows(self) -> tuple[list[dict], list[dict]]:
-        from nanollada.scripts.corpus import build_corpus
+        from nanollada.scripts.first_run.corpus import build_corpus
 
         large = self.args.size == "32m"
         sizes = {
@@ -141,7 +141,7 @@ class Quickstart:
 
     def _users_rows(self) -> tuple[list[dict], list[dict]]:
         """The user's rows by kind, in the plainest format of each; without texts the built-in ones pretrain."""
-        from nanollada.trainers.rows import RowPolicy, SourceArguments, read_examples, resolve_source
+        from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_source
 
         rows = {"pretrain": [], "sft": []}
         options = SourceArguments(data=self.args.data, on_bad_rows=self.args.on_bad_rows)
@@ -163,7 +163,7 @@ class Quickstart:
 
     def make_tokenizer(self) -> None:
         """Byte-level BPE on the training rows."""
-        from nanollada.scripts.train_tokenizer import train_tokenizer
+        from nanollada.trainers.data.tokenizers import train_tokenizer
 
         folder = self.folder / "tokenizer"
         if (folder / "tokenizer.json").exists():
@@ -230,8 +230,8 @@ class Quickstart:
 
     def evaluate(self) -> None:
         """Bits per byte of the test rows, before and after SFT, and exact match on the held-out sudokus."""
-        from nanollada.scripts.evaluate import evaluate_checkpoint, exact_match, save_evaluation
-        from nanollada.scripts.generate import load_checkpoint
+        from nanollada.scripts.decoding.writing import load_checkpoint
+        from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint, exact_match, save_evaluation
 
         for stage in STAGES:
             checkpoint = self.folder / stage
@@ -268,7 +268,7 @@ class Quickstart:
     @staticmethod
     def room(tokenizer, rows: list[dict]) -> int:
         """New tokens for a sudoku: the answer and its EOS, to the end of a block of 16, as SFT pads its rows."""
-        from nanollada.scripts.generate import prompt_ids
+        from nanollada.scripts.decoding.writing import prompt_ids
 
         prompt = len(prompt_ids(tokenizer, rows[0]["prompt"]))
         answer = len(tokenizer(rows[0]["answer"]).input_ids) + 1
@@ -294,7 +294,7 @@ class Quickstart:
 
     def compare(self) -> None:
         """Both models on the same prompts: text, seconds, tokens per second and per forward."""
-        from nanollada.scripts.compare import compare, comparison_table
+        from nanollada.scripts.decoding.comparison import compare, comparison_table
 
         path = self.folder / "comparison.json"
         if not path.exists():
@@ -317,7 +317,7 @@ class Quickstart:
 
     def report(self) -> None:
         """`report.html`: the table, the loss curves, the comparison and a denoising (also in `denoising.png`)."""
-        from nanollada.scripts.report import draw_denoising, record, shown_prompt, write_report
+        from nanollada.scripts.first_run.page import draw_denoising, record, shown_prompt, write_report
 
         prompt = self.prompts()[-1]
         trace = record(self.final("diffusion"), prompt, self.args.seed, max_new_tokens=self.new_tokens())
@@ -330,8 +330,8 @@ class Quickstart:
 
     def finish(self) -> list[str]:
         """The table, where everything is, and what to try next; last, what speaks against the run."""
-        from nanollada.scripts.expected import DISTRUST, doubts
-        from nanollada.scripts.report import results_table
+        from nanollada.scripts.first_run.expected import DISTRUST, doubts
+        from nanollada.scripts.first_run.page import results_table
 
         self.console.rule("[bold]done[/bold]")
         self.console.print(results_table(self.folder, [stage for stage in STAGES if self.done(stage)]))

@@ -81,7 +81,7 @@ def kind_of(found: dict, path: Path) -> str:
 
 def markdown(table) -> str:
     """A `rich` table as Markdown."""
-    from nanollada.scripts.study_report import table as of_rows
+    from nanollada.scripts.studies.report import table as of_rows
 
     header = [str(column.header) for column in table.columns]
     return of_rows(
@@ -109,7 +109,7 @@ def training_tokens(found: dict) -> str:
     Raises:
         `ValueError`: if such a run is not in the file.
     """
-    from nanollada.scripts.study import VARIANTS
+    from nanollada.scripts.studies.runs import VARIANTS
 
     seen = {run["run"]: run["tokens_seen"] for run in found["runs"]}
 
@@ -130,7 +130,7 @@ def training_tokens(found: dict) -> str:
 
 def study_part(found: dict) -> tuple[str, str]:
     """Title and text of a part of the study."""
-    from nanollada.scripts import study_report
+    from nanollada.scripts.studies import report as study_report
 
     part = found["part"]
     parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in found["runs"])
@@ -149,7 +149,7 @@ def study_part(found: dict) -> tuple[str, str]:
 
 
 def decoding(found: dict) -> tuple[str, str]:
-    from nanollada.scripts.benchmark_generate import table
+    from nanollada.scripts.benchmarks.decoding import table
 
     arguments = found["arguments"]
     model = Path(arguments["model"]).name if arguments["model"] else f"{arguments['size']} with random weights"
@@ -163,14 +163,14 @@ def decoding(found: dict) -> tuple[str, str]:
 
 
 def training(found: dict) -> tuple[str, str]:
-    from nanollada.scripts.benchmark_train import tables
+    from nanollada.scripts.benchmarks.training import tables
 
     text = f"{found['parameters'] / 1e6:.0f}M parameters. Medians, in brackets the range over repeats.\n"
     return "Training speed", text + "".join(f"\n{made.title}\n\n{markdown(made)}" for made in tables(found))
 
 
 def suite(found: dict) -> tuple[str, str]:
-    from nanollada.scripts.suite_report import kind_tables
+    from nanollada.scripts.evaluation.report import kind_tables
 
     protocol = found["protocol"]
     sizes = ", ".join(f"{model['name']} {model['parameters'] / 1e6:.2f}M" for model in found["models"])
@@ -213,7 +213,7 @@ def report(results: Path) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    from nanollada.scripts.study_report import table
+    from nanollada.scripts.studies.report import table
 
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
     if not files:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from interpreters import make_newest, make_oldest
 
-from nanollada.scripts.train_tokenizer import train_tokenizer
+from nanollada.trainers.data.tokenizers import train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat. The dog sat on the log.\nThe bird sang in 2024, the fish did not.",

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanollada.scripts.convert_checkpoint import ConvertArguments, convert
+from nanollada.scripts.conversion.to_ours import ConvertArguments, convert
 
 SIZES = {
     "vocab_size": 300,

@@ -5,8 +5,8 @@ from generation_models import reference_greedy
 from lm_eval.api.instance import Instance
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.lm_eval_model import NanoLLaDALM
-from nanollada.trainers.setup import config_for
+from nanollada.scripts.evaluation.lm_eval_model import NanoLLaDALM
+from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}

@@ -4,7 +4,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanollada.trainers.setup import own_process_group
+from nanollada.trainers.models import own_process_group
 
 
 def gloo_threads():

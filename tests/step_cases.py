@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
-from nanollada.trainers.collator import Collator
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.keyed import COUNTS, RowStream
 from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
-from nanollada.trainers.keyed import COUNTS, RowStream
+from nanollada.trainers.models import own_process_group
 from nanollada.trainers.run import use_fork_server
-from nanollada.trainers.setup import own_process_group
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SETTINGS = {

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from nanollada.trainers.arguments import check_inherited, check_schedule
-from nanollada.trainers.averaging import AveragingTrainer, check_averaging
 from nanollada.trainers.callbacks import MetricsCallback
-from nanollada.trainers.data import Collator
-from nanollada.trainers.likelihood import Likelihood, evaluate_likelihood
-from nanollada.trainers.stepping import SteppingTrainer
+from nanollada.trainers.data.prepare import Collator
+from nanollada.trainers.resuming.stepping import SteppingTrainer
+from nanollada.trainers.scoring.likelihood import Likelihood, evaluate_likelihood
+from nanollada.trainers.weights.averaging import AveragingTrainer, check_averaging
 
 
 @dataclass

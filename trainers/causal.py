@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
-from nanollada.trainers.likelihood import model_inputs
 from nanollada.trainers.run import main
+from nanollada.trainers.scoring.likelihood import model_inputs
 
 
 @dataclass

@@ -12,7 +12,8 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
-from nanollada.trainers.corruption import (
+from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
+from nanollada.trainers.noise.masking import (
     NOISE_SCHEDULES,
     STREAM_ATTENTION,
     STREAM_EMBEDDING,
@@ -22,10 +23,9 @@ from nanollada.trainers.corruption import (
     corrupt,
     keyed_uniform,
 )
-from nanollada.trainers.likelihood import model_inputs
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
 from nanollada.trainers.run import main
-from nanollada.trainers.schedule import BlockLengthSchedule
+from nanollada.trainers.scoring.likelihood import model_inputs
 
 EOS_PADDINGS = ("none", "block", "max_length")
 BLOCK_CUTS = ("document", "row")

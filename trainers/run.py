@@ -14,23 +14,23 @@ from pathlib import Path
 from transformers import set_seed
 
 from nanollada.trainers.callbacks import strict_json
-from nanollada.trainers.checkpoints import (
-    STATE,
-    check_checkpoint,
-    checkpoints_of,
-    last_complete_checkpoint,
-    step_of,
-    was_finished,
-)
-from nanollada.trainers.data import Collator, DataArguments, prepare_data
-from nanollada.trainers.rows import file_digest
-from nanollada.trainers.setup import (
+from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+from nanollada.trainers.data.sources import file_digest
+from nanollada.trainers.models import (
     ModelArguments,
     check_files,
     hardware,
     load_model_and_tokenizer,
     own_process_group,
     versions,
+)
+from nanollada.trainers.resuming.checkpoints import (
+    STATE,
+    check_checkpoint,
+    checkpoints_of,
+    last_complete_checkpoint,
+    step_of,
+    was_finished,
 )
 
 logger = logging.getLogger(__name__)

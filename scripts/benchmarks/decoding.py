@@ -1,0 +1,278 @@
+"""`benchmark.py generate`: what each way of decoding costs, and what it is worth.
+
+Decoders are measured in one run, round by round: `generate` under each commit rule; `llada`, LLaDA's published
+sampler as a plain loop (the whole canvas through the model, all logits, one token a step; `llada/2` commits two); and
+`ar`, the AR twin under transformers' `generate` with its cache. Timed calls forbid EOS, so that all emit the same
+number of tokens. Scores (exact match on answers, `--score_data`) have the normal EOS. Without a checkpoint the weights
+are random: speed only.
+
+A pass of Q queries over K keys needs Q · (2 · weights of layers and head + 4 · layers · heads · head_dim · K) FLOPs.
+"""
+
+import itertools
+import json
+import math
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings
+from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
+from nanollada.scripts.benchmarks.training_run import SIZES
+
+MEASURE = "nanollada.scripts.benchmarks.decoding_run:measure"
+SCORE = "nanollada.scripts.benchmarks.decoding_run:score"
+run = in_fresh_process
+
+
+@dataclass
+class GenerateBenchmarkArguments:
+    """
+    What is decoded, and how.
+
+    Raises:
+        `ValueError`: for unknown decoders and values out of range.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Diffusion checkpoint. Default: random weights."})
+    ar_model: str | None = field(default=None, metadata={"help": "Its AR twin, for the decoder `ar`."})
+    size: str = field(default="32m", metadata={"help": f"Shape of random weights: {', '.join(SIZES)}."})
+    model_block_length: int = field(default=32, metadata={"help": "Its blocks; 0: the whole row."})
+    decoders: list[str] = field(
+        default_factory=lambda: ["llada", "llada/2", "ar", "quota", "threshold 0.9"],
+        metadata={"help": f"Of {', '.join(DECODERS)}; or settings of `generate` as JSON."},
+    )
+    prompt_lengths: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Tokens of the prompt, questions and answers of `score_data` in a row. 0: one question."},
+    )
+    new_tokens: list[int] = field(default_factory=lambda: [128], metadata={"help": "Tokens to decode."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "Rows at once."})
+    block_length: int | None = field(default=None, metadata={"help": "`block_length` of `generate`, and of `llada`."})
+    score_data: str | None = field(default=None, metadata={"help": "Rows with answers, for prompts and scores."})
+    score_rows: int = field(default=100, metadata={"help": "How many of them are scored; 0: none."})
+    score_new_tokens: int = field(
+        default=0, metadata={"help": "Tokens that a scored answer may have. 0: the longest answer's, with its EOS."}
+    )
+    score_batch_size: int = field(default=16, metadata={"help": "Rows at once in scoring."})
+    repeats: int = field(default=3, metadata={"help": "Processes for each measurement."})
+    calls: int = field(default=3, metadata={"help": "Timed calls in each, after one that is not timed."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads. Default: torch's."})
+    seed: int = field(default=0, metadata={"help": "Of random weights and prompts."})
+    output: str | None = field(default=None, metadata={"help": "JSON file; a plot goes beside it."})
+
+    def __post_init__(self):
+        for name in self.decoders:
+            decoder_settings(name)
+        for name, low in (("prompt_lengths", 0), ("new_tokens", 1), ("batch_sizes", 1)):
+            values = getattr(self, name)
+            if not values or min(values) < low:
+                raise ValueError(f"`{name}` must hold numbers >= {low}, got {values}")
+        for name, low in (
+            ("repeats", 1),
+            ("calls", 1),
+            ("score_rows", 0),
+            ("score_new_tokens", 0),
+            ("model_block_length", 0),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"`{name}` must be >= {low}, got {getattr(self, name)}")
+        if self.size not in SIZES:
+            raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {self.size!r}")
+        if "ar" in self.decoders and self.model is not None and self.ar_model is None:
+            raise ValueError("`ar_model` must be set for the decoder 'ar' beside a `model`, got None")
+
+
+# ---- all of them
+
+
+def benchmark(args: GenerateBenchmarkArguments) -> dict:
+    """
+    Returns:
+        `dict`: `results`, a record for each decoder, prompt length, number of new tokens and batch size ([`summary`]);
+            `scores` by decoder; `slopes` ([`slopes`]); and `runs` (what `measure` returned).
+    """
+    from tqdm.auto import tqdm
+
+    grid = list(itertools.product(args.prompt_lengths, args.new_tokens, args.batch_sizes, args.decoders))
+    shared = {name: getattr(args, name) for name in ("size", "model_block_length", "block_length", "calls", "threads")}
+    shared |= {"seed": args.seed, "data": args.score_data}
+    runs, scores = [], {}
+    for repeat, cell in tqdm(list(itertools.product(range(args.repeats), grid)), desc="Measuring", unit=" runs"):
+        names = dict(zip(("prompt_length", "new_tokens", "batch_size", "decoder"), cell, strict=True))
+        model = args.ar_model if names["decoder"] == "ar" else args.model
+        runs.append({**names, "repeat": repeat, **run(MEASURE, model=model, **names, **shared)})
+    if args.model is not None and args.score_data is not None and args.score_rows:
+        options = {"data": args.score_data, "rows": args.score_rows, "batch_size": args.score_batch_size}
+        options |= {"block_length": args.block_length, "threads": args.threads, "new_tokens": args.score_new_tokens}
+        for name in tqdm(args.decoders, desc="Scoring", unit=" decoders"):
+            model = args.ar_model if name == "ar" else args.model
+            scores[name] = run(SCORE, decoder=name, model=model, **options)
+    results = [summary(runs, *cell) for cell in grid]
+    return {"results": results, "scores": scores, "slopes": slopes(results), "runs": runs}
+
+
+def summary(runs: list[dict], prompt_length: int, new_tokens: int, batch_size: int, decoder: str) -> dict:
+    """Medians over repeats (of each process's fastest call), and ratios to the plain decoders of the same repeat."""
+    cell = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size}
+    here = [found for found in runs if all(found[name] == value for name, value in cell.items())]
+    times = {}
+    for found in here:
+        times.setdefault(found["decoder"], []).append(min(found["seconds"]))
+    mine = next(found for found in here if found["decoder"] == decoder)
+    speed = spread([mine["tokens"] / seconds for seconds in times[decoder]])
+    found = {**cell, "decoder": decoder, "seconds": spread(times[decoder]), "tokens_per_second": speed}
+    for name in PLAIN:
+        pairs = list(zip(times.get(name, []), times[decoder], strict=False))
+        found[f"times_{name}"] = spread([base / seconds for base, seconds in pairs]) if pairs else None
+    names = ("tokens_per_forward", "peak_bytes", "prompt_tokens")
+    return {**found, **{name: mine[name] for name in names}, "flops": flops(mine, decoder, new_tokens, batch_size)}
+
+
+def flops(run: dict, decoder: str, new_tokens: int, batch_size: int) -> float:
+    """FLOPs that the decoder's passes need, by the formula at the top."""
+    prompt, steps = run["prompt_tokens"], new_tokens / run["tokens_per_forward"]
+    total = prompt + new_tokens
+
+    def passes(queries, keys):
+        return queries * (2 * run["parameters"] + 4 * run["attention_width"] * keys)
+
+    if decoder == "ar":
+        need = passes(prompt, prompt / 2) + new_tokens * passes(1, prompt + new_tokens / 2)
+    elif decoder in PLAIN or not run["block_length"]:
+        need = steps * passes(total, total)
+    elif (decoder_settings(decoder) or {}).get("use_cache") is False:  # rows up to the block at work
+        need = steps * passes(prompt + new_tokens / 2, prompt + new_tokens / 2)
+    else:  # each step a block, and each finished block once more
+        block = run["block_length"]
+        need = passes(prompt, prompt / 2) + (steps + new_tokens / block) * passes(block, prompt + new_tokens / 2)
+    return need * batch_size
+
+
+def slopes(results: list[dict]) -> list[dict]:
+    """For decoders measured at several lengths: d log(seconds) / d log(new tokens), and that of the FLOPs."""
+    found = []
+    for key, group in itertools.groupby(sorted(results, key=_not_length), key=lambda item: _not_length(item)):
+        group = list(group)
+        if len(group) > 1:
+            lengths = [math.log(item["new_tokens"]) for item in group]
+            cells = dict(zip(("decoder", "prompt_length", "batch_size"), key, strict=True))
+            times = slope(lengths, [math.log(item["seconds"]["median"]) for item in group])
+            need = slope(lengths, [math.log(item["flops"]) for item in group])
+            found.append({**cells, "seconds": times, "flops": need})
+    return found
+
+
+def _not_length(item: dict) -> tuple:
+    return item["decoder"], item["prompt_length"], item["batch_size"]
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the least-squares line."""
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+# ---- report
+
+
+def table(found: dict):
+    """The results as a `rich` table: medians, in brackets the range over repeats."""
+    from rich.table import Table
+
+    made = Table(title="generate")
+    names = (
+        "decoder",
+        "prompt",
+        "new",
+        "batch",
+        "seconds",
+        "tokens/s",
+        "per pass",
+        "× llada",
+        "× ar",
+        "peak MB",
+        score_title(found["scores"]),
+    )
+    for name in names:
+        made.add_column(name, justify="left" if name == "decoder" else "right")
+    for result in found["results"]:
+        scored = found["scores"].get(result["decoder"])
+        made.add_row(
+            result["decoder"],
+            *(str(result[name]) for name in ("prompt_tokens", "new_tokens", "batch_size")),
+            f"{result['seconds']['median']:.3g}",
+            f"{result['tokens_per_second']['median']:,.0f}",
+            f"{result['tokens_per_forward']:.2f}",
+            *(ranged(result[f"times_{name}"]) for name in ("llada", "ar")),
+            f"{result['peak_bytes'] / 1e6:,.0f}",
+            f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
+        )
+    return made
+
+
+def score_title(scores: dict) -> str:
+    """Over the scores' column: with the tokens that an answer may have, which timed calls have their own number of."""
+    room = sorted({scored["new_tokens"] for scored in scores.values() if "new_tokens" in scored})
+    return f"score ({', '.join(map(str, room))} new)" if room else "score"
+
+
+def ranged(values: dict | None) -> str:
+    """`median [low, high]`."""
+    return f"{values['median']:.2f} [{values['low']:.2f}, {values['high']:.2f}]" if values else ""
+
+
+def plot(found: dict, path: str | Path) -> None:
+    """Score against tokens per second, a point per decoder, at the first prompt length, number of tokens and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = found["results"][0]
+    cell = ("prompt_length", "new_tokens", "batch_size")
+    points = [item for item in found["results"] if all(item[name] == first[name] for name in cell)]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for item in points:
+        scored, speed = found["scores"][item["decoder"]], item["tokens_per_second"]
+        reach = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
+        axes.errorbar(
+            speed["median"], scored["value"], xerr=reach, yerr=scored["standard_error"], marker="o", capsize=2
+        )
+        axes.annotate(item["decoder"], (speed["median"], scored["value"]), textcoords="offset points", xytext=(5, 5))
+    axes.set(xscale="log", xlabel="new tokens per second", ylabel="exact match")
+    axes.set_title(
+        f"{first['new_tokens']} new tokens, batch {first['batch_size']}; bars: range of runs, standard error"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Parses arguments (or `--config file.yaml`), measures, prints, saves, and returns what was found."""
+    from trl import TrlParser
+
+    (args,) = TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv)
+    from nanollada.scripts.tracing.recorder import require_rich
+    from nanollada.trainers.models import hardware, versions
+
+    require_rich("the table of results")
+    found = benchmark(args)
+    from rich.console import Console
+
+    Console().print(table(found))
+    for item in found["slopes"]:
+        print(
+            "{decoder}, batch {batch_size}: seconds ~ tokens^{seconds:.2f}, FLOPs ~ tokens^{flops:.2f}".format(**item)
+        )
+    if args.output is not None:
+        facts = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "hardware": hardware()}
+        facts |= {"versions": versions(), "arguments": asdict(args), **found}
+        Path(args.output).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"results: {args.output}")
+        if found["scores"]:
+            plot(found, Path(args.output).with_suffix(".png"))
+            print(f"plot: {Path(args.output).with_suffix('.png')}")
+    return found

@@ -1,0 +1,416 @@
+"""Runs an evaluation suite: one protocol for AR and diffusion checkpoints, in Chinese and English.
+
+    python scripts/evaluate.py --suite scripts/suites/quickstart.yaml --suite_data runs/quickstart/corpus \\
+        --checkpoints runs/quickstart/ar_sft runs/quickstart/diffusion_sft --output runs/evaluation
+
+Every (model, task) leaves a result and a record of each row behind; a run that was killed goes on where it stopped.
+`suite.json`, `suite.md` and `suite.png` have it all, and each checkpoint's `evaluation.json` its own figures.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nanollada.scripts.evaluation.rows import Row, Task, read_suite, rows_of
+from nanollada.trainers.data.sources import DataError
+
+PROTOCOL = 2  # raised whenever the same arguments would give other numbers
+SCORED = ("text", "choice", "cloze", "pairs")
+DIFFUSION_KINDS = ("presets",)  # what AR models have no settings for
+# What of a checkpoint decides its numbers beside the weights.
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass
+class SuiteArguments:
+    """With `--suite`: which models are measured, by which tasks."""
+
+    suite: str = field(metadata={"help": "YAML or JSON file of tasks, as in scripts/suites."})
+    checkpoints: list[str] = field(metadata={"help": "Folders of the models, AR or diffusion."})
+    suite_data: str | None = field(
+        default=None, metadata={"help": "Folder of the data files that the suite names. Default: where you are."}
+    )
+    output: str = field(default="runs/evaluation", metadata={"help": "Folder of the results."})
+    names: list[str] | None = field(
+        default=None, metadata={"help": "What the models are called. Default: the names of their folders."}
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Only these tasks of the suite."})
+    limit: int | None = field(
+        default=None, metadata={"help": "At most so many rows of each task, evenly spread over its data."}
+    )
+    samples: int = field(default=128, metadata={"help": "Diffusion: Monte Carlo masks per scored text, even."})
+    seed: int = field(default=0, metadata={"help": "Of the masks, of puzzles, and of what is drawn."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per forward pass; changes rounding alone."})
+    judge: str | None = field(
+        default=None, metadata={"help": "Folder of a causal model: gives the drawn texts' perplexity."}
+    )
+    check_errors: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of the tasks: of so many answers of at most 12 tokens the bound by these samples against "
+            "its enumeration. Are the standard errors what they say?"
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the checkpoints."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+
+    def __post_init__(self):
+        for name in ("batch_size", "limit", "check_errors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.samples < 2 or self.samples % 2:
+            raise ValueError(f"`samples` must be a positive even number, got {self.samples}")
+        for name, folders in (("checkpoints", self.checkpoints), ("judge", [self.judge] if self.judge else [])):
+            for folder in folders:
+                if not (Path(folder) / "config.json").is_file():
+                    raise ValueError(f"`{name}` must be folders with a config.json, got {folder}")
+        if self.names is not None and len(self.names) != len(self.checkpoints):
+            raise ValueError(
+                f"`names` must hold a name per checkpoint, got {len(self.names)} for {len(self.checkpoints)}"
+            )
+        self.names = self.names or [Path(folder).resolve().name for folder in self.checkpoints]
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(
+                f"`names` must be given for checkpoints whose folders have one name, got {twice[0]!r} twice"
+            )
+        if bad := [name for name in self.names if "/" in name or name.startswith(".") or not name]:
+            raise ValueError(f"`names` must be names of folders, got {bad[0]!r}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task, its checked rows and the digest of its data."""
+
+    task: Task
+    rows: list[Row]
+    digest: str
+
+    @property
+    def source(self) -> str:
+        """What `data` says in a result."""
+        task = self.task
+        made = f"puzzle: {task.options['puzzle']}" if task.options.get("puzzle") else "no data"
+        return task.data if task.data is not None else made
+
+
+def plan(args: SuiteArguments) -> tuple[str, list[Planned]]:
+    """The suite's description, and its chosen tasks with all of their rows, before any model is loaded."""
+    description, tasks = read_suite(args.suite)
+    names = [task.name for task in tasks]
+    if unknown := [name for name in args.tasks or [] if name not in names]:
+        raise ValueError(f"`tasks` must be among {', '.join(names)}, got {unknown[0]!r}")
+    tasks = [task for task in tasks if args.tasks is None or task.name in args.tasks]
+    if args.limit is not None:
+        tasks = [replace(task, limit=min(task.limit or args.limit, args.limit)) for task in tasks]
+    return description, [Planned(task, *rows_of(task, args.suite_data, args.seed)) for task in tasks]
+
+
+# ---- models
+
+
+def digest_files(folder: str | Path) -> str:
+    """SHA-256 over the files that decide a model's numbers beside its weights."""
+    digest = hashlib.sha256()
+    for path in (Path(folder) / name for name in FILES):
+        digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+    return digest.hexdigest()
+
+
+def model_facts(name: str, folder: str) -> dict:
+    """What is known of a model without loading it; `kind` and `parameters` follow."""
+    from nanollada.hub_upload.card_results import model_digests
+
+    return {"name": name, "checkpoint": folder, **model_digests(folder)}
+
+
+def machine(device: str | None) -> dict:
+    """What the speed of a model depends on beside the model."""
+    import torch
+
+    from nanollada.trainers.models import hardware, versions
+
+    libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {"hardware": hardware(), "device": device, "versions": libraries}
+
+
+def check_evaluation(checkpoint: str) -> None:
+    """
+    Reads the `evaluation.json` that the results go to, if there is one.
+
+    Raises:
+        `ValueError`: if it can't be read, or holds no list of results.
+    """
+    from nanollada.scripts.evaluation.checkpoint import EVALUATION
+
+    path = Path(checkpoint) / EVALUATION
+    if not path.exists():
+        return
+    try:
+        results = json.loads(path.read_text("utf-8"))["results"]
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+            raise TypeError("`results` is no list of objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"must hold no {EVALUATION}, or one with `results`"
+        raise ValueError(f"`checkpoints` {rule}, got {path}: {error!r}") from error
+
+
+def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tuple:
+    """
+    A causal model, ours or another, and its tokenizer.
+
+    Raises:
+        `ValueError`: for a diffusion model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import nanollada.modeling_nanollada  # noqa: F401, registers the classes
+    from nanollada.scripts.decoding.writing import is_diffusion
+    from nanollada.trainers.models import load_model
+
+    model = load_model(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code)
+    if is_diffusion(model):
+        raise ValueError(f"`judge` must be a causal model, got {type(model).__name__} in {folder}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+# ---- one task of one model, once
+
+
+class Runner:
+    """
+    Runs what is not finished yet. A result counts as finished if its identity is the one that is asked for (weights,
+    files beside them, data, settings, seed, protocol; of speed the machine) and its records are whole.
+
+    Args:
+        args ([`SuiteArguments`]): The run.
+        planned (`list[Planned]`): Its tasks.
+    """
+
+    def __init__(self, args: SuiteArguments, planned: list[Planned]):
+        from nanollada.hub_upload.card_results import weights_digest
+
+        self.args, self.planned, self.judge = args, planned, None
+        self.folder = Path(args.output)
+        self.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.judge_digest = None
+        if args.judge is not None:
+            self.judge_digest = [weights_digest(args.judge), digest_files(args.judge)]
+
+    def run(self) -> tuple[list[dict], list[dict]]:
+        """The models' facts, and all results."""
+        models, results = [], []
+        for name, checkpoint in zip(self.args.names, self.args.checkpoints, strict=True):
+            facts, own = self.run_model(model_facts(name, checkpoint))
+            models.append(facts)
+            results += [{"model": name, **result} for result in own]
+        return models, results
+
+    def save(self, models: list[dict], results: list[dict]) -> None:
+        """Each model's own results, without those of groups, into its checkpoint's `evaluation.json`."""
+        from nanollada.scripts.evaluation.checkpoint import EVALUATION, save_evaluation
+
+        for facts in models:
+            own = [result for result in results if result["model"] == facts["name"] and "group" not in result]
+            kept = [{name: value for name, value in result.items() if name != "model"} for result in own]
+            run = {"command": self.command, "seed": self.args.seed}
+            digests = {digest: facts[digest] for digest in ("weights_sha256", "config_sha256")}
+            told = {"checkpoint": facts["checkpoint"], **digests, **run, "results": kept}
+            save_evaluation(told, Path(facts["checkpoint"]) / EVALUATION)
+
+    def run_model(self, facts: dict) -> tuple[dict, list[dict]]:
+        """Everything of one model, which is loaded only if something is left to do."""
+        loaded, results = None, []
+        files = digest_files(facts["checkpoint"])
+        kind, parameters = None, None
+        for item in self.planned:
+            identity = self.identity(item, facts["weights_sha256"], files)
+            found = self.finished(facts["name"], item.task, identity)
+            if found is None:
+                loaded = loaded or self.load(facts["checkpoint"])
+                found = self.measure(facts["name"], item, identity, loaded)
+            kind, parameters = found["kind"], found["parameters"]
+            results += found["results"]
+        return {**facts, "kind": kind, "parameters": parameters}, results
+
+    def load(self, checkpoint: str):
+        """A bench of the checkpoint, and of the judge, who is loaded once."""
+        from nanollada.scripts.decoding.writing import load_checkpoint
+        from nanollada.scripts.evaluation.tasks.scored import Bench
+
+        args = self.args
+        if args.judge is not None and self.judge is None:
+            self.judge = load_judge(args.judge, args.trust_remote_code, args.device)
+        model, tokenizer = load_checkpoint(checkpoint, args.trust_remote_code, args.device)
+        return Bench(model, tokenizer, args.samples, args.seed, args.batch_size, self.judge)
+
+    def identity(self, item: Planned, weights: str, files: str) -> dict:
+        """All that a result depends on. AR takes no samples, but is asked before that is known."""
+        task = item.task
+        identity = {"protocol": PROTOCOL, "weights_sha256": weights, "files_sha256": files, "seed": self.args.seed}
+        identity |= {"kind": task.kind, "language": task.language, "data_sha256": item.digest}
+        identity |= {"settings": task.settings(), "rows": len(item.rows)}
+        if task.kind in SCORED:
+            identity["samples"] = self.args.samples
+        if task.kind == "statistics":
+            identity["judge"] = self.judge_digest
+        if task.kind == "speed":
+            identity |= machine(self.args.device)
+        return json.loads(json.dumps(identity))  # as it will be read back
+
+    def paths(self, model: str, task: str) -> tuple[Path, Path]:
+        """Of a result and of its records."""
+        return self.folder / model / f"{task}.json", self.folder / model / f"{task}.jsonl"
+
+    def finished(self, model: str, task: Task, identity: dict) -> dict | None:
+        """An earlier result of the same identity, if its files are whole."""
+        path, records = self.paths(model, task.name)
+        try:
+            found = json.loads(path.read_bytes())
+            whole = hashlib.sha256(records.read_bytes()).hexdigest() == found["records_sha256"]
+            return found if whole and found["identity"] == identity else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # never finished, or not by this program
+            return None
+
+    def measure(self, model: str, item: Planned, identity: dict, bench) -> dict:
+        """Runs the task, and writes its records and then, as the sign that all is there, its result."""
+        from tqdm.auto import tqdm
+
+        from nanollada.scripts.evaluation.tasks.scored import Outcome
+
+        skipped = item.task.kind in DIFFUSION_KINDS and not bench.is_diffusion
+        with tqdm(total=_steps(item), desc=f"{model}: {item.task.name}", unit=" rows") as bar:
+            bench.progress = bar.update
+            try:
+                outcome = Outcome([], []) if skipped else RUN[item.task.kind](bench, item.task, item.rows)
+            except DataError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"task {item.task.name} of {model}: {error}") from error
+        path, records = self.paths(model, item.task.name)
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
+        write(records, text)
+        found = {
+            "identity": identity,
+            "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "kind": "diffusion" if bench.is_diffusion else "ar",
+            "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+            "results": [self.result(item, bench, outcome, figures) for figures in outcome.results],
+        }
+        write(path, _json(found))
+        return found
+
+    def result(self, item: Planned, bench, outcome, figures: dict) -> dict:
+        """One figure with all that it takes to read and to repeat it."""
+        task, figures = item.task, dict(figures)
+        settings = {**task.settings(), **outcome.settings}
+        settings |= {"generate": generate} if (generate := figures.pop("generate", None)) else {}
+        settings |= machine(self.args.device) if task.kind == "speed" else {}
+        if task.kind in SCORED:
+            settings["score"] = "upper bound of the NLL" if bench.is_diffusion else "exact NLL"
+            settings |= {"samples": self.args.samples} if bench.is_diffusion else {}
+        if task.kind == "statistics" and self.args.judge is not None:
+            settings["judge"] = Path(self.args.judge).name
+        facts = {"task": task.name, "kind": task.kind, "language": task.language, "metric": figures.pop("metric")}
+        facts |= {name: figures.pop(name) for name in ("value", "standard_error")}
+        facts |= {"bound": False, "unit": None, "chance": None, **figures}
+        facts |= {"data": item.source, "data_sha256": item.digest, "settings": settings}
+        return {**facts, "command": self.command, "seed": self.args.seed}
+
+
+def _steps(item: Planned) -> int | None:
+    """How many units of work a task announces; texts are packed first."""
+    rows, options = item.rows, item.task.options
+    return {
+        "text": None,
+        "choice": sum(len(row.values.get("choices", ())) for row in rows),
+        "pairs": 2 * len(rows),
+        "presets": len(rows) * len(options.get("presets", ())),
+    }.get(item.task.kind, len(rows))
+
+
+def _runner(module: str, name: str):
+    def run(*arguments):
+        import importlib
+
+        return getattr(importlib.import_module(f"nanollada.scripts.{module}"), name)(*arguments)
+
+    return run
+
+
+RUN = {kind: _runner("suite_tasks", f"run_{kind}") for kind in SCORED}
+RUN |= {kind: _runner("suite_generation", f"run_{kind}") for kind in ("generation", "presets", "statistics", "speed")}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a killed run leaves no half file under the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+# ---- the program
+
+
+def run_suite(args: SuiteArguments) -> dict:
+    """
+    Measures the models and writes `suite.json`, `suite.md`, `suite.png`, and then each checkpoint's `evaluation.json`.
+
+    Returns:
+        `dict`: what `suite.json` says: `protocol`, `command`, `seed`, `hardware`, `versions`, `models`, `results`.
+
+    Raises:
+        `ValueError`: for a suite, rows, models or an `evaluation.json` that cannot be used; `DataError` names file and
+            row.
+    """
+    from nanollada.scripts.evaluation.report import DEFINITIONS, draw, tables
+    from nanollada.trainers.models import hardware, versions
+
+    description, planned = plan(args)
+    runner = Runner(args, planned)
+    for checkpoint in args.checkpoints:
+        check_evaluation(checkpoint)
+    models, results = runner.run()
+    told = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
+    metrics = {result["metric"].partition("/")[0] for result in results}
+    told |= {"samples": args.samples, "definitions": {n: text for n, text in DEFINITIONS.items() if n in metrics}}
+    told["tasks"] = [
+        {**{"name": item.task.name, "kind": item.task.kind, "data": item.source, "data_sha256": item.digest},
+         "rows": len(item.rows), "language": item.task.language, "settings": item.task.settings()}
+        for item in planned
+    ]  # fmt: skip
+    found = {"protocol": told, "command": runner.command, "seed": args.seed, "hardware": hardware()}
+    found |= {"versions": versions(), "models": models, "results": results}
+    folder = Path(args.output)
+    write(folder / "suite.json", _json(found))
+    write(folder / "suite.md", tables(found))
+    draw(folder / "suite.png", found)
+    runner.save(models, results)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Parses arguments (or `--config file.yaml`), runs the suite or checks its errors, prints, and returns it all."""
+    from trl import TrlParser
+
+    (args,) = TrlParser((SuiteArguments,)).parse_args_and_config(argv, fail_with_unknown_args=True)
+    if args.check_errors is not None:
+        from nanollada.scripts.evaluation.errors import check_suite
+
+        return check_suite(args)
+    found = run_suite(args)
+    print(Path(args.output, "suite.md").read_text("utf-8"))
+    print(f"results: {args.output}")
+    return found

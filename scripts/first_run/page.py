@@ -1,0 +1,198 @@
+"""One HTML page of a quickstart run, and the table at its end. Everything on it is read from the run's files."""
+
+import io
+import json
+from pathlib import Path
+
+from nanollada.scripts.first_run.expected import DISTRUST, NAMES, doubts, figures
+
+COLUMNS = (
+    ("text", "text, bits/byte"),
+    ("sft", "answers, bits/byte"),
+    ("exact_match", "sudokus solved"),
+)
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #8886; vertical-align: top; }
+.scroll { overflow-x: auto; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.curves figure { margin: 0; background: #fff; border-radius: .5rem; padding: .5rem; color: #222; }
+.curves svg { width: 100%; height: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .9em; }
+small { opacity: .75; }
+.warning { border: 3px solid #c00; border-radius: .5rem; padding: .2rem 1rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p>Two language models with the same parameters, tokenizer and data: one writes from left to right (AR), one denoises
+(masked diffusion). AR scores are exact; diffusion scores are upper bounds, ± the error of their random masks.</p>
+{% if doubts %}<div class="warning" role="alert"><p><strong>{{ distrust }}</strong></p><ul>
+{% for doubt in doubts %}<li>{{ doubt }}</li>
+{% endfor %}</ul></div>
+{% endif %}<h2>Results</h2>
+<div class="scroll"><table>
+<tr><th>model</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}<th>size</th>
+<th>steps</th><th>time</th></tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<p><small>{{ notes }}</small></p>
+<h2>Loss</h2>
+<div class="curves">{% for name, svg in curves %}<figure><figcaption>{{ name }}</figcaption>{{ svg }}</figure>
+{% endfor %}</div>
+<h2>Denoising, step by step</h2>
+{{ trace }}
+<h2>The same prompts</h2>
+<div class="scroll"><table>
+<tr><th>prompt</th><th>model</th><th>text</th><th>seconds</th><th>tokens/s</th><th>tokens per forward</th></tr>
+{% for record in comparison %}<tr><td><pre>{{ record.shown }}</pre></td><td>{{ record.model }}</td>
+<td><pre>{{ record.text }}</pre></td><td>{{ "%.3f"|format(record.seconds) }}</td>
+<td>{{ "%.1f"|format(record.tokens_per_second) }}</td><td>{{ "%.2f"|format(record.tokens_per_forward) }}</td></tr>
+{% endfor %}</table></div>
+<p><small>Seconds are medians of {{ comparison[0].repeats }} runs of one row on this machine.</small></p>
+</body>
+</html>
+"""
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def shown_prompt(prompt) -> str:
+    """A prompt as text: a chat by its messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def result_cell(result: dict | None) -> str:
+    """A result with its error: an exact number has none from masks, a bound is marked as one."""
+    if result is None:
+        return "–"
+    if result["metric"] == "exact_match":
+        return f"{100 * result['value']:.1f} % ± {100 * result['standard_error']:.1f}"
+    if not result["bound"]:
+        return f"{result['bits_per_byte']:.3f}"
+    return f"≤ {result['bits_per_byte']:.3f} ± {result['standard_error']:.3f}"
+
+
+def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
+    """The table: a row per model with its results, size, steps and training time."""
+    rows, results = [], read_json(folder / "results.json")
+    for stage in stages:
+        run, found = read_json(folder / stage / "run.json"), figures(results[stage]["results"])
+        cells = [result_cell(found.get(key)) for key, _ in COLUMNS]
+        size = f"{run['parameters'] / 1e6:.2f}M"
+        rows.append([NAMES[stage], *cells, size, f"{run['steps']:,}", f"{run['seconds']:.0f} s"])
+    return rows
+
+
+def results_table(folder: Path, stages: list[str]):
+    """The same for the terminal, a rich table that fits into 80 columns: the models and their results."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title="± one standard error; ≤ marks an upper bound", box=SIMPLE)
+    for name in ("model", *(title for _, title in COLUMNS)):
+        table.add_column(name, no_wrap=True)
+    for row in result_rows(folder, stages):
+        table.add_row(*row[: 1 + len(COLUMNS)])
+    return table
+
+
+def loss_svg(folder: Path) -> str:
+    """The loss curve of a run as an inline SVG."""
+    from nanollada.trainers.callbacks import draw_loss, read_metrics
+
+    buffer = io.StringIO()
+    draw_loss(read_metrics(folder), buffer, format="svg")
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def record(checkpoint: Path, prompt, seed: int, **decoding):
+    """The denoising of one prompt, greedy and one token a step, as a [`~scripts.trace.TraceRecorder`]."""
+    from nanollada.scripts.decoding.writing import generate, load_checkpoint, prompt_ids
+    from nanollada.scripts.tracing.recorder import TraceRecorder
+
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    recorder = TraceRecorder(tokenizer)
+    generate(model, tokenizer, prompt_ids(tokenizer, prompt), seed=seed, recorder=recorder, **decoding)
+    return recorder
+
+
+def draw_denoising(trace, path: Path) -> None:
+    """
+    Draws a denoising: a line per step, a column per token of the answer, coloured by the step that decided it.
+
+    Args:
+        trace ([`~scripts.trace.TraceRecorder`]): After its `generate` call.
+        path (`Path`): A PNG file.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from nanollada.scripts.tracing.recorder import TokenPieces
+
+    pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
+    decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
+    figure = Figure(figsize=(0.42 * len(columns) + 0.8, 0.27 * len(trace.steps) + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
+    axes.axis("off")
+    palette = colormaps["viridis"].resampled(len(trace.steps) + 1)
+    for step, ids in enumerate(trace.rows()):
+        axes.text(-0.7, step, step, ha="center", va="center", color="grey", fontsize=8)
+        for place, column in enumerate(columns):
+            piece, undecided = pieces(ids)[column], ids[column] == trace.tokenizer.mask_token_id
+            text = "" if undecided else {"special": "end"}.get(piece.kind, piece.text)
+            colour = "0.92" if undecided else palette(decided_in[column])
+            box = {"boxstyle": "square,pad=0.25", "facecolor": colour, "edgecolor": "white"}
+            ink = "black" if not undecided and decided_in[column] > 0.6 * len(trace.steps) else "white"
+            axes.text(place, step, f"{text:^3}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
+    figure.savefig(path, dpi=110)
+
+
+def write_report(path: Path, folder: Path, stages: list[str], trace, title: str) -> None:
+    """
+    Writes the page.
+
+    Args:
+        path (`Path`): The page.
+        folder (`Path`): The run: a folder per stage, `settings.json`, `results.json` and `comparison.json`.
+        stages (`list[str]`): The stages to show.
+        trace ([`~scripts.trace.TraceRecorder`]): A denoising to show.
+        title (`str`): What was denoised.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from nanollada.scripts.tracing.recorder import trace_fragment
+
+    comparison = [
+        {**record, "shown": shown_prompt(record["prompt"])} for record in read_json(folder / "comparison.json")
+    ]
+    last = read_json(folder / stages[-1] / "run.json")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    text = page.render(
+        title="nanollada quickstart",
+        distrust=DISTRUST,
+        doubts=doubts(folder),
+        columns=[title for _, title in COLUMNS],
+        rows=result_rows(folder, stages),
+        notes=f"Seed {last['seed']}; {last['hardware']}; torch {last['versions']['torch']}, transformers "
+        f"{last['versions']['transformers']}. Each model's run.json and evaluation.json name the commands.",
+        curves=[(NAMES[stage], Markup(loss_svg(folder / stage))) for stage in stages],
+        trace=Markup(trace_fragment(trace, title, {"seed": last["seed"]})),
+        comparison=comparison,
+    )
+    path.write_text(text)

@@ -1,0 +1,343 @@
+"""A study's tables and plots. Everything in them is read from the files of its finished runs."""
+
+import json
+import math
+from pathlib import Path
+
+from nanollada.scripts.studies.runs import NOISE, VARIANTS, write_json
+
+REFERENCES = {"a": "ar", "d": "ar_mdlm"}  # what a part's models are compared with
+RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "epochs", "tokens_seen", "seconds")
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+# ---- numbers
+
+
+def ratio(chunks: list[list[float]]) -> float:
+    """Bits per byte of `[nats, variance, tokens, bytes]` parts."""
+    return sum(chunk[0] for chunk in chunks) / math.log(2) / max(sum(chunk[3] for chunk in chunks), 1)
+
+
+def ratio_error(chunks: list[list[float]], value: float) -> float | None:
+    """Standard error of a ratio Σ nats / Σ bytes over parts, in bits; of `value` in bits. `None` for a single part."""
+    count, size = len(chunks), max(sum(chunk[3] for chunk in chunks), 1)
+    if count < 2:
+        return None
+    residuals = [chunk[0] / math.log(2) - value * chunk[3] for chunk in chunks]
+    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals)) / size
+
+
+def mean_chunks(runs: list[list[list[float]]]) -> list[list[float]]:
+    """The same parts, averaged over seeds."""
+    return [[sum(values) / len(runs) for values in zip(*parts, strict=True)] for parts in zip(*runs, strict=True)]
+
+
+def seed_error(values: list[float]) -> float | None:
+    """Standard error of a mean over seeds; `None` for one seed."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def root_sum(*errors: float | None) -> float | None:
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in known)) if known else None
+
+
+def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> dict:
+    """
+    One figure over seeds: bits per byte of a model on a source, or how many more than a reference on the same texts.
+
+    Args:
+        runs (`dict[int, list]`): The parts of each seed.
+        reference (`dict[int, list]`, *optional*): The same of the reference; seeds that it lacks are left out.
+
+    Returns:
+        `dict`: `value`, `seeds`, and the errors: `sampling_error` over the texts (with the noise of the masks in it),
+            `mask_error` of the masks alone, `seed_error`, and `standard_error` of all.
+    """
+    if reference is not None:
+        common = sorted(set(runs) & set(reference))
+        pairs = [(runs[seed], reference[seed]) for seed in common]
+        runs = {
+            seed: [[a[0] - b[0], a[1] + b[1], *a[2:]] for a, b in zip(*pair, strict=True)]
+            for seed, pair in zip(common, pairs, strict=True)
+        }
+    chunks = mean_chunks(list(runs.values()))
+    value, size = ratio(chunks), max(sum(chunk[3] for chunk in chunks), 1)
+    errors = {
+        "sampling_error": ratio_error(chunks, value),
+        "mask_error": math.sqrt(sum(chunk[1] for chunk in chunks) / len(runs)) / math.log(2) / size,
+        "seed_error": seed_error([ratio(chunks) for chunks in runs.values()]),
+    }
+    total = root_sum(errors["sampling_error"], errors["seed_error"])
+    return {"value": value, "seeds": sorted(runs), **errors, "standard_error": total}
+
+
+def scored(folders: list[Path]) -> dict[tuple, dict[int, list]]:
+    """The parts of a variant's scores by (source, block length, own) and seed."""
+    found = {}
+    for folder in folders:
+        seed = read_json(folder / "run.json")["seed"]
+        for result in read_json(folder / "scores.json")["results"]:
+            key = (result["data"], result["block_length"], result["own"])
+            found.setdefault(key, {})[seed] = result["chunks"]
+    return found
+
+
+def score_rows(found: dict[str, list[Path]], reference: str | None) -> list[dict]:
+    """A row per model and block length: its figures on every source, and over the reference."""
+    rows = []
+    known = scored(found.get(reference, [])) if reference else {}
+    base = {source: runs for (source, _, own), runs in known.items() if own}
+    for name, folders in found.items():
+        scores = scored(folders)
+        for block, own in dict.fromkeys((block, own) for _, block, own in scores):
+            sources = {key[0]: runs for key, runs in scores.items() if key[1:] == (block, own)}
+            row = {"run": name, "title": VARIANTS[name].title, "block_length": block, "own": own}
+            row["bound"] = VARIANTS[name].kind == "diffusion" and block != 1
+            row["bits_per_byte"] = {source: summary(runs) for source, runs in sources.items()}
+            row["over_reference"] = {
+                source: summary(runs, base[source])
+                for source, runs in sources.items()
+                if name != reference and source in base and set(runs) & set(base[source])
+            }
+            rows.append(row)
+    return rows
+
+
+def run_facts(folders: list[Path]) -> list[dict]:
+    facts = []
+    for folder in folders:
+        run = read_json(folder / "run.json")
+        facts.append({"run": folder.name, **{name: run[name] for name in RUN_FACTS}})
+        if (folder / "scores.json").exists():
+            facts[-1]["scored_by"] = read_json(folder / "scores.json")["command"]
+    return facts
+
+
+def curves(found: dict[str, list[Path]]) -> list[dict]:
+    """Held-out bits per byte over epochs for each run of part c."""
+    from nanollada.trainers.callbacks import read_metrics
+
+    lines = []
+    for name, folders in found.items():
+        for folder in folders:
+            points = [line for line in read_metrics(folder) if "eval_bits_per_byte" in line]
+            seed, per_epoch = read_json(folder / "run.json")["seed"], epoch_steps(folder)
+            points = {line["step"]: line["eval_bits_per_byte"] for line in points}
+            lines.append(
+                {
+                    "run": name,
+                    "title": VARIANTS[name].title,
+                    "seed": seed,
+                    "epochs": [step / per_epoch for step in points],
+                    "bits_per_byte": list(points.values()),
+                }
+            )
+    return lines
+
+
+def epoch_steps(folder: Path) -> float:
+    run = read_json(folder / "run.json")
+    return run["steps"] / run["epochs"]
+
+
+def crossing(first: dict, second: dict) -> float | None:
+    """The first epoch, linearly between evaluations, from which the second curve is below the first; `None`: none."""
+    gaps = [
+        (epoch, a - second["bits_per_byte"][second["epochs"].index(epoch)])
+        for epoch, a in zip(first["epochs"], first["bits_per_byte"], strict=True)
+        if epoch in second["epochs"]
+    ]
+    for (before, low), (after, high) in zip(gaps, gaps[1:], strict=False):
+        if low <= 0 < high:
+            return before + (after - before) * -low / (high - low)
+    return None
+
+
+def verdicts(lines: list[dict]) -> list[dict]:
+    """Part c in figures: each AR curve's and the diffusion curve's best, and where they cross."""
+    found = []
+    for line in lines:
+        best = min(line["bits_per_byte"])
+        row = {"run": line["run"], "title": line["title"], "seed": line["seed"], "best": best}
+        row["best_epoch"] = line["epochs"][line["bits_per_byte"].index(best)]
+        row["last"], row["last_epoch"] = line["bits_per_byte"][-1], line["epochs"][-1]
+        rivals = [other for other in lines if other["run"] == "small_mdlm" and other["seed"] == line["seed"]]
+        if line["run"] != "small_mdlm" and rivals:
+            row["diffusion_below_from_epoch"] = crossing(line, rivals[0])
+            row["gap_of_bests"] = min(rivals[0]["bits_per_byte"]) - best
+        found.append(row)
+    return found
+
+
+# ---- tables
+
+
+def with_error(figure: dict | None, digits: int = 3, bound: bool = False) -> str:
+    if figure is None:
+        return "–"
+    error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.{digits}f}"
+    return f"{'≤ ' if bound else ''}{figure['value']:.{digits}f}{error}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def score_table(rows: list[dict], reference: str = "AR") -> str:
+    sources = list(rows[0]["bits_per_byte"])
+    header = ["model", "scored at block", *(f"{source}, bits/byte" for source in sources)]
+    header += [*(f"{source}, over {reference}" for source in sources), "seeds"]
+    cells = []
+    for row in rows:
+        block = {None: "–", 0: "row"}.get(row["block_length"], str(row["block_length"]))
+        figures = [with_error(row["bits_per_byte"].get(source), bound=row["bound"]) for source in sources]
+        over = [with_error(row["over_reference"].get(source)) for source in sources]
+        seeds = len(next(iter(row["bits_per_byte"].values()))["seeds"])
+        cells.append([row["title"], block, *figures, *over, str(seeds)])
+    return table(header, cells)
+
+
+def noise_table(measured: list[dict]) -> str:
+    header = ["model", "masks", "loss, nats/token", "s.d. of a step's loss", "variance of its gradient"]
+    cells = []
+    for found in measured:
+        for kind in ("exact", "bernoulli"):
+            part = found[kind]
+            mean = f"{part['mean']:.3f} ± {part['standard_error']:.3f}"
+            name = f"{VARIANTS[found['of']].title}, seed {found['seed']}"
+            cells.append([name, kind, mean, f"{part['standard_deviation']:.4f}", f"{part['gradient_variance']:.4f}"])
+    return table(header, cells)
+
+
+def curve_table(rows: list[dict]) -> str:
+    header = ["model", "seed", "best bits/byte", "at epoch", "last", "at epoch", "diffusion below from epoch"]
+    cells = []
+    for row in rows:
+        crossed = row.get("diffusion_below_from_epoch")
+        cell = f"{crossed:.1f}" if crossed is not None else "never" if "gap_of_bests" in row else "–"
+        numbers = [f"{row['best']:.3f}", f"{row['best_epoch']:.1f}", f"{row['last']:.3f}", f"{row['last_epoch']:.1f}"]
+        cells.append([row["title"], str(row["seed"]), *numbers, cell])
+    return table(header, cells)
+
+
+# ---- plots
+
+
+def figure_of(columns: int, width: float = 4.5, height: float = 3.6):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_scores(path: Path, rows: list[dict]) -> None:
+    """Bits per byte of every model at its own block length, a panel per source."""
+    rows = [row for row in rows if row["own"]]
+    sources = list(rows[0]["bits_per_byte"])
+    figure, panels = figure_of(len(sources), height=0.34 * len(rows) + 1.2)
+    for axes, source in zip(panels, sources, strict=True):
+        figures = [row["bits_per_byte"][source] for row in rows]
+        places = range(len(rows))
+        errors = [found["standard_error"] or 0 for found in figures]
+        axes.errorbar([found["value"] for found in figures], places, xerr=errors, fmt="o", capsize=3, markersize=4)
+        axes.set_yticks(places, [row["title"] for row in rows] if axes is panels[0] else [""] * len(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{source}: bits per byte (diffusion: upper bound)")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_noise(path: Path, measured: list[dict], rows: list[dict]) -> None:
+    """What the masks' noise is, and what it costs at equal steps."""
+    figure, (left, right) = figure_of(2, width=5)
+    places = range(len(measured))
+    for shift, kind in ((-0.2, "exact"), (0.2, "bernoulli")):
+        heights = [found[kind]["standard_deviation"] for found in measured]
+        left.bar([place + shift for place in places], heights, width=0.38, label=kind)
+    left.set_xticks(places, [f"block {found['block_length'] or 'row'}" for found in measured])
+    left.set_ylabel("s.d. of a step's loss, nats per token")
+    left.legend()
+    rows = [row for row in rows if row["own"]]
+    for source in rows[0]["bits_per_byte"] if rows else []:
+        figures = [row["bits_per_byte"][source] for row in rows]
+        errors = [found["seed_error"] or found["mask_error"] for found in figures]
+        right.errorbar([found["value"] for found in figures], range(len(rows)), xerr=errors, fmt="o", label=source)
+    right.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    right.set_xlabel("bits per byte after the same steps (± seeds)")
+    if rows:
+        right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(path: Path, lines: list[dict]) -> None:
+    """Held-out bits per byte over epochs."""
+    figure, (axes,) = figure_of(1, width=7)
+    names = list(dict.fromkeys(line["run"] for line in lines))
+    for line in lines:
+        colour, first = f"C{names.index(line['run'])}", line["seed"] == lines[0]["seed"]
+        label = line["title"] if first else None
+        axes.plot(line["epochs"], line["bits_per_byte"], "o-", color=colour, markersize=3, linewidth=1, label=label)
+    axes.set(xlabel="epochs over the small part", ylabel="bits per byte, held out (≤ for diffusion)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+# ---- a part
+
+
+def write_part(folder: Path, part: str, found: dict[str, list[Path]]) -> str:
+    """
+    Writes `<part>.json`, `<part>.md` and `<part>.png`.
+
+    Args:
+        folder (`Path`): The study.
+        part (`str`): "a", "b", "c" or "d".
+        found (`dict[str, list[Path]]`): The folders of the finished runs by name.
+
+    Returns:
+        `str`: the tables.
+    """
+    trained = {name: paths for name, paths in found.items() if name in VARIANTS}
+    facts = {"part": part, "settings": read_json(folder / "settings.json")}
+    facts["corpus"] = read_json(folder / "corpus" / "facts.json")
+    facts["runs"] = [fact for paths in trained.values() for fact in run_facts(paths)]
+    picture = folder / f"{part}.png"
+    if part == "c":
+        facts["curves"] = curves(trained)
+        facts["rows"] = verdicts(facts["curves"])
+        text = curve_table(facts["rows"])
+        draw_curves(picture, facts["curves"])
+    else:
+        reference = REFERENCES.get(part)
+        facts["rows"] = score_rows(trained, reference)
+        text = score_table(facts["rows"], VARIANTS[reference or "ar"].title) if facts["rows"] else ""
+        if part in REFERENCES:
+            draw_scores(picture, facts["rows"])
+        else:
+            facts["noise"] = [read_json(path / "noise.json") for name in NOISE for path in found.get(name, [])]
+            text += "\n" + noise_table(facts["noise"])
+            draw_noise(picture, facts["noise"], facts["rows"])
+    text += "\n" + commands(facts)
+    write_json(folder / f"{part}.json", facts)
+    (folder / f"{part}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def commands(facts: dict) -> str:
+    """The commands behind the tables, one a run."""
+    lines = [f"{fact['run']}: `{fact['command']}`" for fact in facts["runs"]]
+    return "\n".join(f"- {line}" for line in lines) + "\n"

@@ -1,0 +1,119 @@
+"""PEFT's ways with a model, on both of ours: which modules it adapts, saving and loading, merging, generating."""
+
+import pytest
+import torch
+from generation_models import EOS, PAD, SHAPE, VOCABULARY, seeded
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+
+from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.scripts.decoding.writing import is_diffusion
+from nanollada.trainers.scoring.likelihood import is_causal
+
+CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+RUN = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
+PROMPT = torch.randint(4, VOCABULARY, (2, 6), generator=seeded(0))
+
+
+def build(name, **overrides):
+    torch.manual_seed(1)
+    block_length = 4 if name == "block" else None
+    shape = {"vocab_size": VOCABULARY, "initializer_range": 0.6, **SHAPE, "block_length": block_length, **overrides}
+    return CLASSES[name](NanoLLaDAConfig(**shape)).eval()
+
+
+def adapted(model, **options):
+    """With an adapter that changes something."""
+    config = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", task_type=TaskType.CAUSAL_LM, **options)
+    wrapped = get_peft_model(model, config).eval()
+    for name, value in wrapped.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            torch.nn.init.normal_(value, generator=seeded(2))
+    return wrapped
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=PROMPT).logits
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_modules_that_peft_adapts(name):
+    """All linear layers are the projections, never the head; PEFT has no default for a model type of its own."""
+    wrapped = adapted(build(name))
+    found = {name.rpartition(".")[2] for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
+    assert found == PROJECTIONS
+    trained = {name for name, value in wrapped.named_parameters() if value.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(build(name), LoraConfig(r=2))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_loaded_merged(name, tmp_path):
+    wrapped = adapted(build(name))
+    expected, tokens = logits_of(wrapped), wrapped.generate(input_ids=PROMPT, **RUN)
+    assert not torch.allclose(expected, logits_of(build(name)))
+    assert not torch.equal(tokens, build(name).generate(PROMPT, **RUN))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert stored and all("lora_" in name for name in stored)
+    loaded = PeftModel.from_pretrained(build(name), tmp_path / "adapter").eval()
+    assert torch.equal(logits_of(loaded), expected)
+    assert torch.equal(loaded.generate(input_ids=PROMPT, **RUN), tokens)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is CLASSES[name]
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(merged.generate(PROMPT, **RUN), tokens)
+    merged.save_pretrained(tmp_path / "merged")
+    again = CLASSES[name].from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits_of(again), logits_of(merged))
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_an_adapter_finds_its_model(name, tmp_path):
+    """The adapter's folder names its checkpoint, which the Auto class loads as what it was."""
+    build(name).save_pretrained(tmp_path / "model")
+    wrapped = adapted(CLASSES[name].from_pretrained(tmp_path / "model").eval())
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert type(found.get_base_model()) is CLASSES[name]
+    assert torch.equal(logits_of(found), logits_of(wrapped))
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_disabled_and_switched(name):
+    plain, wrapped = logits_of(build(name)), adapted(build(name))
+    first = logits_of(wrapped)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits_of(wrapped), plain)
+    wrapped.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM))
+    wrapped.set_adapter("second")
+    torch.testing.assert_close(logits_of(wrapped), plain)  # a fresh adapter changes nothing
+    wrapped.set_adapter("default")
+    assert torch.equal(logits_of(wrapped), first)
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_adapter_learns(name, tied):
+    """Gradient checkpointing and a head that is trained whole go with it."""
+    modules = None if tied else ["lm_head"]
+    wrapped = adapted(build(name, tie_word_embeddings=tied), modules_to_save=modules).train()
+    wrapped.activation_checkpointing_enable()
+    wrapped.enable_input_require_grads()
+    before = {name: value.detach().clone() for name, value in wrapped.named_parameters()}
+    optimizer = torch.optim.SGD([value for value in wrapped.parameters() if value.requires_grad], lr=0.1)
+    wrapped(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in wrapped.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {name for name, value in wrapped.named_parameters() if value.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    assert tied or any("modules_to_save" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_an_adapters_model_is_scored_as_what_it_wraps(name):
+    wrapped = adapted(build(name))
+    assert is_causal(wrapped) is (name == "ar") and is_diffusion(wrapped) is (name != "ar")

@@ -1,0 +1,404 @@
+"""Tokenizer checks, and the way from a row's text to token ids: answer spans, truncation, EOS padding, packing."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any
+
+from nanollada.trainers.data.chats import render_chat, special_tokens
+from nanollada.trainers.data.sources import BadRow, Example, RowPolicy
+
+IGNORE = -100
+MASK_TOKEN = "<|mask|>"
+BATCH = 256
+
+
+def ensure_mask_token(tokenizer) -> int:
+    """
+    Gives a tokenizer the mask token `<|mask|>` if it has none; a second call changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place. The new token stands behind all others.
+
+    Returns:
+        `int`: How many tokens the vocabulary grew by (0 or 1): resize the model's embeddings if it is 1.
+    """
+    if tokenizer.mask_token is not None:
+        return 0
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})  # returns 1 for a token that is merely made special, too
+    return len(tokenizer) - size
+
+
+def check_tokenizer(config_or_model, tokenizer) -> None:
+    """
+    Compares a tokenizer with the model it is used with.
+
+    Args:
+        config_or_model (`PreTrainedConfig` or `PreTrainedModel`): With a model, its embedding is checked as well.
+        tokenizer (`PreTrainedTokenizerBase`): A missing chat template is no error here.
+
+    Raises:
+        ValueError: Naming every mismatch of vocabulary size and of the pad, eos and mask ids.
+    """
+    config = getattr(config_or_model, "config", config_or_model)
+    faults = []
+    name = "vocab_size" if getattr(config, "tokenizer_length", None) is None else "tokenizer_length"
+    if len(tokenizer) != getattr(config, name):
+        faults.append(f"`{name}` must be {len(tokenizer)} (the tokenizer's length), got {getattr(config, name)}")
+    if config is not config_or_model:
+        rows = config_or_model.get_input_embeddings().weight.shape[0]
+        if rows != config.vocab_size:
+            faults.append(f"the model's embedding must have {config.vocab_size} rows (`vocab_size`), got {rows}")
+    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
+        expected, got = getattr(tokenizer, name), getattr(config, name, None)
+        if expected is None:
+            faults.append(f"the tokenizer must have a `{name}`, got None")
+        elif expected != got:
+            faults.append(f"`{name}` must be {expected} (the tokenizer's), got {got}")
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    ):
+        faults.append(f"`mask_token_id` must differ from the pad and eos ids, got {tokenizer.mask_token_id}")
+    if faults:
+        raise ValueError("tokenizer and model do not fit: " + "; ".join(faults))
+
+
+def encode_spans(
+    tokenizer, text: str, spans: Sequence[tuple[int, int]], literal: Sequence[tuple[int, int]] | None = None
+) -> tuple[list[int], list[int]]:
+    """
+    Tokenizes a text up to the end of its last span, with the tokens inside the spans as targets.
+
+    The text before a span becomes the tokens that it becomes alone, as it will at generation: where a token would
+    cross the border, the text is tokenized in pieces.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+        text (`str`): The text.
+        spans (`Sequence[tuple[int, int]]`): (start, end) of characters, in order.
+        literal (`Sequence[tuple[int, int]]`, *optional*): Where control tokens that stand in the text are text, see
+            [`~trainers.chats.RenderedChat`]. By default everywhere: only what a chat template wrote is control.
+
+    Returns:
+        `tuple[list[int], list[int]]`: `input_ids`, and `labels` with −100 outside the spans.
+
+    Raises:
+        BadRow: For text that the vocabulary lacks, or that it turns into a control token.
+    """
+    literal = [(0, len(text))] if literal is None else literal
+    cuts = [cut for span in spans for cut in span]
+    whole, *prefixes = _range_ids(tokenizer, text, [(0, cut) for cut in reversed(cuts)], literal)
+    prefixes = [[], *reversed(prefixes), whole]
+    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
+        pieces = [whole[len(left) : len(right)] for left, right in pairwise(prefixes)]
+    else:
+        pieces = _range_ids(tokenizer, text, list(pairwise([0, *cuts])), literal)
+    input_ids = [token for piece in pieces for token in piece]
+    labels = [token if i % 2 else IGNORE for i, piece in enumerate(pieces) for token in piece]
+    return input_ids, labels
+
+
+def _range_ids(tokenizer, text: str, ranges: list[tuple[int, int]], literal) -> list[list[int]]:
+    """Token ids of text[start:end] for each of the ranges."""
+    parts = [_parts(text, start, end, literal) for start, end in ranges]
+    found = {}
+    for kind in (False, True):
+        texts = list(dict.fromkeys(piece for pieces in parts for piece, is_literal in pieces if is_literal is kind))
+        found[kind] = dict(zip(texts, _ids(tokenizer, texts, kind), strict=True)) if texts else {}
+    return [
+        [
+            token
+            for number, (piece, kind) in enumerate(pieces)
+            for token in (_inner_ids(tokenizer, piece, kind) if number else found[kind][piece])
+        ]
+        for pieces in parts
+    ]
+
+
+def _parts(text: str, start: int, end: int, literal) -> list[tuple[str, bool]]:
+    """(piece, whether it is literal) of text[start:end], at least one."""
+    parts, place = [], start
+    for left, right in literal:
+        left, right = max(left, start), min(right, end)
+        if left < right:
+            parts += [(text[place:left], False), (text[left:right], True)]
+            place = right
+    parts = [part for part in [*parts, (text[place:end], False)] if part[0]]
+    return parts or [("", False)]
+
+
+def _inner_ids(tokenizer, piece: str, literal: bool) -> list[int]:
+    """Of a piece that does not begin a text: without the space that some tokenizers put before a text's first word."""
+    try:
+        (newline,), (ids,) = (_ids(tokenizer, [text], literal) for text in ("\n", "\n" + piece))
+    except BadRow:  # a vocabulary without the newline
+        newline, ids = [], []
+    return ids[len(newline) :] if newline and ids[: len(newline)] == newline else _ids(tokenizer, [piece], literal)[0]
+
+
+def _ids(tokenizer, texts: list[str], literal: bool = True) -> list[list[int]]:
+    """Token ids of texts; special tokens that stand in them are text (`literal`) or themselves."""
+    try:
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            split_special_tokens=literal,
+        )["input_ids"]
+    except Exception as error:  # `tokenizers` raises the base class: a character that the vocabulary lacks
+        unknown = _unknown_characters(tokenizer, texts[0], literal)
+        raise BadRow("not in the vocabulary", unknown or str(error)) from error
+    if literal:
+        _refuse_control(tokenizer, encoded)
+    return encoded
+
+
+def _refuse_control(tokenizer, encoded: list[list[int]]) -> None:
+    control = special_tokens(tokenizer)
+    if tokenizer.unk_token_id not in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id):
+        control.pop(tokenizer.unk_token_id, None)  # what the vocabulary lacks is one in some foreign tokenizers
+    for ids in encoded:
+        if not control.keys().isdisjoint(ids):
+            token = next(control[index] for index in ids if index in control)
+            raise BadRow("control token", f"the tokenizer makes {token!r} of a text, which must be tokens of its own")
+
+
+def _unknown_characters(tokenizer, text: str, literal: bool) -> str:
+    for token in () if literal else tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    vocabulary = tokenizer.get_vocab()
+    return ", ".join(repr(character) for character in sorted(set(text)) if character not in vocabulary)
+
+
+@dataclass
+class RowEncoder:
+    """
+    Turns examples into token ids: documents for packing, or whole rows for SFT.
+
+    Control tokens that are written out in a document, a prompt, a completion or a message (`<|im_end|>`,
+    `<|endoftext|>`, `<|mask|>`) are text, spelt with ordinary tokens: they end nothing and begin no turn. The mask
+    token is in no row.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with pad and eos tokens.
+        max_length (`int`): Longest SFT row, in tokens.
+        assistant_turns (`str`): "all" or "last": which answers of a chat are targets.
+    """
+
+    tokenizer: Any
+    max_length: int
+    assistant_turns: str = "all"
+    special_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self):
+        self.special_ids = frozenset(special_tokens(self.tokenizer))
+
+    def encode(self, examples: Iterable[Example], policy: RowPolicy) -> Iterator[tuple[Example, dict[str, Any]]]:
+        """
+        Encodes examples in order; rows that cannot be used go to the policy.
+
+        Yields:
+            `tuple[Example, dict]`: The dict has `input_ids` (with the closing EOS) and `num_bytes`; for SFT also
+            `labels` and `truncated`.
+        """
+        examples = iter(examples)
+        while batch := list(islice(examples, BATCH)):
+            if batch[0].format == "pretrain":
+                documents = self._documents([example.text for example in batch])
+            else:
+                documents = [self._attempt(self._answer_row, example) for example in batch]
+            for example, document in zip(batch, documents, strict=True):
+                if not isinstance(document, BadRow):
+                    yield example, document
+                else:
+                    policy.reject(example.source, example.row, document)
+
+    def _attempt(self, function, example) -> dict[str, Any] | BadRow:
+        try:
+            return function(example)
+        except BadRow as error:
+            return error
+        except ValueError as error:
+            raise ValueError(f"{example.source}, row {example.row}: {error}") from error
+
+    def _documents(self, texts: list[str]) -> list[dict[str, Any] | BadRow]:
+        try:
+            encoded = _ids(self.tokenizer, texts)
+        except BadRow as error:
+            if len(texts) == 1:
+                return [error]
+            return [document for text in texts for document in self._documents([text])]
+        return [self._document(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _document(self, text: str, ids: list[int]) -> dict[str, Any] | BadRow:
+        if self._holds_mask(ids):
+            return self._mask_error
+        return {"input_ids": [*ids, self.tokenizer.eos_token_id], "num_bytes": len(text.encode())}
+
+    def _answer_row(self, example: Example) -> dict[str, Any]:
+        if example.messages is None:
+            text = example.prompt + example.completion
+            spans, literal = [(len(example.prompt), len(text))], None
+        else:
+            given = (example.num_context, self.assistant_turns, example.tools)
+            chat = render_chat(self.tokenizer, example.messages, *given)
+            text, spans, literal = chat.text, chat.spans, chat.literal
+        input_ids, labels = encode_spans(self.tokenizer, text, spans, literal)
+        if self._holds_mask(input_ids):
+            raise self._mask_error
+        markers = self.tokenizer.convert_ids_to_tokens([label for label in labels if label in self.special_ids])
+        num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
+        num_bytes -= sum(len(marker.encode()) for marker in markers)
+        if example.messages is None:
+            input_ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        if len(input_ids) > self.max_length:
+            return self._truncated(input_ids, labels)
+        return {"input_ids": input_ids, "labels": labels, "num_bytes": num_bytes, "truncated": False}
+
+    def _truncated(self, input_ids: list[int], labels: list[int]) -> dict[str, Any]:
+        """
+        Keeps what fits, from the left, up to the last target; no EOS stands where the answer was cut. It is cut behind
+        a whole character, so that the bytes that are counted are those of the tokens.
+        """
+        kept = [i for i, label in enumerate(labels[: self.max_length]) if label != IGNORE]
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        whole, text = self._text_of(labels), self._text_of([labels[i] for i in kept])
+        while kept and not whole.startswith(text):  # its last character lost bytes
+            text = self._text_of([labels[i] for i in kept[:-1]])
+            del kept[-1]
+        if not kept:
+            raise BadRow("no room for an answer", f"its prompt has {first} tokens, `max_length` is {self.max_length}")
+        end, num_bytes = kept[-1] + 1, len(text.encode())
+        return {"input_ids": input_ids[:end], "labels": labels[:end], "num_bytes": num_bytes, "truncated": True}
+
+    def _text_of(self, labels: list[int]) -> str:
+        ids = [label for label in labels if label != IGNORE]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _holds_mask(self, ids: list[int]) -> bool:
+        return self.tokenizer.mask_token_id is not None and self.tokenizer.mask_token_id in ids
+
+    @property
+    def _mask_error(self) -> BadRow:
+        return BadRow("mask token", f"the text contains {self.tokenizer.mask_token!r}")
+
+
+@dataclass(frozen=True)
+class EosPadding:
+    """
+    EOS tokens behind an answer, all of them targets, so that diffusion learns where to end. A row whose answer was
+    truncated gets none.
+
+    Args:
+        kind (`str`): "none"; "block": until the row's length is a multiple of `block_length`, at most `max_length`;
+            "max_length" (LLaDA, arXiv 2502.09992, §2.3; its pads reach to the longest row of the batch, but here a row
+            does not depend on its batch).
+        eos_token_id (`int`): The token.
+        max_length (`int`): Longest row, in tokens.
+        block_length (`int`, *optional*): For "block".
+
+    Raises:
+        ValueError: At an unknown kind, and if `block_length` is missing or useless.
+    """
+
+    kind: str
+    eos_token_id: int
+    max_length: int
+    block_length: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("none", "block", "max_length"):
+            raise ValueError(f"`eos_padding` must be 'none', 'block' or 'max_length', got {self.kind!r}")
+        wanted = self.kind == "block"
+        if wanted != (self.block_length is not None) or (wanted and self.block_length < 1):
+            raise ValueError(
+                "`block_length` must be given with `eos_padding='block'`, positive, and only then; "
+                f"got {self.block_length} with {self.kind!r}"
+            )
+
+    def tokens(self, length: int) -> list[int]:
+        """What follows a row of `length` tokens."""
+        if self.kind == "none":
+            return []
+        end = self.max_length
+        if self.kind == "block":
+            end = min(end, -(-length // self.block_length) * self.block_length)
+        return [self.eos_token_id] * (end - length)
+
+
+def answer_rows(documents: Iterable[dict[str, Any]], padding: EosPadding | None = None) -> Iterator[dict[str, Any]]:
+    """SFT rows, one per conversation, with the columns that packed rows have."""
+    for index, document in enumerate(documents):
+        length = len(document["input_ids"])
+        pads = [] if padding is None or document["truncated"] else padding.tokens(length)
+        length += len(pads)
+        yield {
+            "input_ids": document["input_ids"] + pads,
+            "labels": document["labels"] + pads,
+            "document_ids": [0] * length,
+            "position_ids": list(range(length)),
+            "num_bytes": document["num_bytes"],
+            "index": index,
+        }
+
+
+def pack_documents(
+    documents: Iterable[dict[str, Any]], max_length: int, context_token_id: int, keep_partial: bool = False
+) -> Iterator[dict[str, Any]]:
+    """
+    Packs documents into rows of `max_length` tokens; every token of a document is a target exactly once.
+
+    A row is made of segments, pieces of documents. A segment begins with one context token that is never a target:
+    `context_token_id` where a document begins, the row before's last token where a document continues. Thus AR, which
+    predicts the next token, and diffusion, which predicts the token itself, are scored on the same tokens. Each
+    segment has its own document id, and positions restart. A document's bytes are shared among its rows by tokens.
+    Where one place is left in a row, the next document's context token stands there alone, and again in the next row.
+
+    Args:
+        documents (`Iterable[dict]`): With `input_ids` (closing EOS included) and `num_bytes`.
+        max_length (`int`): Tokens of a row, at least 2.
+        context_token_id (`int`): The pad id, `<|endoftext|>`.
+        keep_partial (`bool`, *optional*, defaults to `False`): Yield the last row although it is not full. Otherwise
+            it is yielded with `index` −1, so that the caller can count its targets before it drops the row.
+    """
+    index, row = 0, _empty_row()
+    for document in documents:
+        tokens, start, context = document["input_ids"], 0, context_token_id
+        while start < len(tokens):
+            piece = tokens[start : start + max_length - len(row["input_ids"]) - 1]
+            _append_segment(row, context, piece)
+            start += len(piece)
+            context = piece[-1] if piece else context
+            row["num_bytes"] += share_of_bytes(document["num_bytes"], start - len(piece), start, len(tokens))
+            if len(row["input_ids"]) == max_length:
+                yield {**row, "index": index}
+                index, row = index + 1, _empty_row()
+    if count_targets(row):
+        yield {**row, "index": index if keep_partial else -1}
+
+
+def share_of_bytes(num_bytes: int, start: int, end: int, length: int) -> int:
+    """The bytes of a document's tokens [start, end) of `length`, as if all had as many. Parts add up."""
+    return num_bytes * end // length - num_bytes * start // length
+
+
+def _empty_row() -> dict[str, Any]:
+    return {"input_ids": [], "labels": [], "document_ids": [], "position_ids": [], "num_bytes": 0}
+
+
+def _append_segment(row: dict[str, Any], context: int, piece: list[int]) -> None:
+    document_id = row["document_ids"][-1] + 1 if row["document_ids"] else 0
+    row["input_ids"] += [context, *piece]
+    row["labels"] += [IGNORE, *piece]
+    row["document_ids"] += [document_id] * (1 + len(piece))
+    row["position_ids"] += range(1 + len(piece))
+
+
+def count_targets(row: dict[str, Any]) -> int:
+    """How many tokens of a row are targets."""
+    return len(row["labels"]) - row["labels"].count(IGNORE)
