@@ -1,7 +1,4 @@
-"""An AR and a diffusion checkpoint side by side on the same prompts: texts, times, tokens per forward pass.
-
-python scripts/compare.py --ar outputs/ar --diffusion outputs/diffusion --prompts "The module" "A class" --steps 8
-"""
+"""An AR and a diffusion checkpoint side by side on the same prompts: texts, times, tokens per forward pass."""
 
 import json
 import shlex
@@ -234,7 +231,3 @@ def main(argv: list[str] | None = None) -> list[dict]:
         Path(args.output).write_text(text, encoding="utf-8")
         print(f"results: {args.output}")
     return records
-
-
-if __name__ == "__main__":
-    main()

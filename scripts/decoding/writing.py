@@ -1,9 +1,4 @@
-"""Writes text with an AR or a diffusion checkpoint: continues a prompt, fills its gaps, or chats.
-
-python scripts/generate.py --checkpoint outputs/diffusion --prompt "The module" --watch
-python scripts/generate.py --checkpoint outputs/diffusion_sft   # chat; /reset, /quit
-python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The <|mask|> sat." --trace out.html
-"""
+"""Writes text with an AR or a diffusion checkpoint: continues a prompt, fills its gaps, or chats."""
 
 import contextlib
 import hashlib
@@ -490,7 +485,3 @@ def main(argv: list[str] | None = None) -> None:
     from trl import TrlParser
 
     run(*TrlParser((GenerateArguments, DecodingArguments)).parse_args_and_config(argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -340,13 +340,13 @@ def _runner(module: str, name: str):
     def run(*arguments):
         import importlib
 
-        return getattr(importlib.import_module(f"nanollada.scripts.{module}"), name)(*arguments)
+        return getattr(importlib.import_module(f"nanollada.scripts.evaluation.tasks.{module}"), name)(*arguments)
 
     return run
 
 
-RUN = {kind: _runner("suite_tasks", f"run_{kind}") for kind in SCORED}
-RUN |= {kind: _runner("suite_generation", f"run_{kind}") for kind in ("generation", "presets", "statistics", "speed")}
+RUN = {kind: _runner("scored", f"run_{kind}") for kind in SCORED}
+RUN |= {kind: _runner("written", f"run_{kind}") for kind in ("generation", "presets", "statistics", "speed")}
 
 
 def _json(value: Any) -> str:

@@ -1,14 +1,4 @@
-"""Evidence on your text: AR, masked and block diffusion with equal parameters, training tokens and tokenizer.
-
-    python scripts/study.py --data train.jsonl --eval_data english.jsonl chinese.jsonl --part a --seeds 1 2 3
-    python scripts/study.py --data train.jsonl --eval_data english.jsonl chinese.jsonl --part a b c --jobs 2
-    python scripts/study.py --data train.jsonl --eval_data english.jsonl --part a --size 32m --tokens 30000000
-
-Part a: objectives and block lengths, from scratch and from AR. Part b: exact-count against Bernoulli masks. Part c:
-many epochs on a small part of the text. Part d: what an AR start may keep for a while. Each run is a process of its
-own and is not done again; every other option goes to the trainers (`--learning_rate 1e-3`, `--bf16 false`). The
-output gets `<part>.json`, `.md` and `.png`.
-"""
+"""Evidence on your text: AR, masked and block diffusion with equal parameters, training tokens and tokenizer."""
 
 import json
 import os
@@ -19,7 +9,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-RECIPES = Path(os.path.relpath(Path(__file__).parent / "recipes"))  # as in the command of a run
+PROGRAM = Path(__file__).parents[1] / "study.py"
+RECIPES = Path(os.path.relpath(Path(__file__).parents[1] / "recipes"))  # as in the command of a run
 # The shape of a fresh model, and the step that suits it. The small one has two input and output tables, because the
 # input's third of the parameters costs no products, and few wide heads, which a CPU's attention is fastest with.
 SIZES = {
@@ -370,7 +361,7 @@ class Study:
         """A run in a process of its own, with its share of the cores; what it prints goes to `<name>-<seed>.log`."""
         threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, str(Path(__file__)), *self.arguments(), "--only", f"{name}-{seed}"]
+        command = [sys.executable, str(PROGRAM), *self.arguments(), "--only", f"{name}-{seed}"]
         with open(self.run_folder(name, seed).with_suffix(".log"), "w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -422,7 +413,3 @@ def main(argv: list[str] | None = None) -> None:
         return study.run()
     name, _, seed = args.only.rpartition("-")
     study.do(name, int(seed))
-
-
-if __name__ == "__main__":
-    main()

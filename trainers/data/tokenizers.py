@@ -1,7 +1,4 @@
-"""Trains a tokenizer: byte-level BPE, or one token per character.
-
-python scripts/train_tokenizer.py --data corpus.jsonl --output_dir outputs/tokenizer
-"""
+"""Trains a tokenizer: byte-level BPE, or one token per character."""
 
 import json
 import logging
@@ -202,7 +199,3 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = train_tokenizer(read_texts(args, args.max_rows), args.vocab_size, args.kind, show_progress=True)
     tokenizer.save_pretrained(args.output_dir)
     print(f"{args.kind} tokenizer with {len(tokenizer)} entries: {args.output_dir}")
-
-
-if __name__ == "__main__":
-    main()
