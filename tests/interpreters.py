@@ -24,17 +24,17 @@ CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")  # what must pass at both ends of its range
 CORE = (  # what must hold with every version: loading, decoding, training, publishing
     "test_core.py",
-    "test_versions.py::test_both_names_of_the_cache",
-    "test_versions.py::test_generate_makes_no_warning_of_its_own",
-    "test_modeling.py::test_same_logits_as_qwen3",
-    "test_remote_code.py::test_same_logits_without_nanollada",
-    "test_remote_code.py::test_generates_without_nanollada",
-    "test_remote_code.py::test_fine_tuned_remote_checkpoint_saves_and_loads_again",
-    "test_trainers.py::test_gradient_is_that_of_the_definition",
-    "test_trainers.py::test_accumulation_does_not_change_the_gradient",
-    "test_trainers.py::test_sft_rows_train_on_answers",
-    "test_peft.py::test_saved_loaded_merged",
-    "test_hub_upload.py::test_verify_loads_generates_and_compares",
+    "modeling_nanollada/test_versions.py::test_both_names_of_the_cache",
+    "modeling_nanollada/test_versions.py::test_generate_makes_no_warning_of_its_own",
+    "modeling_nanollada/test_modeling.py::test_same_logits_as_qwen3",
+    "modeling_nanollada/test_remote_code.py::test_same_logits_without_nanollada",
+    "modeling_nanollada/test_remote_code.py::test_generates_without_nanollada",
+    "modeling_nanollada/test_remote_code.py::test_fine_tuned_remote_checkpoint_saves_and_loads_again",
+    "trainers/test_trainers.py::test_gradient_is_that_of_the_definition",
+    "trainers/test_trainers.py::test_accumulation_does_not_change_the_gradient",
+    "trainers/test_trainers.py::test_sft_rows_train_on_answers",
+    "modeling_nanollada/test_peft.py::test_saved_loaded_merged",
+    "hub_upload/test_hub_upload.py::test_verify_loads_generates_and_compares",
 )
 TORCH = re.compile(r"(torch|triton|(nvidia|cuda)[-_].*)", re.IGNORECASE)
 TIMEOUT = 900  # seconds

@@ -1,5 +1,5 @@
 """transformers' own model tests on our classes, a test class per model and shape. Runs inside the package that
-`tests/test_transformers_suite.py` makes of transformers' source distribution."""
+`test_transformers_suite.py` makes of transformers' source distribution."""
 
 import copy
 import unittest
@@ -69,7 +69,7 @@ class Suite(ModelTesterMixin, TensorParallelTesterMixin):
     def setUp(self):
         if self._testMethodName in OWN_SKIPS:
             self.skipTest(OWN_SKIPS[self._testMethodName])
-        # Its tests write fields of other models (`batch_norm_eps`) into every config; tests/test_configuration.py has
+        # Its tests write fields of other models (`batch_norm_eps`) into every config; tests/configuration_nanollada/test_configuration.py has
         # what ours refuses.
         patched = mock.patch.object(NanoLLaDAConfig, "_check_names", classmethod(lambda cls, names: None))
         patched.start()

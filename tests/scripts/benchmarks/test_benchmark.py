@@ -174,7 +174,7 @@ def test_a_fresh_process_has_its_own_memory():
 
 
 def test_a_failure_in_a_process_is_told():
-    with pytest.raises(RuntimeError, match=r"(?s)benchmark:spread failed for .*empty"):
+    with pytest.raises(RuntimeError, match=r"(?s)machine:spread failed for .*empty"):
         benchmark.in_fresh_process("nanollada.scripts.benchmarks.machine:spread", values=[])
 
 

@@ -343,7 +343,7 @@ def test_errors_are_checked(folder, capsys):
 
 # ---- the suites that come with it
 
-SUITES = sorted((suite.Path(suite.__file__).parent / "suites").glob("*.yaml"))
+SUITES = sorted((suite.Path(suite.__file__).parents[1] / "suites").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.name)
