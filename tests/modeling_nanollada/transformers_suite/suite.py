@@ -69,8 +69,8 @@ class Suite(ModelTesterMixin, TensorParallelTesterMixin):
     def setUp(self):
         if self._testMethodName in OWN_SKIPS:
             self.skipTest(OWN_SKIPS[self._testMethodName])
-        # Its tests write fields of other models (`batch_norm_eps`) into every config; tests/configuration_nanollada/test_configuration.py has
-        # what ours refuses.
+        # Its tests write fields of other models (`batch_norm_eps`) into every config; what ours refuses is tested in
+        # tests/configuration_nanollada/test_configuration.py.
         patched = mock.patch.object(NanoLLaDAConfig, "_check_names", classmethod(lambda cls, names: None))
         patched.start()
         self.addCleanup(patched.stop)
