@@ -269,6 +269,7 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _auto_classes = ("AutoModel", "AutoModelForCausalLM")
+    is_diffusion = False  # asked by all who score or decode; passes through PEFT's wrappers and remote code
 
     def __init__(self, config: NanoLLaDAConfig):
         super().__init__(config)
@@ -378,6 +379,7 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
     generation_config_class = NanoLLaDAGenerationConfig
+    is_diffusion = True
 
     def __init__(self, config: NanoLLaDAConfig):
         super().__init__(config)

@@ -117,3 +117,8 @@ def test_only_the_adapter_learns(name, tied):
 def test_an_adapters_model_is_scored_as_what_it_wraps(name):
     wrapped = adapted(build(name))
     assert is_causal(wrapped) is (name == "ar") and is_diffusion(wrapped) is (name != "ar")
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_a_model_says_whether_it_denoises(name):
+    assert CLASSES[name].is_diffusion is adapted(build(name)).is_diffusion is (name == "diffusion")

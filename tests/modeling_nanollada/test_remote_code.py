@@ -59,7 +59,7 @@ for source, target in json.loads(sys.argv[2]).items():
             logits.append(model(input_ids=ids).logits)
     output = model.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
     facts = {"class": type(model).__name__, "module": type(model).__module__}
-    facts |= {"names": names, "output": output.tolist()}
+    facts |= {"names": names, "output": output.tolist(), "is_diffusion": model.is_diffusion}
     if target is not None:
         optimizer = torch.optim.SGD(model.train().parameters(), lr=1.0)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -167,6 +167,7 @@ def test_same_logits_without_nanollada(visits, checkpoints, name):
     facts = visits["first"][folder.name]
     assert facts["class"] == VARIANTS[name][0].__name__
     assert facts["module"].startswith("transformers_modules.")
+    assert facts["is_diffusion"] is name.startswith("diffusion")
     assert visits["first"]["leaked"] == visits["second"]["leaked"] == []
     logits, expected = visits["logits"][folder.name], local_logits(folder)
     assert len(logits) == len(facts["names"]) + 1 == (3 if name.startswith("ar") else 4)  # by Auto class, and tuned
