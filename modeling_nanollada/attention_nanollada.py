@@ -27,7 +27,6 @@ def create_attention_mask(
     position_ids: torch.LongTensor | None = None,
     cache: Cache | None = None,
     clean_half: bool = False,
-    visible_future: torch.BoolTensor | None = None,
 ):
     """
     The mask for transformers' attention interface, in the form that `config._attn_implementation` takes.
@@ -48,20 +47,15 @@ def create_attention_mask(
             (`query_length = 2 * length`; the other arguments describe one half). The mask is that of BD3-LM
             (2503.09573, §3.2) and LLaDA 2.0 (2512.15745, Eq. 2): noisy → noisy inside a block, noisy → clean to the
             blocks before, clean → clean block-causal, clean → noisy never.
-        visible_future (`torch.BoolTensor` of shape `(batch, length, length)`, *optional*): A query (second dimension)
-            sees, of the keys behind it, those alone (attention annealing, DiffuLLaMA, 2410.17891, §3.2).
 
     Returns:
         `torch.Tensor`, `BlockMask` or `None` (nothing is hidden, or the kernel does plain causal attention itself).
 
     Raises:
         `ValueError`: for documents or blocks with an attention implementation that can't express them (flash
-            attention), for documents together with a cache, and for `visible_future` with a causal model, blocks, a
-            cache, or a mask of four dimensions.
+            attention), and for documents together with a cache.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        if visible_future is not None:
-            raise ValueError("`visible_future` needs an `attention_mask` of two dimensions, got one of four")
         return attention_mask
     past_length = cache.get_seq_length() if cache is not None else 0
     rules = []
@@ -72,13 +66,6 @@ def create_attention_mask(
                 f"got {past_length} cached tokens"
             )
         rules.append(_same_document(document_ids))
-    if visible_future is not None:
-        if is_causal or block_length is not None or past_length:
-            raise ValueError(
-                "`visible_future` is for whole rows of a diffusion model without a cache, got "
-                f"`is_causal` {is_causal}, `block_length` {block_length} and {past_length} cached tokens"
-            )
-        rules.append(_some_future(visible_future))
     if not is_causal and block_length is not None:
         # A block without padding behind whole cached blocks sees every key.
         offset = past_length % block_length if past_length and attention_mask is None else block_length
@@ -135,15 +122,6 @@ def _key_positions(inputs_embeds, attention_mask, position_ids, past_length, cle
 
 def _causal(batch, head, query, key):
     return key <= query
-
-
-def _some_future(visible: torch.BoolTensor):
-    """Mask function: the key is no later one, or one of the visible."""
-
-    def rule(batch, head, query, key):
-        return (key <= query) | visible[batch, query, key]
-
-    return rule
 
 
 def _no_padding(attention_mask: torch.Tensor):

@@ -124,8 +124,6 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         block_length: int | None = None,
         clean_input_ids: torch.LongTensor | None = None,
-        embedding_noise: torch.FloatTensor | None = None,
-        visible_future: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> NanoLLaDAModelOutput:
@@ -147,10 +145,6 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
                 (BD3-LM, 2503.09573, §3.2): `input_ids` are the noisy ids, and every block of them is predicted from
                 itself and from the *clean* blocks before it. The hidden states are those of the noisy half. A block
                 that covers the row sees nothing clean, and the clean half is left out.
-            embedding_noise (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): Is added to the
-                embeddings of `input_ids`.
-            visible_future (`torch.BoolTensor` of shape `(batch, length, length)`, *optional*): For training: a query
-                (second dimension) sees, of the keys behind it, those alone. See `create_attention_mask`.
 
         Raises:
             `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given; for `is_causal`, which the
@@ -175,7 +169,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         if clean_input_ids is not None:
             self._check_clean_half(clean_input_ids, shape, cache, use_cache)
         clean_half = clean_input_ids is not None and block_length is not None and block_length < length
-        inputs_embeds = self._embed(input_ids, inputs_embeds, clean_input_ids if clean_half else None, embedding_noise)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, clean_input_ids if clean_half else None)
         cache, use_cache = self._cache_of(cache, use_cache)
         if position_ids is None:
             position_ids = self._default_positions(inputs_embeds[:, :length], attention_mask, cache)
@@ -190,7 +184,6 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             position_ids=position_ids,
             cache=cache,
             clean_half=clean_half,
-            visible_future=visible_future,
         )
         hidden_states = inputs_embeds
         position_ids = position_ids.repeat(1, 2) if clean_half else position_ids
@@ -213,17 +206,15 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
             last_hidden_state=self.norm(hidden_states[:, :length]), **{CACHE: cache if use_cache else None}
         )
 
-    def _embed(self, input_ids, inputs_embeds, clean_input_ids, noise):
+    def _embed(self, input_ids, inputs_embeds, clean_input_ids):
         """`[B, L, hidden]`, or `[B, 2L, hidden]` with a clean half. One look-up: FSDP's ranks must agree in number."""
         if inputs_embeds is None:
-            ids = input_ids if clean_input_ids is None else torch.cat((input_ids, clean_input_ids), dim=1)
-            inputs_embeds = self.embed_tokens(ids)
-        elif clean_input_ids is not None:
-            inputs_embeds = torch.cat((inputs_embeds, self.embed_tokens(clean_input_ids)), dim=1)
-        if noise is None:
+            return self.embed_tokens(
+                input_ids if clean_input_ids is None else torch.cat((input_ids, clean_input_ids), 1)
+            )
+        if clean_input_ids is None:
             return inputs_embeds
-        noise = noise.to(inputs_embeds.dtype)
-        return inputs_embeds + nn.functional.pad(noise, (0, 0, 0, inputs_embeds.shape[1] - noise.shape[1]))
+        return torch.cat((inputs_embeds, self.embed_tokens(clean_input_ids)), dim=1)
 
     def _cache_of(self, cache, use_cache):
         """The cache to read and write, and whether to return it."""

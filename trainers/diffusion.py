@@ -12,6 +12,7 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
+from nanollada.trainers.noise.adaptation import noisy_embeddings, partly_causal_mask
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
 from nanollada.trainers.noise.masking import (
     NOISE_SCHEDULES,
@@ -200,20 +201,20 @@ class DiffusionTrainer(NanoLLaDATrainer):
         context = {name: value.repeat(copies, 1) for name, value in context.items()}
         # 2. every block from itself and the clean ones before it; logits only where something is hidden
         context |= {"block_length": block_length, "clean_input_ids": clean if block_length else None}
-        context["embedding_noise"] = self.embedding_noise(noise, inputs, copies)
-        context["visible_future"] = self.visible_future(inputs, copies)
-        masked = noise.masked_indices
-        if not (self.args.confidence_weight or self.args.repetition_penalty_weight):
-            outputs = model(
-                noise.noisy_input_ids,
-                labels=clean.masked_fill(~masked, -100),
-                loss_weights=noise.weights,
-                num_items_in_batch=num_items_in_batch,
-                **context,
-            )
+        future, masked = self.visible_future(inputs, copies), noise.masked_indices
+        if future is not None:
+            given = (context.get("attention_mask"), context.pop("document_ids", None))
+            context["attention_mask"] = partly_causal_mask(future, self.model.config, self.model.dtype, *given)
+        only_bound = not (self.args.confidence_weight or self.args.repetition_penalty_weight)
+        weighted = {"loss_weights": noise.weights, "num_items_in_batch": num_items_in_batch}
+        weighted |= {"labels": clean.masked_fill(~masked, -100)}
+        with noisy_embeddings(self.model, self.embedding_noise(noise, inputs, copies)):
+            context |= weighted if only_bound else {"logits_to_keep": masked}
+            outputs = model(noise.noisy_input_ids, **context)
+        if only_bound:
             return outputs.loss, masked.sum()
         # 3. the losses that need logits
-        logits = model(noise.noisy_input_ids, logits_to_keep=masked, **context).logits  # [N, V]
+        logits = outputs.logits  # [N, V]
         loss = weighted_loss(logits, clean[masked], noise.weights[masked], num_items_in_batch)
         extra = self.additional_loss(logits, clean, masked, (inputs["labels"] != -100).sum(-1))
         return loss + extra / num_items_in_batch, masked.sum()

@@ -1,5 +1,7 @@
 """What an AR start may keep for a while: the shift of its labels, and attention that opens step by step."""
 
+import itertools
+
 import pytest
 import torch
 from test_trainers import SHAPE, assert_same_gradients, build_trainer, make_rows, one_step
@@ -7,6 +9,7 @@ from transformers import AutoModelForMaskedLM
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.modeling_nanollada.modeling_nanollada import predicted_from_before
+from nanollada.trainers.noise.adaptation import partly_causal_mask
 from nanollada.trainers.noise.masking import STREAM_ATTENTION, keyed_uniform
 from nanollada.trainers.scoring.likelihood import exact_nelbo
 
@@ -37,7 +40,8 @@ def test_shift_without_a_future_is_the_ar_model():
     shifted = build(NanoLLaDAForMaskedLM, label_shift=True)
     shifted.load_state_dict(causal.state_dict())
     ids, nothing = tokens(), torch.zeros(2, 7, 7, dtype=torch.bool)
-    found, expected = shifted(ids, visible_future=nothing).logits, causal(ids).logits
+    mask = partly_causal_mask(nothing, shifted.config, shifted.dtype)
+    found, expected = shifted(ids, attention_mask=mask).logits, causal(ids).logits
     torch.testing.assert_close(unmasked(found[:, 1:]), unmasked(expected[:, :-1]))
     torch.testing.assert_close(unmasked(found[:, 0]), unmasked(expected[:, 0]))  # nothing stands before it
 
@@ -83,37 +87,36 @@ def test_labels_are_not_shifted_twice():
 
 
 @torch.no_grad()
-def test_visible_future_is_the_mask_it_says():
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_visible_future_is_the_mask_it_says(implementation):
     model, ids = build(NanoLLaDAForMaskedLM), tokens()
-    torch.testing.assert_close(
-        model(ids, visible_future=torch.ones(2, 7, 7, dtype=torch.bool)).logits, model(ids).logits
-    )
+    model.set_attn_implementation(implementation)
+    all_visible = partly_causal_mask(torch.ones(2, 7, 7, dtype=torch.bool), model.config, model.dtype)
+    torch.testing.assert_close(model(ids, attention_mask=all_visible).logits, model(ids).logits)
     some = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(2)) < 0.4
-    explicit = (some | torch.ones(7, 7, dtype=torch.bool).tril())[:, None]  # [B, 1, Q, K]
-    found = model(ids, visible_future=some).logits
-    torch.testing.assert_close(found, model(ids, attention_mask=explicit).logits)
-    assert (found - model(ids).logits).abs()[..., 4:].max() > 1e-3
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
-    within = explicit & (documents[:, None, :, None] == documents[:, None, None])
-    packed = {"document_ids": documents, "position_ids": torch.arange(7)[None].expand(2, -1)}
-    torch.testing.assert_close(
-        model(ids, visible_future=some, **packed).logits,
-        model(ids, attention_mask=within, position_ids=packed["position_ids"]).logits,
-    )
+    padding = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    for options in ({}, {"document_ids": documents}, {"attention_mask": padding}):
+        expected = some | torch.ones(7, 7, dtype=torch.bool).tril()  # [B, Q, K]
+        for batch, query, key in itertools.product(range(2), range(7), range(7)):
+            if "document_ids" in options:
+                expected[batch, query, key] &= documents[batch, query] == documents[batch, key]
+            if "attention_mask" in options:  # padding sees itself, or its softmax would be of nothing
+                expected[batch, query, key] &= bool(padding[batch, key]) or query == key
+        mask = partly_causal_mask(some, model.config, model.dtype, **options)
+        assert torch.equal(mask[:, 0] if implementation == "sdpa" else mask[:, 0] == 0, expected)
+        assert (model(ids, attention_mask=mask).logits - model(ids).logits).abs()[..., 4:].max() > 1e-3
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="`attn_implementation` must be .* annealed, got 'flash_attention_2'"):
+        partly_causal_mask(some, model.config, model.dtype)
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="`label_shift` is for whole rows: `block_length` must be None, got 4"):
         NanoLLaDAConfig(label_shift=True, block_length=4)
-    ids, future = tokens(), torch.ones(2, 7, 7, dtype=torch.bool)
+    ids = tokens()
     with pytest.raises(ValueError, match="`config.label_shift` is for whole rows: .* got `block_length` 2"):
         build(NanoLLaDAForMaskedLM, label_shift=True)(ids, block_length=2)
-    with pytest.raises(ValueError, match="`visible_future` is for whole rows .* `block_length` 2"):
-        build(NanoLLaDAForMaskedLM)(ids, visible_future=future, block_length=2)
-    with pytest.raises(ValueError, match="`visible_future` is for whole rows .* `is_causal` True"):
-        build(NanoLLaDAForCausalLM)(ids, visible_future=future)
-    with pytest.raises(ValueError, match="`visible_future` needs an `attention_mask` of two dimensions, got one of"):
-        build(NanoLLaDAForMaskedLM)(ids, visible_future=future, attention_mask=future[:, None])
     shifted = build(NanoLLaDAForMaskedLM, label_shift=True)
     assert shifted(ids, past_key_values=None).logits.shape == (2, 7, 30)
     with pytest.raises(ValueError, match="`approximate_cache` is for models without `config.label_shift`, got 'dual'"):
@@ -181,14 +184,15 @@ def test_annealing_does_not_depend_on_the_batch(tmp_path):
     assert split_loss == pytest.approx(loss, rel=1e-6)
 
 
-def test_annealing_and_shift_reach_the_loss(tmp_path):
-    """A trainer's loss at step 0 is that of the model called with this attention; both options move it."""
+def test_what_an_ar_start_adds_reaches_the_loss(tmp_path):
+    """A trainer's loss at step 0 is that of the model called with this attention; each option moves it."""
     rows, losses = make_rows(), {}
     for name, settings in {
         "plain": {},
         "shift": {"label_shift": True},
         "annealed": {"attention_annealing_steps": 1000},
         "both": {"label_shift": True, "attention_annealing_steps": 1000},
+        "noise": {"mask_embedding_noise": 1.0, "mask_embedding_noise_steps": 9},
     }.items():
         model = build(NanoLLaDAForMaskedLM)
         trainer = build_trainer("diffusion", tmp_path, model=model, rows=rows, **settings)
@@ -196,7 +200,7 @@ def test_annealing_and_shift_reach_the_loss(tmp_path):
         model.train()
         trainer.state.max_steps = 1
         losses[name] = trainer.micro_batch_loss(model, inputs, torch.tensor(10))[0].item()
-    assert len({round(loss, 6) for loss in losses.values()}) == 4, losses
+    assert len({round(loss, 6) for loss in losses.values()}) == 5, losses
 
 
 def test_a_shifted_run_keeps_its_shift(tmp_path):

@@ -11,6 +11,7 @@ from nanollada.modeling_nanollada import (
     NanoLLaDAForMaskedLM,
     attention_nanollada,
 )
+from nanollada.trainers.noise.adaptation import noisy_embeddings
 
 LENGTH, MASK = 20, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -278,10 +279,12 @@ def test_embedding_noise_moves_the_noisy_half_alone():
     noise = torch.zeros(2, LENGTH, 32).double()
     inputs = {"clean_input_ids": CLEAN, "block_length": 4}
     plain = model(NOISY, **inputs).logits
-    assert torch.equal(model(NOISY, embedding_noise=noise, **inputs).logits, plain)
-    noise[:, 5] = 1.0
-    moved = (model(NOISY, embedding_noise=noise, **inputs).logits - plain)[..., 4:].abs().amax(-1) > 0
+    with noisy_embeddings(model, noise):
+        assert torch.equal(model(NOISY, **inputs).logits, plain)
+        noise[:, 5] = 1.0
+        moved = (model(NOISY, **inputs).logits - plain)[..., 4:].abs().amax(-1) > 0
     assert torch.equal(moved, (torch.arange(LENGTH) // 4 == 1).expand(2, -1))
+    assert torch.equal(model(NOISY, **inputs).logits, plain)  # and nothing stays behind
 
 
 @torch.no_grad()
