@@ -112,7 +112,7 @@ def rows_of(task: Task, base: str | None, seed: int) -> tuple[list[Row], str]:
     Raises:
         `DataError`: at a broken row. `ValueError`: for no data or no rows; and as `puzzles.make_rows`.
     """
-    from nanollada.scripts.puzzles import make_rows
+    from nanollada.trainers.puzzles.registry import make_rows
 
     if task.data is not None:
         return read_rows(task, base)
@@ -322,7 +322,7 @@ def _data_room(row: Row, task: Task) -> dict:
 
 def _puzzle(row: Row, task: Task) -> dict:
     """The columns that the verifier reads, checked."""
-    from nanollada.scripts.first_run.corpus import count_solutions
+    from nanollada.trainers.puzzles.sudoku import count_solutions
 
     verify, values = task.options["verify"], row.values
     if verify == "sudoku":

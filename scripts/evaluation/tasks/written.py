@@ -65,7 +65,7 @@ def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: 
 
 def verdict(task: Task, row: Row, answer: str) -> dict[str, float]:
     """What an answer is worth, by metric."""
-    from nanollada.scripts.puzzles import PUZZLES, solves
+    from nanollada.trainers.puzzles.registry import PUZZLES, solves
 
     verify, values = task.options["verify"], row.values
     if verify in PUZZLES:

@@ -1,13 +1,26 @@
 """Problems and their verifiers: every reference answer is right by independent means, and wrong ones are wrong."""
 
+import hashlib
 import itertools
 import json
+import runpy
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
-from nanollada.scripts.first_run.corpus import count_solutions, split_grids
-from nanollada.scripts.puzzles import PUZZLES, evaluated, main, make_rows, side_of, solves
+from nanollada.scripts.puzzles import main
+from nanollada.trainers.puzzles.countdown import evaluated
+from nanollada.trainers.puzzles.puzzle import side_of
+from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
+from nanollada.trainers.puzzles.sudoku import count_solutions, split_grids
+
+DIGESTS = {  # of 30 rows with seed 7, "test" and "train": rows that are published in figures
+    "arithmetic": ["5b55b3785cdf4ad3", "b3bbbd9836298c56"],
+    "countdown": ["d086bfb481167f98", "1b80b74a8d6cfc24"],
+    "sudoku": ["71c8c2a62cb4ba8d", "64bd41afe1286aee"],
+}
 
 
 @pytest.mark.parametrize("puzzle", PUZZLES)
@@ -137,3 +150,68 @@ def test_the_program_writes_training_rows(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 30 and all(side_of(row["messages"][0]["content"]) == "train" for row in rows)
     assert rows[0]["source"] == "countdown" and [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
+
+
+def test_the_rows_are_those_of_the_figures():
+    for puzzle, digests in DIGESTS.items():
+        rows = [make_rows(puzzle, 30, 7, side) for side in ("test", "train")]
+        assert [hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in rows] == digests, puzzle
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "row", "message"),
+    [
+        ("arithmetic", {"answer": "1.5"}, "`answer` must be a whole number, got '1.5'"),
+        ("countdown", {"numbers": [1, 2.0], "target": 3}, "`numbers` and `target` must be whole numbers, got"),
+        ("countdown", {"numbers": [1, 2]}, "`numbers` and `target` must be whole numbers, got .* and None"),
+        ("sudoku", {"puzzle": "1" * 16}, "`puzzle` must be 16 digits from 0 to 4 with one solution, got '1111"),
+        ("sudoku", {}, "`puzzle` must be 16 digits .*, got None"),
+    ],
+)
+def test_columns_of_a_verifier_are_checked(puzzle, row, message):
+    with pytest.raises(ValueError, match=message):
+        PUZZLES[puzzle].columns(row)
+
+
+REVERSAL = """
+from nanollada.trainers.puzzles.puzzle import Puzzle, whole
+
+
+def draw(rng, letters=4):
+    word = "".join(rng.choice("abcdef") for _ in range(letters))
+    return {"prompt": f"Reverse {word}", "answer": word[::-1], "word": word}
+
+
+PUZZLE = Puzzle(
+    name="reversal",
+    help="a word, to be written backwards",
+    draw=draw,
+    verify=lambda row, answer: answer == row["word"][::-1],
+    columns=lambda row: {"word": row["word"]},
+    options={"letters": whole(1, 9)},
+)
+"""
+
+
+def test_a_new_puzzle_is_a_file_and_an_entry(tmp_path, monkeypatch, capsys):
+    """The program offers it, with its help and options, and writes its rows."""
+    (tmp_path / "reversal.py").write_text(REVERSAL)
+    puzzle = runpy.run_path(str(tmp_path / "reversal.py"))["PUZZLE"]
+    monkeypatch.setitem(PUZZLES, "reversal", puzzle)
+    program = Path(sys.modules[main.__module__].__file__)
+    output = tmp_path / "rows.jsonl"
+    words = ["--puzzle", "reversal", "--rows", "20", "--options", '{"letters": 3}', "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [str(program), *words])
+    runpy.run_path(str(program), run_name="__main__")
+    chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
+    assert len(chats) == 20 and all(side_of(chat[0]["content"]) == "train" for chat in chats)
+    assert all(chat[0]["content"].split()[1][::-1] == chat[1]["content"] for chat in chats)
+    assert solves("reversal", {"word": "abc"}, " cba\n") and not solves("reversal", {"word": "abc"}, "abc")
+    monkeypatch.setattr(sys, "argv", [str(program), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(program), run_name="__main__")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reversal: a word, to be written backwards" in shown and "letters (a whole number from 1 to 9)" in shown
+    monkeypatch.setattr(sys, "argv", [str(program), *words[:5], '{"letters": 10}', *words[6:]])
+    with pytest.raises(ValueError, match="`letters` must be a whole number from 1 to 9, got 10"):
+        runpy.run_path(str(program), run_name="__main__")
