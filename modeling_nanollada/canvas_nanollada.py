@@ -55,22 +55,14 @@ class Canvas:
         first = self.blocks.masked_fill(~self.undecided, self.ids.shape[1]).amin(1, keepdim=True)
         return self.undecided & (self.blocks == first)
 
-    def commit(self, rows, columns, selected, tokens):
-        """Decides the positions `selected`, `[R, w]`, of `rows` in the slice `columns`; after one forward pass."""
-        committed = torch.zeros_like(self.undecided)
-        committed[rows, columns] = selected
-        self.ids.masked_scatter_(committed, tokens)
-        self.undecided &= ~committed
-        self.committed |= committed
+    def apply(self, rows, columns, decision):
+        """Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass."""
+        selected, reopened = decision.selected, decision.reopened
+        ids = self.ids[rows, columns].masked_fill(reopened, self.mask_token_id)
+        self.ids[rows, columns] = decision.tokens.where(selected | decision.replaced, ids)
+        self.undecided[rows, columns] = self.undecided[rows, columns] & ~selected | reopened
+        self.committed[rows, columns] = self.committed[rows, columns] & ~reopened | selected
         self.forwards[rows] += 1
-
-    def reopen(self, rows, columns, again):
-        """Masks the decided positions `again`, `[R, w]`, once more."""
-        reopened = torch.zeros_like(self.undecided)
-        reopened[rows, columns] = again
-        self.ids.masked_fill_(reopened, self.mask_token_id)
-        self.undecided |= reopened
-        self.committed &= ~reopened
 
     def end(self, rows):
         """No more work on these rows, a mask `[B]`."""

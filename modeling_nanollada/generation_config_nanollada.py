@@ -2,9 +2,11 @@
 
 import copy
 import difflib
-import math
 
 from transformers import GenerationConfig
+
+from .commit_nanollada import RULES, rule_of
+from .rules_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
 WORKING = (
@@ -37,73 +39,62 @@ _OFF = {
     **dict.fromkeys("use_mtp is_assistant token_healing low_memory".split(), False),
 }
 
-_OWN_FIELDS = (
-    "block_length steps remasking position_score threshold low_threshold kl_threshold factor entropy_bound "
-    "commit_schedule ramp_start ramp_end max_commits remdm remdm_eta cfg_scale eos_policy early_stop grow_length "
-    "approximate_cache"
-).split()
-_DEFAULTS = {
-    "remasking": "low_confidence",
-    "position_score": "max_prob",
-    "commit_schedule": "equal",
-    "ramp_start": 0.08,
-    "ramp_end": 0.5,
-    "remdm_eta": 0.02,
-    "cfg_scale": 0.0,
-    "eos_policy": "none",
-    "early_stop": True,
-    "grow_length": False,
-    "use_cache": True,
+# What this `generate` has beside transformers' fields.
+OWN_SETTINGS = {
+    "block_length": Setting(int, AT_LEAST_ONE, "Tokens per block, left to right. Default: the model's, or all."),
+    "steps": Setting(int, AT_LEAST_ONE, "Denoising steps per block. Default: one token per step."),
+    "remasking": Setting(
+        str, ("low_confidence", "random"), "Decide the surest places first, or random ones.", "low_confidence"
+    ),
+    "position_score": Setting(
+        str, ("max_prob", "margin", "entropy", "sampled_prob"), "What makes a place sure.", "max_prob"
+    ),
+    **{name: setting for rule in RULES.values() for name, setting in rule.settings.items()},
+    "commit_schedule": Setting(str, ("equal", "ratio", "ramp"), "How many tokens each step decides.", "equal"),
+    "ramp_start": Setting(float, SHARE, "First share of the ramp.", 0.08),
+    "ramp_end": Setting(float, SHARE, "Last share of the ramp.", 0.5),
+    "max_commits": Setting(int, AT_LEAST_ONE, "At most so many tokens a step."),
+    "cfg_scale": Setting(float, NOT_NEGATIVE, "Classifier-free guidance; 0: off.", 0.0),
+    "eos_policy": Setting(str, ("none", "last", "forbid"), "Whether ends of text are decided last, or never.", "none"),
+    "early_stop": Setting(bool, help="Stop at an end of text with nothing undecided before it.", default=True),
+    "grow_length": Setting(bool, help="No masks behind the block.", default=False),
+    "approximate_cache": Setting(
+        str, ("prefix", "dual"), "Freeze what surrounds a block (Fast-dLLM); changes results."
+    ),
 }
-_CHOICES = {
-    "remasking": ("low_confidence", "random"),
-    "position_score": ("max_prob", "margin", "entropy", "sampled_prob"),
-    "commit_schedule": ("equal", "ratio", "ramp"),
-    "remdm": ("cap", "rescale"),
-    "eos_policy": ("none", "last", "forbid"),
-    "approximate_cache": ("prefix", "dual"),
-    "cache_implementation": ("dynamic", "static"),
+# Of transformers' fields, what may be checked alone.
+_THEIRS = {
+    **dict.fromkeys(("max_new_tokens", "top_k"), Setting(int, NOT_NEGATIVE)),
+    **dict.fromkeys(("max_length", "num_return_sequences"), Setting(int, AT_LEAST_ONE)),
+    **dict.fromkeys(("temperature", "max_time"), Setting(float, NOT_NEGATIVE)),
+    **dict.fromkeys(("top_p", "top_h", "typical_p"), Setting(float, SHARE)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), Setting(float, BELOW_ONE)),
+    **dict.fromkeys("do_sample return_dict_in_generate renormalize_logits disable_compile".split(), Setting(bool)),
+    "min_p": Setting(float, PROBABILITY),
+    "repetition_penalty": Setting(float, POSITIVE),
+    "cache_implementation": Setting(str, ("dynamic", "static")),
+    "use_cache": Setting(bool, default=True),
 }
-_SWITCHES = (
-    *("early_stop", "do_sample", "grow_length", "use_cache"),
-    *("return_dict_in_generate", "renormalize_logits", "disable_compile"),
-)
-_INTEGERS = (
-    ("max_new_tokens", 0),
-    ("max_length", 1),
-    ("block_length", 1),
-    ("steps", 1),
-    ("top_k", 0),
-    ("max_commits", 1),
-    ("num_return_sequences", 1),
-)
+_CHECKED = {**_THEIRS, **OWN_SETTINGS}
+_DEFAULTS = {name: setting.default for name, setting in _CHECKED.items() if setting.default is not None}
 _TOKENS = {
     "pad_token_id": "an integer",
     "bos_token_id": "an integer",
     "eos_token_id": "an integer or a list of integers, not empty",
     "suppress_tokens": "a list of integers",
 }
-_LARGEST = 2**31  # no integer reaches it
-_NUMBERS = (
-    ("temperature", ">= 0", lambda x: 0 <= x < math.inf),
-    ("cfg_scale", ">= 0", lambda x: 0 <= x < math.inf),
-    ("repetition_penalty", "> 0", lambda x: 0 < x < math.inf),
-    ("top_p", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("min_p", "in [0, 1]", lambda x: 0 <= x <= 1),
-    ("top_h", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("typical_p", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("epsilon_cutoff", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("eta_cutoff", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("max_time", ">= 0", lambda x: 0 <= x < math.inf),
-    ("threshold", ">= 0", lambda x: 0 <= x < math.inf),
-    ("low_threshold", ">= 0", lambda x: 0 <= x < math.inf),
-    ("kl_threshold", "> 0", lambda x: 0 < x <= math.inf),
-    ("factor", "> 0", lambda x: 0 < x < math.inf),
-    ("entropy_bound", ">= 0", lambda x: 0 <= x < math.inf),
-    ("ramp_start", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("ramp_end", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("remdm_eta", "in [0, 1]", lambda x: 0 <= x <= 1),
-)
+_ALONE = [rule.switch for rule in RULES.values() if not rule.ranks]  # they decide without scores
+
+
+def _unset(settings, names) -> bool:
+    return all(getattr(settings, name) is None for name in names)
+
+
+def ticked(names, between: str = ", ") -> str:
+    """Names in backticks."""
+    return between.join(f"`{name}`" for name in names)
+
+
 # What only some decoding reads: the fields with the value that does nothing, what decides about them, what they need.
 _CONDITIONAL = (
     (
@@ -113,28 +104,32 @@ _CONDITIONAL = (
         lambda settings: settings.get_temperature() > 0,
     ),
     (
-        {"ramp_start": _DEFAULTS["ramp_start"], "ramp_end": _DEFAULTS["ramp_end"]},
+        {name: _DEFAULTS[name] for name in ("ramp_start", "ramp_end")},
         ("commit_schedule",),
         "needs the `commit_schedule` 'ramp'",
         lambda settings: settings.commit_schedule == "ramp",
     ),
-    (
-        {"remdm_eta": _DEFAULTS["remdm_eta"]},
-        ("remdm",),
-        "needs `remdm`",
-        lambda settings: settings.remdm is not None,
+    *(
+        (
+            {name: setting.default for name, setting in rule.settings.items() if name != rule.switch},
+            (rule.switch,),
+            f"needs `{rule.switch}`",
+            lambda settings, rule=rule: not _unset(settings, [rule.switch]),
+        )
+        for rule in RULES.values()
+        if rule.switch
     ),
     (
-        {"position_score": "max_prob"},
-        ("remasking", "remdm"),
-        "needs the `remasking` 'low_confidence' and no `remdm`",
-        lambda settings: settings.remdm is None and settings.remasking != "random",
+        {"position_score": _DEFAULTS["position_score"]},
+        ("remasking", *_ALONE),
+        f"needs the `remasking` 'low_confidence' and no {ticked(_ALONE, ' or ')}",
+        lambda settings: _unset(settings, _ALONE) and settings.remasking != "random",
     ),
     (
-        {"remasking": "low_confidence"},
-        ("remdm",),
-        "needs decoding without `remdm`",
-        lambda settings: settings.remdm is None,
+        {"remasking": _DEFAULTS["remasking"]},
+        tuple(_ALONE),
+        f"needs decoding without {ticked(_ALONE, ' or ')}",
+        lambda settings: _unset(settings, _ALONE),
     ),
 )
 
@@ -167,26 +162,12 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             probability of the drawn token, LLaDA's rule, which at temperatures above 0 distorts the samples towards
             likely tokens. Scores come from the distribution before temperature, `top_k` and `top_p` (and after all
             else), as in LLaDA. Ties go to the leftmost position.
-        threshold (`float`, *optional*): Commit every position whose score exceeds it, and never fewer than the quota
-            of `steps` (Fast-dLLM; LLaDA 2.0). Needs a score that is a probability.
-        low_threshold (`float`, *optional*): Beside `threshold`, also the best position of every run of neighbouring
-            masks, if above this (hierarchical decoding of dInfer).
-        kl_threshold (`float`, *optional*): Of the positions above `threshold`, only those whose distribution moved by
-            less than this since the step before: KL in nats (KLASS, with a history of one step).
-        factor (`float`, *optional*): Commit the n best positions for the largest n with (n + 1)(1 − c₍ₙ₎) < `factor`,
-            c₍ₙ₎ the score of the n-th (Fast-dLLM).
-        entropy_bound (`float`, *optional*): Commit the largest set of lowest entropies with Σ H − max H ≤ this, in
-            nats (EB-Sampler).
         commit_schedule (`str`, *optional*, defaults to `"equal"`): How many tokens a step commits at least (with the
-            rules above) or exactly (without): `"equal"` shares of `steps`; `"ratio"`: of n masks round(n·s/t) stay
-            masked; `"ramp"`: a growing share of the open masks, and with the rules above the most that they may take.
+            rules below) or exactly (without): `"equal"` shares of `steps`; `"ratio"`: of n masks round(n·s/t) stay
+            masked; `"ramp"`: a growing share of the open masks, and with the rules below the most that they may take.
         ramp_start (`float`, *optional*, defaults to 0.08), ramp_end (`float`, *optional*, defaults to 0.5): The ramp's
             share for a block without and with nearly all positions decided.
         max_commits (`int`, *optional*): Never more tokens per step and row; a block takes as many steps as it needs.
-        remdm (`str`, *optional*): ReMDM: each of a block's `steps`, which may be more than its masks, masks decided
-            tokens again with probability σ and decides masked ones at random. `"cap"`: σ = min(`remdm_eta`, σ_max);
-            `"rescale"`: `remdm_eta`·σ_max. It has no `remasking` and no `position_score`.
-        remdm_eta (`float`, *optional*, defaults to 0.02): See `remdm`.
         cfg_scale (`float`, *optional*, defaults to 0.0): Classifier-free guidance w: logits become
             z_u + (w + 1)(z_c − z_u), with z_u from a row whose prompt is masked. 0 is off. Masks inside the prompt are
             no part of it: once filled, z_u sees them as it sees new tokens.
@@ -212,13 +193,13 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
-        known = {*vars(GenerationConfig()), *_OWN_FIELDS}
+        known = {*vars(GenerationConfig()), *OWN_SETTINGS}
         for name, value in kwargs.items():
             fine = name in known or name.startswith("_") or value is None
             require(fine, f"`{name}` is no setting of the diffusion `generate`{near_miss(name, known)}, got {value!r}")
-        for name in _OWN_FIELDS:
+        for name in OWN_SETTINGS:
             setattr(self, name, kwargs.get(name))
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in _OWN_FIELDS})
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in OWN_SETTINGS})
         refuse_idle(self, {name: value for name, value in kwargs.items() if value is not None}, by_word=True)
 
     @classmethod
@@ -277,22 +258,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
     def _validate_values(self) -> None:
         """Each setting for itself."""
-        for name, low in _INTEGERS:
-            value = getattr(self, name)
-            good = value is None or (is_integer(value) and low <= value)
-            require(good, f"`{name}` must be an integer >= {low}, got {value!r}")
-            require(value is None or value < _LARGEST, f"`{name}` must be below {_LARGEST}, got {value!r}")
-        for name, rule, test in _NUMBERS:
-            value = getattr(self, name)
-            good = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and test(value))
-            require(good, f"`{name}` must be a number {rule}, got {value!r}")
-        for name in _SWITCHES:
-            value = getattr(self, name)
-            require(value is None or isinstance(value, bool), f"`{name}` must be one of (True, False), got {value!r}")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            good = value is None or (isinstance(value, str) and value in choices)
-            require(good, f"`{name}` must be one of {choices}, got {value!r}")
+        for name, setting in _CHECKED.items():
+            refusal = setting.refusal(name, getattr(self, name))
+            require(not refusal, refusal)
         for name, kind in _TOKENS.items():
             value = getattr(self, name)
             several = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
@@ -316,49 +284,50 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         message = f"`suppress_tokens` must leave a token of {vocab_size} to predict, got {len(never)} that may not be"
         require(len(never) < vocab_size, message)
 
-    def commit_rule(self) -> str:
-        """What the settings mean: "quota", "threshold", "hierarchical", "klass", "factor" or "entropy_bound"."""
-        if self.factor is not None:
-            return "factor"
-        if self.entropy_bound is not None:
-            return "entropy_bound"
-        if self.threshold is None:
-            return "quota"
-        if self.low_threshold is not None:
-            return "hierarchical"
-        return "threshold" if self.kl_threshold is None else "klass"
-
     def _validate_rule(self) -> None:
         """One commit rule at a time, with all that it needs."""
-        named = [name for name in ("threshold", "factor", "entropy_bound", "remdm") if getattr(self, name) is not None]
-        require(len(named) < 2, f"Only one of `threshold`, `factor`, `entropy_bound`, `remdm` may be set, got {named}")
-        for name in ("low_threshold", "kl_threshold"):
-            alone = getattr(self, name) is not None and self.threshold is None
-            require(not alone, f"`{name}` refines `threshold`, which must be set, got None")
-        both = self.low_threshold is not None and self.kl_threshold is not None
-        message = f"may be set, got {self.low_threshold} and {self.kl_threshold}"
-        require(not both, f"Only one of `low_threshold` and `kl_threshold` {message}")
-        if self.low_threshold is not None:
-            message = f"`low_threshold` must not exceed `threshold`, got {self.low_threshold} and {self.threshold}"
-            require(self.low_threshold <= self.threshold, message)
+        switched = [rule for rule in RULES.values() if rule.switch]
+        bases = [rule.switch for rule in switched if rule.refines is None]
+        named = [name for name in bases if not _unset(self, [name])]
+        require(len(named) < 2, f"Only one of {ticked(bases)} may be set, got {named}")
+        refining = [rule for rule in switched if rule.refines and not _unset(self, [rule.switch])]
+        for rule in refining:
+            base = RULES[rule.refines].switch
+            require(not _unset(self, [base]), f"`{rule.switch}` refines `{base}`, which must be set, got None")
+        names = [rule.switch for rule in refining]
+        values = " and ".join(str(getattr(self, name)) for name in names)
+        require(len(names) < 2, f"Only one of {ticked(names, ' and ')} may be set, got {values}")
+        rule = rule_of(self)
+        require(not rule.check(self), rule.check(self))
         probability = self.remasking != "random" and self.position_score != "entropy"
-        if self.threshold is not None or self.factor is not None:
-            message = "`threshold` and `factor` need probabilities: `remasking` must not be 'random', nor"
-            found = f"got {self.remasking!r} and {self.position_score!r}"
-            require(probability, f"{message} `position_score` 'entropy', {found}")
+        needing = [rule.switch for rule in switched if rule.needs_probability]
+        message = f"{ticked(needing, ' and ')} need probabilities: `remasking` must not be 'random', nor"
+        found = f"`position_score` 'entropy', got {self.remasking!r} and {self.position_score!r}"
+        require(probability or _unset(self, needing), f"{message} {found}")
+        alone = f"`{rule.switch}` decides itself what a step commits:"
         scheduled = self.commit_schedule not in (None, "equal") or self.max_commits is not None
-        message = "`remdm` decides itself what a step commits: `commit_schedule` and `max_commits` must be unset, got "
-        require(self.remdm is None or not scheduled, f"{message}{self.commit_schedule!r} and {self.max_commits}")
-        late = self.remdm is not None and self.eos_policy == "last"
-        require(not late, "`remdm` decides itself what a step commits: `eos_policy` must not be 'last', got 'last'")
+        message = f"`commit_schedule` and `max_commits` must be unset, got {self.commit_schedule!r} and"
+        require(rule.ranks or not scheduled, f"{alone} {message} {self.max_commits}")
+        late = not rule.ranks and self.eos_policy == "last"
+        require(not late, f"{alone} `eos_policy` must not be 'last', got 'last'")
         ramp = self.commit_schedule == "ramp" and self.steps is not None
         require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
+
+
+_RULES = "".join(
+    f"        {name} (`{part.type.__name__}`, *optional*): {part.help} A step commits {rule.help}: {rule.source}.\n"
+    for rule in RULES.values()
+    for name, part in rule.settings.items()
+)
+NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace(
+    "\n    Raises:", f"{_RULES}\n    Raises:", 1
+)
 
 
 def refuse_unused(settings: dict) -> None:
     """Fields of transformers that diffusion has no use for, and unknown ones, must be unset (or at their default)."""
     off = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params(), **_OFF}
-    known = {*WORKING, *HARMLESS, *_OWN_FIELDS}
+    known = {*WORKING, *HARMLESS, *OWN_SETTINGS}
     for name, value in settings.items():
         if name not in known and not name.startswith("_") and not is_same(value, off.get(name)):
             refuse(name, value, "is not supported by" if name in UNSUPPORTED else "is not known to")

@@ -7,7 +7,6 @@ so that with one token per step and temperature 1 an exact denoiser gives exact 
 """
 
 import copy
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as processors
 
 from .canvas_nanollada import Canvas, check_prompt
+from .denoising_nanollada import Denoiser
 from .generation_config_nanollada import (
     UNSUPPORTED,
     NanoLLaDAGenerationConfig,
@@ -26,7 +26,7 @@ from .generation_config_nanollada import (
     set_by_the_call,
 )
 from .prediction_nanollada import predictor
-from .sampling_nanollada import SHAPERS, WARPERS, Sampler, Step
+from .sampling_nanollada import SHAPERS, WARPERS, Sampler
 from .versions_nanollada import SPELLINGS, read_under_both_names
 
 
@@ -160,66 +160,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         canvas = Canvas(input_ids.to(self.device), kwargs.get("attention_mask"), generation_config, self.config)
         generator = kwargs.get("generator")  # the other kwargs prepare autoregressive decoding
         sampler = Sampler(generation_config, logits_processor, eos_ids, self.config.mask_token_id, generator)
-        reader = predictor(self, canvas, generation_config)
-        while canvas.undecided.any():
-            self._denoise_block(canvas, canvas.next_block(), sampler, reader, generation_config, streamer)
-            canvas.stop_by(stopping_criteria)
-            if streamer is not None and (finished := canvas.take_finished_columns()).numel():
-                streamer.put(finished.cpu())
-        if streamer is not None:
-            streamer.end()
+        Denoiser(canvas, predictor(self, canvas, generation_config), sampler, stopping_criteria, streamer).run()
         sequences = canvas.output().to(input_ids.device)
         if not generation_config.return_dict_in_generate:
             return sequences
         return NanoLLaDAGenerationOutput(sequences=sequences, tokens_per_forward=canvas.tokens_per_forward())
-
-    def _denoise_block(self, canvas, block, sampler, reader, settings, streamer):
-        """Decodes the positions `block`, `[B, W]`, of all rows; each row has its own masks, steps and quota."""
-        masked = block.sum(1)  # [B]
-        steps = masked if settings.steps is None else masked.clamp(max=settings.steps)
-        if settings.remdm is not None and settings.steps is not None:
-            steps = torch.full_like(masked, settings.steps)  # more steps than masks have a use
-        begin, end = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
-        columns = slice(begin, end + 1)
-        reader.start_block(block, columns)
-        sampler.start_block(len(block), end + 1 - begin)
-        for index in itertools.count():
-            at_work = (block & canvas.undecided).any(1)
-            if settings.remdm is not None:  # goes on with nothing masked, for some of it will be masked again
-                at_work = block.any(1) & ~canvas.ended & (index < steps)
-            rows = at_work.nonzero()[:, 0]  # [R]
-            if len(rows) == 0:
-                break
-            active = block & canvas.undecided  # [B, W]
-            step = Step(rows, masked[rows], steps[rows], index)
-            logits = self._denoise(canvas, block, active, columns, sampler, reader, step)
-            if settings.remdm is None:
-                canvas.stop_at_eos(sampler.eos_ids, settings.early_stop)
-            if hasattr(streamer, "put_confidence"):
-                confidence = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
-                confidence[active] = logits.softmax(-1, dtype=torch.double).amax(-1)
-                streamer.put_confidence(confidence[:, canvas.put : canvas.length].cpu())
-            if hasattr(streamer, "put_draft"):
-                streamer.put_draft(canvas.ids[:, canvas.put : canvas.length].cpu())
-        canvas.stop_at_eos(sampler.eos_ids, settings.early_stop)
-
-    def _denoise(self, canvas, block, active, columns, sampler, reader, step):
-        """One step of the rows `step.rows`; returns the logits `[N, V]` of the open positions `active`, `[B, W]`."""
-        rows = step.rows
-        ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
-        window = active[rows, columns]  # [R, w]
-        row_of = window.nonzero()[:, 0]  # [N]
-        # 1. Predict the masked positions of the block, N over all rows.
-        logits = torch.zeros(0, self.config.vocab_size, device=ids.device)
-        if len(row_of):  # ReMDM has steps without masks
-            logits = sampler.shape(reader.predict(active), ids, row_of, visible)  # [N, V]
-        # 2. Choose which of them to decide, and draw their tokens.
-        if sampler.settings.remdm is None:
-            selected, tokens = sampler.select(logits, ids, row_of, window, step)
-        else:
-            decided = (block & ~canvas.undecided)[rows, columns]
-            selected, tokens, again = sampler.remask(logits, ids, row_of, window, decided, step)
-            canvas.reopen(rows, columns, again)
-        # 3. Commit these; the others stay masked.
-        canvas.commit(rows, columns, selected, tokens)
-        return logits

@@ -1,23 +1,13 @@
 """The choices of a denoising step: which distribution, which positions, which tokens."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as processors
 
-from .commit_nanollada import (
-    above_threshold,
-    best,
-    commit_quota,
-    commit_ramp,
-    commit_ratio,
-    hierarchical,
-    remdm_rates,
-    stable,
-    within_entropy,
-    within_factor,
-)
+from .commit_nanollada import best, commit_quota, commit_ramp, commit_ratio, entropy, rule_of
+from .rules_nanollada import Decision, Step
 
 # Of transformers' logits processors, those whose rule needs one position's scores alone. The rest reads left to right.
 SHAPERS = (processors.SuppressTokensLogitsProcessor, processors.LogitNormalization)
@@ -27,35 +17,22 @@ WARPERS = tuple(
 )
 
 
-@dataclass
-class Step:
-    """
-    Where a block stands.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(rows,)`): The rows at work.
-        masked (`torch.LongTensor` of shape `(rows,)`): Their masks of the block before its first step.
-        steps (`torch.LongTensor` of shape `(rows,)`): Their steps.
-        index (`int`): This step, from 0.
-    """
-
-    rows: torch.LongTensor
-    masked: torch.LongTensor
-    steps: torch.LongTensor
-    index: int
-
-
 class Sampler:
-    """Settings, the noise's generator and, for KLASS, the distributions of the step before."""
+    """
+    Settings and the rule that they switch on, the noise's generator and, for KLASS, the distributions of the step
+    before.
+    """
 
     def __init__(self, settings, logits_processor, eos_ids, mask_token_id, generator):
         if settings.eos_policy != "none" and len(eos_ids) == 0:
             raise ValueError(f"`eos_policy` must be 'none' without an `eos_token_id`, got {settings.eos_policy!r}")
         self.settings, self.eos_ids, self.generator = settings, eos_ids, generator
+        self.rule = rule_of(settings)
         self.mask_token_id = mask_token_id
         self.shapers = LogitsProcessorList(item for item in logits_processor if not isinstance(item, WARPERS))
         self.warpers = LogitsProcessorList(item for item in logits_processor if isinstance(item, WARPERS))
-        self.by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
+        by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
+        self.by_sample = by_sample and self.rule.ranks
         never = [torch.tensor([mask_token_id], device=eos_ids.device)]
         self.never = torch.cat(never + [eos_ids] * (settings.eos_policy == "forbid"))
         self.before = None
@@ -85,66 +62,51 @@ class Sampler:
             logits = self.shapers(ids[row_of], logits)
         return logits.index_fill(1, self.never, -torch.inf)
 
-    def select(self, logits, ids, row_of, active, step: Step):
-        """
-        The positions that `step` commits, and their tokens.
+    def decide(self, step: Step, ids) -> Decision:
+        """What a step does; `ids`, `[R, L]`, are the whole rows, mask tokens included."""
+        row_of = step.active.nonzero()[:, 0]  # [N]
+        drawn = self.draw(step.logits, ids, row_of) if self.by_sample else None
+        decision = self.choose(self.rank(step, drawn)) if self.rule.ranks else self.rule.function(step, self)
+        selected, nothing = decision.selected & step.active, torch.zeros_like(step.active)
+        chosen = selected[step.active]  # [N]
+        drawn = drawn[chosen] if self.by_sample else self.draw(step.logits[chosen], ids, row_of[chosen])
+        tokens = step.ids if decision.tokens is None else decision.tokens
+        reopened = nothing if decision.reopened is None else decision.reopened & step.decided
+        replaced = nothing if decision.replaced is None else decision.replaced & step.decided & ~reopened
+        return Decision(selected, tokens.masked_scatter(selected, drawn), reopened, replaced)
 
-        Args:
-            logits, ids, row_of: As in `shape`.
-            active (`torch.BoolTensor` of shape `(rows, width)`): The open positions of the block.
-
-        Returns:
-            `torch.BoolTensor` of shape `(rows, width)`, and the tokens there, row by row.
-        """
-        tokens = self.draw(logits, ids, row_of) if self.by_sample else None
-        scores = self.score(logits, tokens)  # [N]
+    def rank(self, step: Step, tokens) -> Step:
+        """The step with scores; `tokens`, `[N]`, are given where the drawn token's probability is the score."""
+        scores, late = self.score(step.logits, tokens), torch.zeros_like(step.active)
         if self.settings.eos_policy == "last":
-            late = torch.isin(tokens if self.by_sample else logits.argmax(-1), self.eos_ids)  # [N]
-            others = torch.zeros(len(active), dtype=torch.bool, device=late.device).scatter_reduce(
-                0, row_of, ~late, "amax"
-            )
-            scores = scores - 1e3 * (late & others[row_of])  # no score spans more than ln V
-        ranked = _spread(scores, active, -torch.inf)  # [R, W]
-        selected = active & self.choose(ranked, logits, active, step)
-        chosen = selected[active]  # [N]
-        return selected, tokens[chosen] if self.by_sample else self.draw(logits[chosen], ids, row_of[chosen])
+            ends = torch.isin(step.logits.argmax(-1) if tokens is None else tokens, self.eos_ids)
+            late = late.masked_scatter(step.active, ends)
+            late &= (step.active & ~late).any(1, keepdim=True)  # unless there are no others
+        # No score spans more than ln V.
+        return replace(step, ranked=step.spread(scores, -torch.inf) - 1e3 * late, late=late)
 
-    def choose(self, ranked, logits, active, step: Step):
-        """`[R, W]`: what the commit rule takes; at least the schedule's share, or one token under a ramp."""
-        settings, still_open = self.settings, active.sum(1)
-        limit = active.shape[1] if settings.max_commits is None else settings.max_commits
+    def choose(self, step: Step) -> Decision:
+        """What the rule takes of a ranked step; at least the schedule's share, or one token under a ramp."""
+        settings, still_open = self.settings, step.active.sum(1)
+        limit = step.active.shape[1] if settings.max_commits is None else settings.max_commits
         if settings.commit_schedule == "ramp":
             ramp = commit_ramp(step.masked, still_open, settings.ramp_start, settings.ramp_end)
             limit = ramp.clamp(max=limit)  # [R]
-            share = limit if settings.commit_rule() == "quota" else torch.ones_like(limit)
-        elif settings.commit_schedule == "ratio":
-            share = commit_ratio(still_open, step.steps, step.index)
+            share = limit if self.rule.function is None else torch.ones_like(limit)
         else:
-            share = commit_quota(step.masked, step.steps, step.index)
-        if settings.commit_schedule != "ramp":  # what `max_commits` left over is owed after the last step
+            if settings.commit_schedule == "ratio":
+                share = commit_ratio(still_open, step.steps, step.index)
+            else:
+                share = commit_quota(step.masked, step.steps, step.index)
+            # what `max_commits` left over is owed after the last step
             share = torch.where(step.steps > step.index, share.clamp(min=1), still_open)
-        if settings.commit_rule() == "quota":
-            return best(ranked, share.clamp(max=limit))
-        chosen = self.confident(ranked, logits, active, step) | best(ranked, share)
-        if settings.max_commits is None and settings.commit_schedule != "ramp":
-            return chosen
-        return best(ranked.masked_fill(~chosen, -torch.inf), share.new_zeros(share.shape) + limit)
-
-    def confident(self, ranked, logits, active, step: Step):
-        """`[R, W]`: what the rule takes by confidence alone."""
-        settings, rule = self.settings, self.settings.commit_rule()
-        if rule == "factor":
-            return within_factor(ranked, settings.factor)
-        if rule == "entropy_bound":
-            late = ranked < -500  # what `eos_policy` puts last
-            entropies = _spread(entropy(logits), active, torch.inf).masked_fill(late, torch.inf)
-            return within_entropy(entropies, settings.entropy_bound)
-        if rule == "hierarchical":
-            return hierarchical(ranked, settings.threshold, settings.low_threshold)
-        if rule == "klass":
-            divergence = _spread(self.divergence(logits, active, step.rows), active, torch.inf)
-            return stable(ranked, divergence, settings.threshold, settings.kl_threshold)
-        return above_threshold(ranked, settings.threshold)
+        if self.rule.function is None:
+            return Decision(best(step.ranked, share.clamp(max=limit)))
+        decision = self.rule.function(step, self)
+        chosen = (decision.selected & step.active) | best(step.ranked, share)
+        if settings.max_commits is not None or settings.commit_schedule == "ramp":
+            chosen = best(step.ranked.masked_fill(~chosen, -torch.inf), share.new_zeros(share.shape) + limit)
+        return replace(decision, selected=chosen)
 
     def divergence(self, logits, active, rows):
         """`[N]`: KL of each open position's distribution to that of the step before, in nats; +∞ if there was none."""
@@ -178,29 +140,7 @@ class Sampler:
         logits = self.warpers(ids[row_of], logits.double())
         return (logits - (-self.noise(logits.shape, logits.device).log()).log()).argmax(-1)
 
-    def remask(self, logits, ids, row_of, active, decided, step: Step):
-        """
-        A step of ReMDM: `selected` and tokens as in `select`, and which of the block's `decided` positions are masked
-        again. Three draws of noise: for the open ones, for the decided ones, for the tokens.
-        """
-        sigma, decide = remdm_rates(step.steps, step.index, self.settings.remdm, self.settings.remdm_eta)
-        selected = active & (self.noise(active.shape, active.device) < decide[:, None])
-        again = decided & (self.noise(active.shape, active.device) < sigma[:, None])
-        chosen = selected[active]
-        return selected, self.draw(logits[chosen], ids, row_of[chosen]), again
-
     def noise(self, shape, device):
         """Uniform on [0, 1), float64, from the caller's generator wherever it lives."""
         source = device if self.generator is None else self.generator.device
         return torch.rand(shape, generator=self.generator, dtype=torch.double, device=source).to(device)
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """`[N]`, nats."""
-    return torch.special.entr(logits.softmax(-1, dtype=torch.double)).sum(-1)
-
-
-def _spread(values, active, fill):
-    """`[N]` values of the open positions on their places `[R, W]`."""
-    spread = torch.full(active.shape, fill, dtype=torch.double, device=values.device)
-    return spread.masked_scatter(active, values.double())

@@ -13,7 +13,8 @@ from transformers import LogitsProcessorList
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.modeling_nanollada.commit_nanollada import remdm_rates
-from nanollada.modeling_nanollada.sampling_nanollada import Sampler, Step
+from nanollada.modeling_nanollada.rules_nanollada import Step
+from nanollada.modeling_nanollada.sampling_nanollada import Sampler
 
 LENGTH, KINDS, MASK = 6, 3, 3
 FIRST = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
@@ -111,10 +112,6 @@ def sampler_for(settings):
     return Sampler(config, LogitsProcessorList(), torch.empty(0, dtype=torch.long), MASK, None)
 
 
-def step_of(rows, index, steps):
-    return Step(torch.arange(len(rows)), torch.full((len(rows),), LENGTH), torch.full((len(rows),), steps), index)
-
-
 def choose(sampler, rows, before, index, steps, scores=None):
     """The sampler's own choice for every state at once, `[S, 6]`. `scores` replace random numbers or drawn tokens."""
     active = rows == MASK
@@ -122,9 +119,11 @@ def choose(sampler, rows, before, index, steps, scores=None):
     sampler.start_block(len(rows), LENGTH)
     if before is not None:
         sampler.before = TABLE[(before * WEIGHTS).sum(1)].log()
-    ranked = torch.full(active.shape, -torch.inf, dtype=torch.double)
-    ranked[active] = sampler.score(logits, None) if scores is None else scores[active]
-    return active & sampler.choose(ranked, logits, active, step_of(rows, index, steps))
+    every, nothing = torch.full((len(rows),), LENGTH), torch.zeros_like(active)
+    step = Step(torch.arange(len(rows)), every, torch.full_like(every, steps), index, active, nothing, rows, logits)
+    scores = sampler.score(logits, None) if scores is None else scores[active]
+    step.ranked, step.late = step.spread(scores, -torch.inf), nothing
+    return active & sampler.choose(step).selected
 
 
 def one_step(sampler, rows, weights, before, index, steps):

@@ -15,7 +15,7 @@ from nanollada.modeling_nanollada import (
     NanoLLaDAGenerationConfig,
 )
 from nanollada.modeling_nanollada import generation_nanollada as generation
-from nanollada.modeling_nanollada.generation_config_nanollada import _OWN_FIELDS, HARMLESS, UNSUPPORTED, WORKING
+from nanollada.modeling_nanollada.generation_config_nanollada import HARMLESS, OWN_SETTINGS, UNSUPPORTED, WORKING
 from nanollada.modeling_nanollada.layers_nanollada import NanoLLaDARMSNorm
 
 
@@ -40,7 +40,7 @@ def check_fields(names):
 
 def test_each_inherited_field_is_decided():
     check_fields(inherited_fields())
-    lists = [*WORKING, *UNSUPPORTED, *HARMLESS, *_OWN_FIELDS]
+    lists = [*WORKING, *UNSUPPORTED, *HARMLESS, *OWN_SETTINGS]
     assert len(lists) == len(set(lists))
     assert set(WORKING) == {*EFFECTS, "use_cache", "cache_implementation", "bos_token_id", "stop_strings"}
     assert {*WORKING, *HARMLESS} <= inherited_fields(), "what works must be there"
@@ -271,7 +271,7 @@ NONSENSE += [True, object(), torch.tensor([1.0, 2.0]), 3 + 1j]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(inherited_fields() | set(_OWN_FIELDS)))
+@pytest.mark.parametrize("name", sorted(inherited_fields() | set(OWN_SETTINGS)))
 def test_nonsense_is_refused_by_name(model, name):
     ran = []
     for value in NONSENSE:

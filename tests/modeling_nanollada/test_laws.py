@@ -232,4 +232,5 @@ def test_settings_survive_saving(tmp_path):
     settings = {"threshold": 0.9, "low_threshold": 0.3, "max_commits": 7, "commit_schedule": "ramp", "ramp_end": 0.6}
     NanoLLaDAGenerationConfig(**settings).save_pretrained(tmp_path)
     loaded = NanoLLaDAGenerationConfig.from_pretrained(tmp_path)
-    assert {name: getattr(loaded, name) for name in settings} == settings and loaded.commit_rule() == "hierarchical"
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    assert commit_nanollada.rule_of(loaded) is commit_nanollada.RULES["hierarchical"]

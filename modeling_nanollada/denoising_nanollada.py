@@ -1,0 +1,85 @@
+"""The denoising loop: block by block, left to right, until nothing is masked."""
+
+import itertools
+
+import torch
+
+from .canvas_nanollada import Canvas
+from .prediction_nanollada import Predictor
+from .rules_nanollada import Step
+from .sampling_nanollada import Sampler
+
+
+class Denoiser:
+    """
+    Decodes the rows of a canvas.
+
+    Args:
+        canvas ([`Canvas`]): The rows, prompt and masks.
+        predictor ([`Predictor`]): Reads them with the model.
+        sampler ([`Sampler`]): Decides what a step does.
+        stopping_criteria (`StoppingCriteriaList`): Asked after each block.
+        streamer (`BaseStreamer`, *optional*): Gets the finished columns after each block; see `generate`.
+    """
+
+    def __init__(self, canvas: Canvas, predictor: Predictor, sampler: Sampler, stopping_criteria, streamer=None):
+        self.canvas, self.predictor, self.sampler = canvas, predictor, sampler
+        self.stopping_criteria, self.streamer = stopping_criteria, streamer
+
+    def run(self) -> None:
+        """Leaves the canvas without masks, but behind the end of rows that were stopped."""
+        while self.canvas.undecided.any():
+            self.decode(self.canvas.next_block())
+            self.canvas.stop_by(self.stopping_criteria)
+            if self.streamer is not None and (finished := self.canvas.take_finished_columns()).numel():
+                self.streamer.put(finished.cpu())
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def decode(self, block: torch.BoolTensor) -> None:
+        """Decodes the positions `block`, `[B, W]`, of all rows; each row has its own masks, steps and quota."""
+        canvas, settings, revises = self.canvas, self.sampler.settings, self.sampler.rule.revises
+        masked = block.sum(1)  # [B]
+        steps = masked  # [B]
+        if settings.steps is not None:  # more of them than masks are of use where decisions are taken back
+            steps = torch.full_like(masked, settings.steps) if revises else masked.clamp(max=settings.steps)
+        begin, last = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
+        columns = slice(begin, last + 1)
+        self.predictor.start_block(block, columns)
+        self.sampler.start_block(len(block), last + 1 - begin)
+        for index in itertools.count():
+            at_work = (block & canvas.undecided).any(1)
+            if revises:  # goes on with nothing masked, for some of it may change again
+                at_work = block.any(1) & ~canvas.ended & (index < steps)
+            rows = at_work.nonzero()[:, 0]  # [R]
+            if len(rows) == 0:
+                break
+            self.step(block, columns, rows, masked=masked[rows], steps=steps[rows], index=index)
+            if not revises:
+                canvas.stop_at_eos(self.sampler.eos_ids, settings.early_stop)
+        canvas.stop_at_eos(self.sampler.eos_ids, settings.early_stop)
+
+    def step(self, block: torch.BoolTensor, columns: slice, rows: torch.LongTensor, **counts) -> None:
+        """One step of the `rows` `[R]` in their `block` `[B, W]`, whose `columns` are w; `counts` as in [`Step`]."""
+        canvas = self.canvas
+        active, decided = block & canvas.undecided, block & ~canvas.undecided  # [B, W]
+        ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
+        window = active[rows, columns]  # [R, w]
+        # 1. Predict the masked positions of the block, N over all rows: none in some steps of a rule that revises.
+        logits = torch.zeros(0, self.predictor.model.config.vocab_size, device=ids.device)
+        if window.any():
+            logits = self.sampler.shape(self.predictor.predict(active), ids, window.nonzero()[:, 0], visible)  # [N, V]
+        # 2. Choose which of them to decide, and draw their tokens. The others stay masked.
+        step = Step(rows, **counts, active=window, decided=decided[rows, columns], ids=ids[:, columns], logits=logits)
+        canvas.apply(rows, columns, self.sampler.decide(step, ids))
+        self.show(active, logits)
+
+    def show(self, active: torch.BoolTensor, logits: torch.FloatTensor) -> None:
+        """Hands a step to the streamers that ask for it: `logits`, `[N, V]`, of the positions `active`, `[B, W]`."""
+        columns = slice(self.canvas.put, self.canvas.length)
+        if hasattr(self.streamer, "put_confidence"):
+            confidence = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+            confidence[active] = logits.softmax(-1, dtype=torch.double).amax(-1)
+            self.streamer.put_confidence(confidence[:, columns].cpu())
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(self.canvas.ids[:, columns].cpu())
