@@ -2,15 +2,9 @@
 
 All take `[rows, width]` tensors of one block. Rows may hold fewer open positions than others: what is not open has
 the score −∞ (or, for entropies, +∞) and is never selected. No rule draws random numbers, but for ReMDM.
-
-`RULES` makes settings of them. A rule in a file of its own imports `rules_nanollada`, and is an entry here.
 """
 
-import math
-
 import torch
-
-from .rules_nanollada import NOT_NEGATIVE, POSITIVE, PROBABILITY, Decision, Rule, Setting, Step
 
 
 def commit_quota(masked: torch.Tensor, steps: torch.Tensor, step: int) -> torch.Tensor:
@@ -132,102 +126,3 @@ def remdm_rates(steps: torch.Tensor, step: int, schedule: str, eta: float) -> tu
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """`[N]`, nats."""
     return torch.special.entr(logits.softmax(-1, dtype=torch.double)).sum(-1)
-
-
-def _entropy_bound(step: Step, sampler) -> Decision:
-    entropies = step.spread(entropy(step.logits), torch.inf).masked_fill(step.late, torch.inf)
-    return Decision(within_entropy(entropies, sampler.settings.entropy_bound))
-
-
-def _klass(step: Step, sampler) -> Decision:
-    divergence = step.spread(sampler.divergence(step.logits, step.active, step.rows), torch.inf)
-    return Decision(stable(step.ranked, divergence, sampler.settings.threshold, sampler.settings.kl_threshold))
-
-
-def _remdm(step: Step, sampler) -> Decision:
-    """Two draws of noise: for the open positions and for the decided ones."""
-    sigma, decide = remdm_rates(step.steps, step.index, sampler.settings.remdm, sampler.settings.remdm_eta)
-    selected, again = (sampler.noise(step.active.shape, step.active.device) for _ in range(2))
-    return Decision(selected < decide[:, None], reopened=again < sigma[:, None])
-
-
-def _low_threshold(settings) -> str:
-    low, high = settings.low_threshold, settings.threshold
-    return "" if low <= high else f"`low_threshold` must not exceed `threshold`, got {low} and {high}"
-
-
-RULES = {
-    "quota": Rule("equal shares of the block, best score first", "LLaDA, arXiv 2502.09992"),
-    "threshold": Rule(
-        "all above it, at least the quota",
-        "Fast-dLLM, arXiv 2505.22618; LLaDA 2.0, arXiv 2512.15745",
-        lambda step, sampler: Decision(above_threshold(step.ranked, sampler.settings.threshold)),
-        {"threshold": Setting(float, NOT_NEGATIVE, "Commit every position whose score, a probability, exceeds it.")},
-        needs_probability=True,
-    ),
-    "hierarchical": Rule(
-        "also the best of every run of neighbouring masks above the lower one",
-        "dInfer, arXiv 2510.08666",
-        lambda step, sampler: Decision(
-            hierarchical(step.ranked, sampler.settings.threshold, sampler.settings.low_threshold)
-        ),
-        {"low_threshold": Setting(float, NOT_NEGATIVE, "With `threshold`, also the surest of every gap above this.")},
-        refines="threshold",
-        check=_low_threshold,
-    ),
-    "klass": Rule(
-        "those above it whose distribution came to rest",
-        "KLASS, arXiv 2511.05664",
-        _klass,
-        {
-            "kl_threshold": Setting(
-                float,
-                ("> 0", lambda value: 0 < value <= math.inf),
-                "With `threshold`, only what moved by less than this since the step before, KL in nats.",
-            )
-        },
-        refines="threshold",
-    ),
-    "factor": Rule(
-        "the n best with (n + 1)(1 − c₍ₙ₎) below it",
-        "Fast-dLLM",
-        lambda step, sampler: Decision(within_factor(step.ranked, sampler.settings.factor)),
-        {"factor": Setting(float, POSITIVE, "Fast-dLLM's factor rule, c₍ₙ₎ being the score of the n-th.")},
-        needs_probability=True,
-    ),
-    "entropy_bound": Rule(
-        "the most certain ones with Σ H − max H within it",
-        "EB-Sampler, arXiv 2505.24857",
-        _entropy_bound,
-        {"entropy_bound": Setting(float, NOT_NEGATIVE, "EB-Sampler's bound on Σ H − max H of a step, in nats.")},
-    ),
-    "remdm": Rule(
-        "ancestral steps that also mask decided tokens again",
-        "ReMDM, arXiv 2503.00307",
-        _remdm,
-        {
-            "remdm": Setting(
-                str,
-                ("cap", "rescale"),
-                "Decide at random, and mask decided tokens again with probability σ, in each of a block's `steps`: "
-                "min(`remdm_eta`, σ_max), or (rescale) `remdm_eta`·σ_max.",
-            ),
-            "remdm_eta": Setting(float, PROBABILITY, "How often ReMDM masks decided tokens again.", 0.02),
-        },
-        ranks=False,
-        draws=True,
-        revises=True,
-    ),
-}
-
-
-def rule_of(settings) -> Rule:
-    """
-    The rule that is on; without a switch `RULES["quota"]`.
-
-    Args:
-        settings ([`NanoLLaDAGenerationConfig`]): Or anything with the switches as attributes.
-    """
-    on = [name for name, rule in RULES.items() if rule.switch and getattr(settings, rule.switch, None) is not None]
-    refined = {RULES[name].refines for name in on}
-    return RULES[next((name for name in on if name not in refined), "quota")]

@@ -6,7 +6,7 @@ import torch
 
 from .canvas_nanollada import Canvas
 from .prediction_nanollada import Predictor
-from .rules_nanollada import Step
+from .rule_nanollada import Step
 from .sampling_nanollada import Sampler
 
 

@@ -5,8 +5,8 @@ import difflib
 
 from transformers import GenerationConfig
 
-from .commit_nanollada import RULES, rule_of
-from .rules_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
+from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
+from .rules_nanollada import OWN_SETTINGS, RULES, rule_of
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
 WORKING = (
@@ -39,29 +39,6 @@ _OFF = {
     **dict.fromkeys("use_mtp is_assistant token_healing low_memory".split(), False),
 }
 
-# What this `generate` has beside transformers' fields.
-OWN_SETTINGS = {
-    "block_length": Setting(int, AT_LEAST_ONE, "Tokens per block, left to right. Default: the model's, or all."),
-    "steps": Setting(int, AT_LEAST_ONE, "Denoising steps per block. Default: one token per step."),
-    "remasking": Setting(
-        str, ("low_confidence", "random"), "Decide the surest places first, or random ones.", "low_confidence"
-    ),
-    "position_score": Setting(
-        str, ("max_prob", "margin", "entropy", "sampled_prob"), "What makes a place sure.", "max_prob"
-    ),
-    **{name: setting for rule in RULES.values() for name, setting in rule.settings.items()},
-    "commit_schedule": Setting(str, ("equal", "ratio", "ramp"), "How many tokens each step decides.", "equal"),
-    "ramp_start": Setting(float, SHARE, "First share of the ramp.", 0.08),
-    "ramp_end": Setting(float, SHARE, "Last share of the ramp.", 0.5),
-    "max_commits": Setting(int, AT_LEAST_ONE, "At most so many tokens a step."),
-    "cfg_scale": Setting(float, NOT_NEGATIVE, "Classifier-free guidance; 0: off.", 0.0),
-    "eos_policy": Setting(str, ("none", "last", "forbid"), "Whether ends of text are decided last, or never.", "none"),
-    "early_stop": Setting(bool, help="Stop at an end of text with nothing undecided before it.", default=True),
-    "grow_length": Setting(bool, help="No masks behind the block.", default=False),
-    "approximate_cache": Setting(
-        str, ("prefix", "dual"), "Freeze what surrounds a block (Fast-dLLM); changes results."
-    ),
-}
 # Of transformers' fields, what may be checked alone.
 _THEIRS = {
     **dict.fromkeys(("max_new_tokens", "top_k"), Setting(int, NOT_NEGATIVE)),
@@ -315,12 +292,12 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
 
 _RULES = "".join(
-    f"        {name} (`{part.type.__name__}`, *optional*): {part.help} A step commits {rule.help}: {rule.source}.\n"
+    f"        {name} (`{setting.type.__name__}`, *optional*): {rule.source}: {setting.help}\n"
     for rule in RULES.values()
-    for name, part in rule.settings.items()
+    for name, setting in rule.settings.items()
 )
 NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace(
-    "\n    Raises:", f"{_RULES}\n    Raises:", 1
+    "\n    Raises:", f"{_RULES}\n    Raises:"
 )
 
 

@@ -1,136 +1,154 @@
-"""What a decoding rule is made of: its settings, what it sees of a step, and what it decides."""
+"""`RULES` and, with theirs, all fields that the diffusion `generate` has beside transformers'.
+
+A rule in a file of its own imports `rule_nanollada`, and is an entry here. Functions of the literature are imported
+where they are asked: this file needs no torch, for the help of a program reads it.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import torch
-
-# Ranges of numbers, in words and as a test.
-NOT_NEGATIVE = (">= 0", lambda value: 0 <= value < math.inf)
-POSITIVE = ("> 0", lambda value: 0 < value < math.inf)
-AT_LEAST_ONE = (">= 1", lambda value: value >= 1)
-SHARE = ("in (0, 1]", lambda value: 0 < value <= 1)
-PROBABILITY = ("in [0, 1]", lambda value: 0 <= value <= 1)
-BELOW_ONE = ("in [0, 1)", lambda value: 0 <= value < 1)
-_LARGEST = 2**31  # no integer reaches it
+from .rule_nanollada import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Decision, Rule, Setting, Step
 
 
-@dataclass(frozen=True)
-class Setting:
+def _threshold(step: Step, sampler) -> Decision:
+    from .commit_nanollada import above_threshold
+
+    return Decision(above_threshold(step.ranked, sampler.settings.threshold))
+
+
+def _hierarchical(step: Step, sampler) -> Decision:
+    from .commit_nanollada import hierarchical
+
+    return Decision(hierarchical(step.ranked, sampler.settings.threshold, sampler.settings.low_threshold))
+
+
+def _klass(step: Step, sampler) -> Decision:
+    from .commit_nanollada import stable
+
+    divergence = step.spread(sampler.divergence(step.logits, step.active, step.rows), math.inf)
+    return Decision(stable(step.ranked, divergence, sampler.settings.threshold, sampler.settings.kl_threshold))
+
+
+def _factor(step: Step, sampler) -> Decision:
+    from .commit_nanollada import within_factor
+
+    return Decision(within_factor(step.ranked, sampler.settings.factor))
+
+
+def _entropy_bound(step: Step, sampler) -> Decision:
+    from .commit_nanollada import entropy, within_entropy
+
+    entropies = step.spread(entropy(step.logits), math.inf).masked_fill(step.late, math.inf)
+    return Decision(within_entropy(entropies, sampler.settings.entropy_bound))
+
+
+def _remdm(step: Step, sampler) -> Decision:
+    """Two draws of noise: for the open positions and for the decided ones."""
+    from .commit_nanollada import remdm_rates
+
+    sigma, decide = remdm_rates(step.steps, step.index, sampler.settings.remdm, sampler.settings.remdm_eta)
+    selected, again = (sampler.noise(step.active.shape, step.active.device) for _ in range(2))
+    return Decision(selected < decide[:, None], reopened=again < sigma[:, None])
+
+
+def _low_threshold(settings) -> str:
+    low, high = settings.low_threshold, settings.threshold
+    return "" if low <= high else f"`low_threshold` must not exceed `threshold`, got {low} and {high}"
+
+
+RULES = {
+    "quota": Rule("equal shares of the block, best score first", "LLaDA, arXiv 2502.09992"),
+    "threshold": Rule(
+        "all above it, at least the quota",
+        "Fast-dLLM, arXiv 2505.22618; LLaDA 2.0, arXiv 2512.15745",
+        _threshold,
+        {"threshold": Setting(float, NOT_NEGATIVE, "commit every position whose score, a probability, exceeds this.")},
+        needs_probability=True,
+    ),
+    "hierarchical": Rule(
+        "also the best of every run of neighbouring masks above the lower one",
+        "dInfer, arXiv 2510.08666",
+        _hierarchical,
+        {"low_threshold": Setting(float, NOT_NEGATIVE, "with `threshold`, also the surest of every gap above this.")},
+        refines="threshold",
+        check=_low_threshold,
+    ),
+    "klass": Rule(
+        "those above it whose distribution came to rest",
+        "KLASS, arXiv 2511.05664",
+        _klass,
+        {
+            "kl_threshold": Setting(
+                float,
+                ("> 0", lambda value: 0 < value <= math.inf),
+                "with `threshold`, only what moved by less than this since the step before, KL in nats.",
+            )
+        },
+        refines="threshold",
+    ),
+    "factor": Rule(
+        "the n best with (n + 1)(1 − c₍ₙ₎) below it",
+        "Fast-dLLM",
+        _factor,
+        {"factor": Setting(float, POSITIVE, "Fast-dLLM's factor rule, c₍ₙ₎ being the score of the n-th.")},
+        needs_probability=True,
+    ),
+    "entropy_bound": Rule(
+        "the most certain ones with Σ H − max H within it",
+        "EB-Sampler, arXiv 2505.24857",
+        _entropy_bound,
+        {"entropy_bound": Setting(float, NOT_NEGATIVE, "EB-Sampler's bound on Σ H − max H of a step, in nats.")},
+    ),
+    "remdm": Rule(
+        "ancestral steps that also mask decided tokens again",
+        "ReMDM, arXiv 2503.00307",
+        _remdm,
+        {
+            "remdm": Setting(
+                str,
+                ("cap", "rescale"),
+                "decide at random, and mask decided tokens again with probability σ, in each of a block's `steps`: "
+                "min(`remdm_eta`, σ_max), or (rescale) `remdm_eta`·σ_max.",
+            ),
+            "remdm_eta": Setting(float, PROBABILITY, "how often ReMDM masks decided tokens again.", 0.02),
+        },
+        ranks=False,
+        draws=True,
+        revises=True,
+    ),
+}
+
+# What this `generate` has beside transformers' fields.
+OWN_SETTINGS = {
+    "block_length": Setting(int, AT_LEAST_ONE, "tokens per block, left to right. Default: the model's, or all."),
+    "steps": Setting(int, AT_LEAST_ONE, "denoising steps per block. Default: one token per step."),
+    "remasking": Setting(
+        str, ("low_confidence", "random"), "decide the surest places first, or random ones.", "low_confidence"
+    ),
+    "position_score": Setting(
+        str, ("max_prob", "margin", "entropy", "sampled_prob"), "what makes a place sure.", "max_prob"
+    ),
+    **{name: setting for rule in RULES.values() for name, setting in rule.settings.items()},
+    "commit_schedule": Setting(str, ("equal", "ratio", "ramp"), "how many tokens each step decides.", "equal"),
+    "ramp_start": Setting(float, SHARE, "first share of the ramp.", 0.08),
+    "ramp_end": Setting(float, SHARE, "last share of the ramp.", 0.5),
+    "max_commits": Setting(int, AT_LEAST_ONE, "at most so many tokens a step."),
+    "cfg_scale": Setting(float, NOT_NEGATIVE, "classifier-free guidance; 0: off.", 0.0),
+    "eos_policy": Setting(str, ("none", "last", "forbid"), "whether ends of text are decided last, or never.", "none"),
+    "early_stop": Setting(bool, help="stop at an end of text with nothing undecided before it.", default=True),
+    "grow_length": Setting(bool, help="no masks behind the block.", default=False),
+    "approximate_cache": Setting(
+        str, ("prefix", "dual"), "freeze what surrounds a block (Fast-dLLM); changes results."
+    ),
+}
+
+
+def rule_of(settings) -> Rule:
     """
-    A field of the generation config. Whatever its type, `None` is unset.
+    The rule that is on; without a switch `RULES["quota"]`.
 
     Args:
-        type (`type`): `bool`, `int`, `float` or `str`.
-        allowed (`tuple`): Of a number its range, else its values.
-        help (`str`): What it does, in a line.
-        default (*optional*): What unset means.
+        settings ([`NanoLLaDAGenerationConfig`]): Or anything with the switches as attributes.
     """
-
-    type: type
-    allowed: tuple = (True, False)
-    help: str = ""
-    default: object = None
-
-    def refusal(self, name: str, value) -> str:
-        """What is wrong with a value, or ""."""
-        if value is None:
-            return ""
-        if self.type in (bool, str):
-            good = isinstance(value, self.type) and value in self.allowed
-            return "" if good else f"`{name}` must be one of {self.allowed}, got {value!r}"
-        kind, types = ("an integer", int) if self.type is int else ("a number", (int, float))
-        if not isinstance(value, types) or isinstance(value, bool) or not self.allowed[1](value):
-            return f"`{name}` must be {kind} {self.allowed[0]}, got {value!r}"
-        too_large = self.type is int and value >= _LARGEST
-        return f"`{name}` must be below {_LARGEST}, got {value!r}" if too_large else ""
-
-
-@dataclass
-class Step:
-    """
-    Where a block of w columns stands in the R rows at work, which have N open positions together.
-
-    Args:
-        rows, masked, steps (`torch.LongTensor` of shape `(R,)`): The rows, their masks of the block before its first
-            step, and their steps.
-        index (`int`): This step, from 0.
-        active, decided (`torch.BoolTensor` of shape `(R, w)`): Open positions, and those that were open before.
-        ids (`torch.LongTensor` of shape `(R, w)`): The tokens now.
-        logits (`torch.FloatTensor` of shape `(N, vocab_size)`): The model's, as positions are ranked by.
-        ranked (`torch.DoubleTensor` of shape `(R, w)`, *optional*): Scores, the higher the sooner; −∞ where nothing is
-            open. `None` for a rule that ranks nothing.
-        late (`torch.BoolTensor` of shape `(R, w)`, *optional*): What `eos_policy` puts behind all others.
-    """
-
-    rows: torch.LongTensor
-    masked: torch.LongTensor
-    steps: torch.LongTensor
-    index: int
-    active: torch.BoolTensor
-    decided: torch.BoolTensor
-    ids: torch.LongTensor
-    logits: torch.FloatTensor
-    ranked: torch.DoubleTensor | None = None
-    late: torch.BoolTensor | None = None
-
-    def spread(self, values: torch.Tensor, fill: float) -> torch.DoubleTensor:
-        """Values of the open positions, `(N,)`, on their places, `(R, w)`."""
-        places = torch.full(self.active.shape, fill, dtype=torch.double, device=values.device)
-        return places.masked_scatter(self.active, values.double())
-
-
-@dataclass
-class Decision:
-    """
-    What a step does to R rows and w columns of a block. From the sampler all parts are tensors.
-
-    Args:
-        selected (`torch.BoolTensor` of shape `(R, w)`): Open positions that get a token.
-        tokens (`torch.LongTensor` of shape `(R, w)`): The tokens of what is selected or replaced. A rule leaves those
-            of `selected` to the sampler, which draws them.
-        reopened, replaced (`torch.BoolTensor` of shape `(R, w)`): Decided positions that are masked again, and those
-            that get another token.
-    """
-
-    selected: torch.BoolTensor
-    tokens: torch.LongTensor | None = None
-    reopened: torch.BoolTensor | None = None
-    replaced: torch.BoolTensor | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """
-    A way to decide. Fields of the generation config, their checks, options and documentation follow from the entries.
-
-    Args:
-        help, source (`str`): What a step commits, in a few words, and who says so.
-        function (`Callable`, *optional*): From a [`Step`] and the [`Sampler`] to a [`Decision`]. `None`: the share of
-            `commit_schedule` alone.
-        settings (`dict[str, Setting]`): Its own fields. The first is its switch: the rule is on where that is set, and
-            the others need it. At most one rule is on, and one that refines it.
-        refines (`str`, *optional*): The rule that must be on with it, and in whose place it is asked.
-        check (`Callable`): From the generation config to what is wrong with it, or "".
-        needs_probability (`bool`): Scores must be probabilities.
-        ranks (`bool`): It looks at scores, and commits at least the share of `commit_schedule`.
-        draws (`bool`): It draws random numbers of its own.
-        revises (`bool`): It takes decisions back: a block has all its steps, be they more than its masks, and an EOS
-            ends a row only after its block.
-    """
-
-    help: str
-    source: str
-    function: Callable[[Step, object], Decision] | None = None
-    settings: dict[str, Setting] = field(default_factory=dict)
-    refines: str | None = None
-    check: Callable[[object], str] = lambda settings: ""
-    needs_probability: bool = False
-    ranks: bool = True
-    draws: bool = False
-    revises: bool = False
-
-    @property
-    def switch(self) -> str | None:
-        return next(iter(self.settings), None)
+    on = [name for name, rule in RULES.items() if rule.switch and getattr(settings, rule.switch, None) is not None]
+    refined = {RULES[name].refines for name in on}
+    return RULES[next((name for name in on if name not in refined), "quota")]

@@ -6,8 +6,9 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as processors
 
-from .commit_nanollada import best, commit_quota, commit_ramp, commit_ratio, entropy, rule_of
-from .rules_nanollada import Decision, Step
+from .commit_nanollada import best, commit_quota, commit_ramp, commit_ratio, entropy
+from .rule_nanollada import Decision, Step
+from .rules_nanollada import rule_of
 
 # Of transformers' logits processors, those whose rule needs one position's scores alone. The rest reads left to right.
 SHAPERS = (processors.SuppressTokensLogitsProcessor, processors.LogitNormalization)

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.modeling_nanollada.commit_nanollada import remdm_rates
-from nanollada.modeling_nanollada.rules_nanollada import Step
+from nanollada.modeling_nanollada.rule_nanollada import Step
 from nanollada.modeling_nanollada.sampling_nanollada import Sampler
 
 LENGTH, KINDS, MASK = 6, 3, 3

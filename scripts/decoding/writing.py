@@ -6,15 +6,23 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Literal
 
-DIFFUSION_ONLY = tuple(
-    "block_length steps remasking position_score threshold low_threshold kl_threshold factor entropy_bound "
-    "commit_schedule ramp_start ramp_end max_commits remdm remdm_eta cfg_scale eos_policy early_stop grow_length "
-    "approximate_cache".split()
-)
+
+def _own_settings() -> dict:
+    """`OWN_SETTINGS` of the models' package, which is not imported with them: help needs no torch."""
+    package = sys.modules["_nanollada_rules"] = ModuleType("_nanollada_rules")
+    package.__path__ = find_spec("nanollada.modeling_nanollada").submodule_search_locations
+    return import_module("_nanollada_rules.rules_nanollada").OWN_SETTINGS
+
+
+OWN_SETTINGS = _own_settings()
+DIFFUSION_ONLY = tuple(OWN_SETTINGS)
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
 TRACE_FORMATS = (".html", ".gif")
 DRAWN_TOGETHER = 16  # rows of a task that share a generator where tokens are drawn, whatever the batch size
@@ -30,9 +38,7 @@ class CheckpointArguments:
 
 
 @dataclass
-class DecodingArguments:
-    """How tokens are chosen. What is not given is the checkpoint's `generation_config.json`'s to say."""
-
+class _DecodingArguments:
     max_new_tokens: int | None = field(
         default=None, metadata={"help": f"Tokens to write; {DEFAULT_NEW_TOKENS} where the checkpoint doesn't say."}
     )
@@ -40,58 +46,29 @@ class DecodingArguments:
     top_k: int | None = field(default=None, metadata={"help": "Draw from the k likeliest tokens; 0: from all."})
     top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
     repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1: less of what was said."})
-    steps: int | None = field(
-        default=None, metadata={"help": "Diffusion: denoising steps per block. Default: one token per step."}
-    )
-    block_length: int | None = field(
-        default=None, metadata={"help": "Diffusion: tokens per block, left to right. Default: the model's, or all."}
-    )
-    remasking: Literal["low_confidence", "random"] | None = field(
-        default=None, metadata={"help": "Diffusion: decide the surest places first, or random ones."}
-    )
-    position_score: Literal["max_prob", "margin", "entropy", "sampled_prob"] | None = field(
-        default=None, metadata={"help": "Diffusion: what makes a place sure."}
-    )
-    cfg_scale: float | None = field(default=None, metadata={"help": "Diffusion: classifier-free guidance; 0: off."})
-    eos_policy: Literal["none", "last", "forbid"] | None = field(
-        default=None, metadata={"help": "Diffusion: whether ends of text are decided last, or never."}
-    )
-    early_stop: bool | None = field(
-        default=None, metadata={"help": "Diffusion: stop at an end of text with nothing undecided before it."}
-    )
-
-    threshold: float | None = field(
-        default=None, metadata={"help": "Diffusion: decide all that is surer than this, at least one token a step."}
-    )
-    low_threshold: float | None = field(
-        default=None, metadata={"help": "Diffusion: with `threshold`, also the surest of every gap above this."}
-    )
-    kl_threshold: float | None = field(
-        default=None, metadata={"help": "Diffusion: with `threshold`, only what moved by less than this, KL in nats."}
-    )
-    factor: float | None = field(default=None, metadata={"help": "Diffusion: Fast-dLLM's factor rule."})
-    entropy_bound: float | None = field(default=None, metadata={"help": "Diffusion: EB-Sampler's bound, in nats."})
-    commit_schedule: Literal["equal", "ratio", "ramp"] | None = field(
-        default=None, metadata={"help": "Diffusion: how many tokens each step decides."}
-    )
-    ramp_start: float | None = field(default=None, metadata={"help": "Diffusion: first share of the ramp."})
-    ramp_end: float | None = field(default=None, metadata={"help": "Diffusion: last share of the ramp."})
-    max_commits: int | None = field(default=None, metadata={"help": "Diffusion: at most so many tokens a step."})
-    remdm: Literal["cap", "rescale"] | None = field(
-        default=None, metadata={"help": "Diffusion: ReMDM, which hides decided tokens again."}
-    )
-    remdm_eta: float | None = field(default=None, metadata={"help": "Diffusion: how much of that."})
-    grow_length: bool | None = field(default=None, metadata={"help": "Diffusion: no masks behind the block."})
     use_cache: bool | None = field(
         default=None, metadata={"help": "Keep keys and values where that is exact (default)."}
-    )
-    approximate_cache: Literal["prefix", "dual"] | None = field(
-        default=None, metadata={"help": "Diffusion: freeze what surrounds a block (Fast-dLLM); changes results."}
     )
 
     def given(self) -> dict:
         """The options that were set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _option(name: str, setting) -> tuple:
+    kind = Literal[setting.allowed] if setting.type is str else setting.type
+    return name, kind | None, field(default=None, metadata={"help": f"Diffusion: {setting.help}"})
+
+
+DecodingArguments = make_dataclass(
+    "DecodingArguments",
+    [_option(name, setting) for name, setting in OWN_SETTINGS.items()],
+    bases=(_DecodingArguments,),
+    namespace={
+        "__doc__": "How tokens are chosen. What is not given is the checkpoint's `generation_config.json`'s to say.",
+        "__module__": __name__,
+    },
+)
 
 
 @dataclass
@@ -263,10 +240,13 @@ def effective_settings(model, **given) -> dict:
 
 def draws(model, **given) -> bool:
     """Whether what `generate` writes with these options depends on a seed."""
+    from nanollada.modeling_nanollada.rules_nanollada import rule_of
+
     settings, config = generation_settings(model, **given), model.generation_config
     if not is_diffusion(model):
         return bool(settings.get("do_sample", config.do_sample))
-    random = settings.get("remasking", config.remasking) == "random" or settings.get("remdm", config.remdm)
+    own = SimpleNamespace(**{name: settings.get(name, getattr(config, name, None)) for name in OWN_SETTINGS})
+    random = own.remasking == "random" or rule_of(own).draws
     return bool(settings.get("temperature", config.get_temperature()) or random)
 
 

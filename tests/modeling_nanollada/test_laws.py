@@ -10,6 +10,7 @@ import toy_law
 from generation_models import PAD, Oracle, build, seeded
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig, commit_nanollada
+from nanollada.modeling_nanollada.rules_nanollada import RULES, rule_of
 
 DOCUMENT = Path(__file__).parents[2] / "scripts" / "DECODING.md"
 CLOSED = -math.inf
@@ -233,4 +234,4 @@ def test_settings_survive_saving(tmp_path):
     NanoLLaDAGenerationConfig(**settings).save_pretrained(tmp_path)
     loaded = NanoLLaDAGenerationConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in settings} == settings
-    assert commit_nanollada.rule_of(loaded) is commit_nanollada.RULES["hierarchical"]
+    assert rule_of(loaded) is RULES["hierarchical"]

@@ -24,6 +24,8 @@ ALLOWED = {
     "functools",
     "difflib",
     "warnings",
+    "typing",
+    "__future__",
 }
 FORBIDDEN = {"open", "eval", "exec", "compile", "__import__", "input", "breakpoint", "globals", "getattr_static"}
 WATCHED = """
