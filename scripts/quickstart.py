@@ -231,7 +231,8 @@ class Quickstart:
     def evaluate(self) -> None:
         """Bits per byte of the test rows, before and after SFT, and exact match on the held-out sudokus."""
         from nanollada.scripts.decoding.writing import load_checkpoint
-        from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint, exact_match, save_evaluation
+        from nanollada.scripts.evaluation.answers import exact_match
+        from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint, save_evaluation
 
         for stage in STAGES:
             checkpoint = self.folder / stage

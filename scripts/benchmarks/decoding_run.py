@@ -79,7 +79,7 @@ def prompts(tokenizer, data: str | None, rows: int, length: int, vocab_size: int
 
 def questions(tokenizer, data: str) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) ids of the rows."""
-    from nanollada.scripts.evaluation.checkpoint import questions_of
+    from nanollada.scripts.evaluation.answers import questions_of
 
     return questions_of(tokenizer, _rows(data))
 
@@ -244,7 +244,7 @@ def score(
     import torch
 
     from nanollada.scripts.decoding.writing import load_checkpoint
-    from nanollada.scripts.evaluation.checkpoint import exact_match
+    from nanollada.scripts.evaluation.answers import exact_match
 
     if threads:
         torch.set_num_threads(threads)

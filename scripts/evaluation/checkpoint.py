@@ -1,15 +1,17 @@
 """Scores a checkpoint: bits per byte on any data, and exact match of generated answers on prompt/answer rows."""
 
 import json
-import math
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from itertools import groupby
 from pathlib import Path
 
 from nanollada.scripts.decoding.writing import CheckpointArguments, DecodingArguments
+from nanollada.scripts.evaluation.answers import exact_match
+from nanollada.scripts.evaluation.kinds import documentation
+from nanollada.scripts.evaluation.runner import SuiteArguments, run_suite
+from nanollada.scripts.evaluation.tasks.text import refuse_answers, rolled
 from nanollada.trainers.data.sources import SourceArguments
 
 METRICS = ("likelihood", "exact_match")
@@ -176,26 +178,6 @@ def _rolling(tokenizer, source: str, options: dict, context: int, block_length: 
     return rolled(documents, max_length, context, tokenizer.pad_token_id, block_length), report
 
 
-def refuse_answers(example) -> None:
-    """Raises a ValueError for a row that is no plain text."""
-    if example.format == "sft":
-        raise ValueError(
-            "`rolling_context` is for rows that are a plain `text`, got an answer in "
-            f"{example.source}, row {example.row}"
-        )
-
-
-def rolled(documents: list[dict], max_length: int, context: int, pad_token_id: int, block_length: int | None) -> list:
-    """Rows that roll over each of the encoded documents, the longest first (little padding)."""
-    from nanollada.trainers.scoring.rolling import rolling_rows
-
-    rows = []
-    for document in documents:
-        place = {"num_bytes": document["num_bytes"], "index": len(rows), "block_length": block_length}
-        rows += rolling_rows(document["input_ids"], max_length, context, pad_token_id, **place)
-    return sorted(rows, key=lambda row: -len(row["input_ids"]))
-
-
 def _likelihood(model, tokenizer, source: str, rows, report: dict, batch_size: int, noise: dict) -> dict:
     from tqdm.auto import tqdm
 
@@ -224,117 +206,6 @@ def _likelihood(model, tokenizer, source: str, rows, report: dict, batch_size: i
 
 
 _LEFT_OUT = ("truncated_rows", "skipped_rows")
-
-
-def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed: int = 0, **generation) -> dict:
-    """
-    How often the generated answer is the reference answer, both without special tokens and surrounding whitespace.
-
-    The prompt is rendered as in training. Of a chat the last assistant message is the answer, all before it is prompt.
-
-    Args:
-        model, tokenizer: Of `load_checkpoint`.
-        rows (`Iterable`): Rows with answers as dicts, in any format of the data room, or as
-            [`~trainers.rows.Example`]s.
-        batch_size (`int`, defaults to 16): Rows per `generate` call.
-        seed (`int`, defaults to 0): Of what is drawn, if `generation` sets a temperature.
-        generation: Options of `generate`. Greedy unless `temperature` says otherwise. `max_new_tokens` is the length
-            of the longest reference answer with its EOS, rounded up to a multiple of `block_length` if that is given:
-            the same room for every row and both kinds of model. (A diffusion model must be told the room beforehand.)
-
-    Returns:
-        `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `rows` (n), `correct`, `truncated`
-            (answers that had not ended within `max_new_tokens`), and the `settings` of `generate`.
-
-    Raises:
-        `ValueError`: for rows without an answer or that cannot be read, and if there are none.
-    """
-    from tqdm.auto import tqdm
-
-    from nanollada.scripts.decoding.writing import effective_settings, generation_settings
-
-    questions = questions_of(tokenizer, rows)
-    room = max(len(answer) for _, answer in questions)
-    block_length = generation.get("block_length") or 1
-    generation.setdefault("max_new_tokens", -(-room // block_length) * block_length)
-    generation.setdefault("temperature", 0.0)
-    settings = generation_settings(model, **generation)
-    questions.sort(key=lambda question: len(question[0]))  # little padding
-    correct = truncated = 0
-    bar = tqdm(total=len(questions), desc="Answering", unit=" rows")
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        answers = answers_to(model, tokenizer, [prompt for prompt, _ in batch], seed + start, settings)
-        for (_, reference), (answer, ended) in zip(batch, answers, strict=True):
-            correct += _text(tokenizer, answer) == _text(tokenizer, reference)
-            truncated += not ended
-        bar.update(len(batch))
-    bar.close()
-    share = correct / len(questions)
-    return {
-        "metric": "exact_match",
-        "value": share,
-        "standard_error": math.sqrt(share * (1 - share) / len(questions)),
-        "rows": len(questions),
-        "correct": correct,
-        "truncated": truncated,
-        "settings": effective_settings(model, **generation),
-    }
-
-
-def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
-    """Token ids of (prompt, answer), split where training splits them."""
-    from nanollada.trainers.data.encoding import IGNORE, RowEncoder
-    from nanollada.trainers.data.sources import BadRow, Example, RowPolicy, parse_row
-
-    def examples():
-        for number, row in enumerate(rows, start=1):
-            try:
-                example = row if isinstance(row, Example) else Example("`rows`", number, **parse_row(row))
-            except BadRow as error:
-                raise ValueError(f"`rows`, row {number}: {error}") from error
-            if example.format != "sft":
-                raise ValueError(f"exact match needs answers: {example.source}, row {example.row} is a plain `text`")
-            yield example
-
-    questions = []
-    encoder = RowEncoder(tokenizer, max_length=sys.maxsize, assistant_turns="last")
-    for _, document in encoder.encode(examples(), RowPolicy("stop")):
-        ids, labels = document["input_ids"], document["labels"]
-        start = next(i for i, label in enumerate(labels) if label != IGNORE)
-        questions.append((ids[:start], ids[start:]))
-    if not questions:
-        raise ValueError("`rows` must hold at least one row, got none")
-    return questions
-
-
-def answers_to(model, tokenizer, prompts: list[list[int]], seed: int, settings: dict) -> list[tuple[list[int], bool]]:
-    """For each prompt the new token ids up to the first EOS, and whether there was one."""
-    import torch
-
-    from nanollada.scripts.decoding.writing import eos_ids, seeded_generate
-
-    width = max(map(len, prompts))
-    padded = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    visible = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = torch.tensor(padded, device=model.device), torch.tensor(visible, device=model.device)  # [B, width]
-    answers, ends = [], eos_ids(model)
-    for row in seeded_generate(model, ids, mask, seed, **settings)[:, width:].tolist():
-        end = next((i for i, token in enumerate(row) if token in ends), None)
-        answers.append((row[:end], end is not None))
-    return answers
-
-
-def batches_of_length(pairs: list[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
-    """Places of (context, continuation) in batches whose continuations have one length: they share a canvas."""
-    order = sorted(range(len(pairs)), key=lambda place: (len(pairs[place][1]), len(pairs[place][0])))
-    for _, group in groupby(order, key=lambda place: len(pairs[place][1])):
-        places = list(group)
-        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
-
-
-def _text(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 # ---- the file and the table
@@ -403,17 +274,15 @@ def evaluation_table(evaluation: dict):
 def main(argv: list[str] | None = None) -> dict:
     """
     Parses arguments (or `--config file.yaml`), evaluates, saves, prints, and returns the new results; with `--suite`
-    what `suite.main` returns.
+    what `run_suite` or `check_suite` returns.
     """
     from trl import TrlParser
 
-    from nanollada.scripts.evaluation import runner as suite
-
     words = sys.argv[1:] if argv is None else argv
     if any(word == "--suite" or word.startswith("--suite=") for word in words):
-        return suite.main(argv)
+        return _suite(argv, words)
     if {"-h", "--help"} & set(words):
-        print(TrlParser((suite.SuiteArguments,)).format_help(), end="\n\nWithout --suite:\n\n")
+        print(_suite_help(), end="\n\nWithout --suite:\n\n")
     args, decoding = TrlParser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
     from nanollada.scripts.tracing.recorder import require_rich
 
@@ -427,3 +296,29 @@ def main(argv: list[str] | None = None) -> dict:
     Console().print(evaluation_table(evaluation))
     print(f"results: {path}")
     return evaluation
+
+
+def _suite(argv: list[str] | None, words: list[str]) -> dict:
+    """Runs a suite, or checks its errors, and prints."""
+    from trl import TrlParser
+
+    from nanollada.scripts.evaluation.errors import check_suite
+
+    if {"-h", "--help"} & set(words):
+        print(_suite_help())
+        raise SystemExit(0)
+    (args,) = TrlParser((SuiteArguments,)).parse_args_and_config(argv, fail_with_unknown_args=True)
+    if args.check_errors is not None:
+        return check_suite(args)
+    content = run_suite(args)
+    print(Path(args.output, "suite.md").read_text("utf-8"))
+    print(f"results: {args.output}")
+    return content
+
+
+def _suite_help() -> str:
+    """The suite's options, and what its file may say of each kind of task."""
+    from trl import TrlParser
+
+    options = TrlParser((SuiteArguments,)).format_help()
+    return f"{options}\nkinds of tasks, their settings (defaults) and figures:\n\n{documentation()}"

@@ -3,10 +3,9 @@
 import math
 from pathlib import Path
 
+from nanollada.scripts.evaluation.bench import Bench
+from nanollada.scripts.evaluation.kinds import KINDS
 from nanollada.scripts.evaluation.rows import limited
-from nanollada.scripts.evaluation.tasks.scored import Bench, encoded_pairs, text_ids
-
-CONTEXT = 16  # tokens before an answer that is cut out of a text
 
 
 def short_pairs(bench: Bench, planned: list, samples: int) -> list[tuple[list[int], list[int]]]:
@@ -14,25 +13,16 @@ def short_pairs(bench: Bench, planned: list, samples: int) -> list[tuple[list[in
     (context, answer) of a suite's rows, answers of at most 12 tokens and so long that the protocol draws their masks:
     choices, cloze answers, minimal pairs, reference answers; and pieces of texts, 16 tokens before each.
     """
-    from nanollada.scripts.evaluation.tasks.written import questions
     from nanollada.trainers.scoring.likelihood import MAX_EXACT_TARGETS
 
     fewest = next(n for n in range(2, 99) if 2**n - 1 > samples)
     if fewest > MAX_EXACT_TARGETS:
         raise ValueError(f"`samples` must be below {2**MAX_EXACT_TARGETS - 1} to check errors, got {samples}")
-    pairs = []
+    sizes, pairs = range(fewest, MAX_EXACT_TARGETS + 1), []
     for item in planned:
-        if item.task.kind in ("choice", "cloze", "pairs"):
-            pairs += encoded_pairs(bench, item.task, item.rows)
-        elif item.task.kind in ("generation", "presets"):
-            pairs += questions(bench, item.task, item.rows)
-        for row in item.rows if item.task.kind == "text" else ():
-            ids = text_ids(bench, row, row.values.get("text", ""))
-            for number, start in enumerate(range(0, len(ids) - CONTEXT - MAX_EXACT_TARGETS, CONTEXT)):
-                size = fewest + number % (MAX_EXACT_TARGETS - fewest + 1)
-                cut = start + CONTEXT
-                pairs.append((ids[start:cut], ids[cut : cut + size]))
-    return [pair for pair in pairs if fewest <= len(pair[1]) <= MAX_EXACT_TARGETS]
+        if short := KINDS[item.task.kind].short:
+            pairs += short(bench, item.task, item.rows, sizes)
+    return [pair for pair in pairs if len(pair[1]) in sizes]
 
 
 def check_errors(bench: Bench, pairs: list, block_length: int | None = None) -> dict:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -394,7 +394,7 @@ class NanoLLaDALM(TemplateLM):
 
     def _answers(self, prompts: list[list[int]], settings: dict, until: list[str], seed: int) -> list[str]:
         from nanollada.scripts.decoding.writing import generation_settings
-        from nanollada.scripts.evaluation.checkpoint import answers_to
+        from nanollada.scripts.evaluation.answers import answers_to
 
         texts, ends = [], {self.special_tokens[text] for text in until if text in self.special_tokens}
         settings = generation_settings(self.model, **settings)
@@ -435,14 +435,16 @@ def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id
     Whether greedy decoding writes each pair's continuation behind its context, in as many tokens; see
     [`NanoLLaDALM`].
     """
-    from nanollada.scripts.evaluation.checkpoint import batches_of_length
+    from nanollada.scripts.evaluation.answers import batches_of_length, greedy_answers
     from nanollada.trainers.scoring.likelihood import is_causal
 
-    batch_of: Callable = _causal_matches if is_causal(model) else _diffusion_matches
-    found: dict[int, bool] = {}
+    if not is_causal(model):
+        rows = greedy_answers(model, pairs, pad_token_id, batch_size)
+        return [row == continuation for row, (_, continuation) in zip(rows, pairs, strict=True)]
+    right: dict[int, bool] = {}
     for places in batches_of_length(pairs, batch_size):
-        found |= zip(places, batch_of(model, [pairs[place] for place in places], pad_token_id), strict=True)
-    return [found[place] for place in range(len(pairs))]
+        right |= zip(places, _causal_matches(model, [pairs[place] for place in places], pad_token_id), strict=True)
+    return [right[place] for place in range(len(pairs))]
 
 
 def _causal_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> list[bool]:
@@ -457,19 +459,3 @@ def _causal_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_i
     with torch.no_grad():
         right = model(**inputs, logits_to_keep=keep, use_cache=False).logits.argmax(-1) == targets[keep]  # [N]
     return torch.ones_like(keep).masked_scatter(keep, right).all(-1).tolist()
-
-
-def _diffusion_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> list[bool]:
-    import torch
-
-    from nanollada.scripts.decoding.writing import default_decoding, generation_settings, seeded_generate
-
-    length, width = len(pairs[0][1]), max(len(context) for context, _ in pairs)
-    ids = [[pad_token_id] * (width - len(context)) + context for context, _ in pairs]
-    visible = [[0] * (width - len(context)) + [1] * len(context) for context, _ in pairs]
-    whole = {"block_length": length} if model.config.block_length is None else {}
-    tensors = (torch.tensor(rows, device=model.device) for rows in (ids, visible))  # [B, width]
-    with default_decoding(model):
-        settings = generation_settings(model, max_new_tokens=length, temperature=0.0, **whole)
-        said = seeded_generate(model, *tensors, 0, **settings)[:, width:].tolist()
-    return [row == continuation for row, (_, continuation) in zip(said, pairs, strict=True)]

@@ -2,62 +2,7 @@
 
 from pathlib import Path
 
-TITLES = {
-    "text": "Text: bits per byte",
-    "choice": "Multiple choice",
-    "cloze": "Cloze",
-    "pairs": "Minimal pairs",
-    "generation": "Checked answers",
-    "presets": "Decoding presets",
-    "statistics": "Free text",
-    "speed": "Speed, one row at a time",
-}
-DEFINITIONS = {
-    "bits_per_byte": "nats of all scored tokens by UTF-8 bytes, in bits; ± over scored rows, in brackets of the masks "
-    "alone; of a judge: of the drawn texts.",
-    "nats_per_token": "nats of all scored tokens, ends of text included, by their number.",
-    "acc": "share of rows whose right choice has the least nats, or the least bound (lm-eval's acc).",
-    "acc_norm": "the same by nats per character of the choice (lm-eval's acc_norm).",
-    "acc_bytes": "the same by nats per UTF-8 byte of the choice (lm-eval's acc_bytes).",
-    "nats_per_answer": "nats of the answer given its context, mean over rows; in brackets the masks' error.",
-    "greedy_match": "share of answers whose tokens are the greedy ones; diffusion sees how many there are.",
-    "accuracy": "share of pairs whose good text has fewer nats, or of answers that the verifier accepts.",
-    "exact_match": "share of answers that equal a reference; of questions on a context without case, punctuation and "
-    "articles (SQuAD), in Chinese without case, spaces and what CMRC's script deletes.",
-    "f1": "mean of 2·common / (units of answer and reference); SQuAD's common words, in Chinese CMRC's longest common "
-    "run of characters.",
-    "tokens_per_forward": "tokens kept by forward passes; a pass with guidance reads the row twice and counts once.",
-    "distinct_1": "different tokens by tokens of a drawn text, mean over texts.",
-    "distinct_2": "the same for pairs of tokens.",
-    "distinct_3": "the same for triples of tokens.",
-    "repetition_4": "share of 4-grams of tokens that stand earlier in the text, mean over texts.",
-    "unigram_entropy": "entropy of a drawn text's token frequencies in nats, mean over texts.",
-    "tokens": "tokens of a drawn text.",
-    "ended": "share of drawn texts that ended by themselves.",
-    "judge_nats_per_token": "nats of the drawn texts under the judge given their prompts (answers in a chat: by "
-    "themselves), by its tokens.",
-    "judge_bits_per_byte": "the same in bits by UTF-8 bytes.",
-    "judge_perplexity": "exp of the judge's nats per token; read it beside the entropy: repetition is cheap.",
-    "tokens_per_second": "tokens kept by the seconds of `generate`, medians of repeats.",
-    "seconds": "seconds of a `generate` call, medians of repeats.",
-    "first_token_seconds": "seconds until the first pass has decided something, medians of repeats.",
-}
-DIGITS = {"bits/byte": 3, "nats/token": 3, "nats/answer": 3, "nats": 3, "s/text": 3, "nats/judge token": 3}
-DRAWN = {  # one unit a panel
-    ("text", "bits/byte"),
-    ("choice", "share"),
-    ("cloze", "share"),
-    ("cloze", "nats/answer"),
-    ("pairs", "share"),
-    ("generation", "share"),
-    ("presets", "share"),
-    ("presets", "tokens/forward"),
-    ("statistics", "share"),
-    ("statistics", "nats"),
-    ("statistics", "bits/byte"),
-    ("speed", "tokens/s"),
-}
-
+from nanollada.scripts.evaluation.kinds import KINDS, metric_of
 
 # ---- tables
 
@@ -76,7 +21,7 @@ def cell(result: dict | None) -> str:
         else:
             text = f"{100 * value:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
         return text + (f" (open {100 * result['open_share']:.1f} %)" if result.get("open_share") else "")
-    digits = DIGITS.get(unit, 2)
+    digits = metric_of(result["kind"], result["metric"]).digits
     text = f"{'≤ ' if result['bound'] else ''}{value:.{digits}f}"
     text += "" if error is None else f" ± {error:.{digits}f}"
     return text + (f" (masks ± {result['mask_error']:.{digits}f})" if result.get("mask_error") else "")
@@ -104,9 +49,9 @@ def tables(found: dict) -> str:
 def kind_tables(found: dict) -> list[tuple[str, str]]:
     """Title and table of each kind of task, and of its groups."""
     models, made = [model["name"] for model in found["models"]], []
-    for kind, title in TITLES.items():
+    for kind, entry in KINDS.items():
         results = [result for result in found["results"] if result["kind"] == kind]
-        for heading, grouped in ((title, False), (f"{title}, by group", True)):
+        for heading, grouped in ((entry.title, False), (f"{entry.title}, by group", True)):
             if chosen := [result for result in results if ("group" in result) == grouped]:
                 made.append((heading, _kind_table(chosen, models)))
     return made
@@ -163,12 +108,12 @@ def draw(path: Path, found: dict) -> None:
 
     panels: dict[tuple, list[dict]] = {}
     for result in found["results"]:
-        key = (result["kind"], result["unit"])
-        if key in DRAWN and result["metric"] != "acc_bytes":
-            panels.setdefault(key, []).append(result)
+        unit = result["unit"]
+        if metric_of(result["kind"], result["metric"]).drawn and unit != "share, difference":
+            panels.setdefault((result["kind"], unit), []).append(result)
     if not panels:
         return
-    order = list(TITLES)
+    order = list(KINDS)
     keys = sorted(panels, key=lambda key: (order.index(key[0]), key[1]))
     models = [model["name"] for model in found["models"]]
     heights = [0.9 + len(_lines(panels[key])) * (0.12 + 0.13 * len(models)) for key in keys]
@@ -210,7 +155,7 @@ def _draw_panel(axes, key: tuple[str, str], results: list[dict], models: list[st
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel({"share": "per cent"}.get(unit, unit), fontsize=8)
     axes.set_title(
-        TITLES[kind] + (" (◂: upper bound)" if any(result["bound"] for result in results) else ""), fontsize=9
+        KINDS[kind].title + (" (◂: upper bound)" if any(result["bound"] for result in results) else ""), fontsize=9
     )
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.3)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanollada.scripts.evaluation.rows import Row, Task, read_suite, rows_of
+from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
+from nanollada.scripts.evaluation.kinds import KINDS, definitions, metric_of
+from nanollada.scripts.evaluation.rows import rows_of
+from nanollada.scripts.evaluation.suite_file import read_suite
 from nanollada.trainers.data.sources import DataError
 
 PROTOCOL = 2  # raised whenever the same arguments would give other numbers
-SCORED = ("text", "choice", "cloze", "pairs")
-DIFFUSION_KINDS = ("presets",)  # what AR models have no settings for
 # What of a checkpoint decides its numbers beside the weights.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -80,22 +81,6 @@ class SuiteArguments:
             )
         if bad := [name for name in self.names if "/" in name or name.startswith(".") or not name]:
             raise ValueError(f"`names` must be names of folders, got {bad[0]!r}")
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A task, its checked rows and the digest of its data."""
-
-    task: Task
-    rows: list[Row]
-    digest: str
-
-    @property
-    def source(self) -> str:
-        """What `data` says in a result."""
-        task = self.task
-        made = f"puzzle: {task.options['puzzle']}" if task.options.get("puzzle") else "no data"
-        return task.data if task.data is not None else made
 
 
 def plan(args: SuiteArguments) -> tuple[str, list[Planned]]:
@@ -243,7 +228,6 @@ class Runner:
     def load(self, checkpoint: str):
         """A bench of the checkpoint, and of the judge, who is loaded once."""
         from nanollada.scripts.decoding.writing import load_checkpoint
-        from nanollada.scripts.evaluation.tasks.scored import Bench
 
         args = self.args
         if args.judge is not None and self.judge is None:
@@ -257,11 +241,12 @@ class Runner:
         identity = {"protocol": PROTOCOL, "weights_sha256": weights, "files_sha256": files, "seed": self.args.seed}
         identity |= {"kind": task.kind, "language": task.language, "data_sha256": item.digest}
         identity |= {"settings": task.settings(), "rows": len(item.rows)}
-        if task.kind in SCORED:
+        kind = KINDS[task.kind]
+        if kind.scored:
             identity["samples"] = self.args.samples
-        if task.kind == "statistics":
+        if kind.judged:
             identity["judge"] = self.judge_digest
-        if task.kind == "speed":
+        if kind.timed:
             identity |= machine(self.args.device)
         return json.loads(json.dumps(identity))  # as it will be read back
 
@@ -283,13 +268,12 @@ class Runner:
         """Runs the task, and writes its records and then, as the sign that all is there, its result."""
         from tqdm.auto import tqdm
 
-        from nanollada.scripts.evaluation.tasks.scored import Outcome
-
-        skipped = item.task.kind in DIFFUSION_KINDS and not bench.is_diffusion
-        with tqdm(total=_steps(item), desc=f"{model}: {item.task.name}", unit=" rows") as bar:
+        kind = KINDS[item.task.kind]
+        skipped = kind.diffusion_only and not bench.is_diffusion
+        with tqdm(total=kind.steps(item.task, item.rows), desc=f"{model}: {item.task.name}", unit=" rows") as bar:
             bench.progress = bar.update
             try:
-                outcome = Outcome([], []) if skipped else RUN[item.task.kind](bench, item.task, item.rows)
+                outcome = Outcome([], []) if skipped else kind.run(bench, item.task, item.rows)
             except DataError:
                 raise
             except ValueError as error:
@@ -310,43 +294,20 @@ class Runner:
     def result(self, item: Planned, bench, outcome, figures: dict) -> dict:
         """One figure with all that it takes to read and to repeat it."""
         task, figures = item.task, dict(figures)
+        kind = KINDS[task.kind]
         settings = {**task.settings(), **outcome.settings}
         settings |= {"generate": generate} if (generate := figures.pop("generate", None)) else {}
-        settings |= machine(self.args.device) if task.kind == "speed" else {}
-        if task.kind in SCORED:
+        settings |= machine(self.args.device) if kind.timed else {}
+        if kind.scored:
             settings["score"] = "upper bound of the NLL" if bench.is_diffusion else "exact NLL"
             settings |= {"samples": self.args.samples} if bench.is_diffusion else {}
-        if task.kind == "statistics" and self.args.judge is not None:
+        if kind.judged and self.args.judge is not None:
             settings["judge"] = Path(self.args.judge).name
         facts = {"task": task.name, "kind": task.kind, "language": task.language, "metric": figures.pop("metric")}
         facts |= {name: figures.pop(name) for name in ("value", "standard_error")}
-        facts |= {"bound": False, "unit": None, "chance": None, **figures}
+        facts |= {"bound": False, "unit": metric_of(task.kind, facts["metric"]).unit, "chance": None, **figures}
         facts |= {"data": item.source, "data_sha256": item.digest, "settings": settings}
         return {**facts, "command": self.command, "seed": self.args.seed}
-
-
-def _steps(item: Planned) -> int | None:
-    """How many units of work a task announces; texts are packed first."""
-    rows, options = item.rows, item.task.options
-    return {
-        "text": None,
-        "choice": sum(len(row.values.get("choices", ())) for row in rows),
-        "pairs": 2 * len(rows),
-        "presets": len(rows) * len(options.get("presets", ())),
-    }.get(item.task.kind, len(rows))
-
-
-def _runner(module: str, name: str):
-    def run(*arguments):
-        import importlib
-
-        return getattr(importlib.import_module(f"nanollada.scripts.evaluation.tasks.{module}"), name)(*arguments)
-
-    return run
-
-
-RUN = {kind: _runner("scored", f"run_{kind}") for kind in SCORED}
-RUN |= {kind: _runner("written", f"run_{kind}") for kind in ("generation", "presets", "statistics", "speed")}
 
 
 def _json(value: Any) -> str:
@@ -375,7 +336,7 @@ def run_suite(args: SuiteArguments) -> dict:
         `ValueError`: for a suite, rows, models or an `evaluation.json` that cannot be used; `DataError` names file and
             row.
     """
-    from nanollada.scripts.evaluation.report import DEFINITIONS, draw, tables
+    from nanollada.scripts.evaluation.report import draw, tables
     from nanollada.trainers.models import hardware, versions
 
     description, planned = plan(args)
@@ -384,8 +345,7 @@ def run_suite(args: SuiteArguments) -> dict:
         check_evaluation(checkpoint)
     models, results = runner.run()
     told = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
-    metrics = {result["metric"].partition("/")[0] for result in results}
-    told |= {"samples": args.samples, "definitions": {n: text for n, text in DEFINITIONS.items() if n in metrics}}
+    told |= {"samples": args.samples, "definitions": definitions(results)}
     told["tasks"] = [
         {**{"name": item.task.name, "kind": item.task.kind, "data": item.source, "data_sha256": item.digest},
          "rows": len(item.rows), "language": item.task.language, "settings": item.task.settings()}
@@ -398,19 +358,4 @@ def run_suite(args: SuiteArguments) -> dict:
     write(folder / "suite.md", tables(found))
     draw(folder / "suite.png", found)
     runner.save(models, results)
-    return found
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Parses arguments (or `--config file.yaml`), runs the suite or checks its errors, prints, and returns it all."""
-    from trl import TrlParser
-
-    (args,) = TrlParser((SuiteArguments,)).parse_args_and_config(argv, fail_with_unknown_args=True)
-    if args.check_errors is not None:
-        from nanollada.scripts.evaluation.errors import check_suite
-
-        return check_suite(args)
-    found = run_suite(args)
-    print(Path(args.output, "suite.md").read_text("utf-8"))
-    print(f"results: {args.output}")
     return found

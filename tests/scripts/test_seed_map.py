@@ -14,8 +14,8 @@ from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.scripts.decoding.comparison import CompareArguments
 from nanollada.scripts.decoding.writing import DecodingArguments, GenerateArguments
 from nanollada.scripts.evaluation.checkpoint import EvaluateArguments
-from nanollada.scripts.evaluation.rows import parse_task
 from nanollada.scripts.evaluation.runner import SuiteArguments
+from nanollada.scripts.evaluation.suite_file import parse_task
 from nanollada.scripts.merge_checkpoints import MergeArguments
 from nanollada.trainers.causal import CausalConfig
 from nanollada.trainers.data.prepare import DataArguments
@@ -258,7 +258,7 @@ def test_the_suites_tasks_are_tasks():
     for text in named:
         task = {"data": "my.jsonl", **yaml.safe_load(text)}
         kinds.add((task["kind"], task.get("verify") or str(task.get("presets"))))
-        presets = parse_task({"name": "t", **task}, "SEED.md").options.get("presets", {})
+        presets = getattr(parse_task({"name": "t", **task}, "SEED.md"), "presets", {})
         assert all(isinstance(name, str) for name in presets)  # YAML's off and on are no names
     assert {("generation", "qa"), ("presets", "cfg"), ("presets", "llada_styles")} <= kinds
 

@@ -3,7 +3,7 @@
 import random
 import re
 
-from nanollada.trainers.puzzles.puzzle import Option, Puzzle, whole
+from nanollada.trainers.puzzles.puzzle import Option, Puzzle, needed, whole
 
 NUMBER = r"-?[0-9]{1,40}"
 
@@ -22,7 +22,7 @@ def verify(row: dict, answer: str) -> bool:
 
 def columns(row: dict) -> dict:
     """`answer`, a whole number in a string."""
-    answer = row.get("answer")
+    answer = needed(row, "answer")
     if not isinstance(answer, str) or not re.fullmatch(NUMBER, answer):
         raise ValueError(f"`answer` must be a whole number, got {answer!r}")
     return {"answer": answer}

@@ -93,6 +93,13 @@ class Puzzle:
                 yield row
 
 
+def needed(row: dict, name: str):
+    """A column of somebody's row, which must be there."""
+    if row.get(name) is None:
+        raise ValueError(f"missing field: `{name}`")
+    return row[name]
+
+
 def side_of(prompt: str) -> str:
     """The side of a problem, "test" or "train", by its text alone."""
     digest = hashlib.sha256(prompt.encode()).digest()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-from nanollada.trainers.puzzles.puzzle import Puzzle, whole
+from nanollada.trainers.puzzles.puzzle import Puzzle, needed, whole
 
 GRID_SEED = 42  # the quickstart's split of the boards
 
@@ -113,7 +113,7 @@ def verify(row: dict, answer: str) -> bool:
 
 def columns(row: dict) -> dict:
     """`puzzle`, 16 digits with one solution."""
-    puzzle = row.get("puzzle")
+    puzzle = needed(row, "puzzle")
     if not isinstance(puzzle, str) or not re.fullmatch(r"[0-4]{16}", puzzle) or count_solutions(puzzle) != 1:
         raise ValueError(f"`puzzle` must be 16 digits from 0 to 4 with one solution, got {puzzle!r}")
     return {"puzzle": puzzle}

@@ -9,11 +9,11 @@ import torch
 
 from nanollada.hub_upload.model_card import read_facts
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.scripts.evaluation.answers import exact_match
 from nanollada.scripts.evaluation.checkpoint import (
     EvaluateArguments,
     evaluate_checkpoint,
     evaluation_table,
-    exact_match,
     main,
     save_evaluation,
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import yaml
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluation import checkpoint as evaluate
 from nanollada.scripts.evaluation import runner as suite
-from nanollada.scripts.evaluation.rows import KINDS, read_suite
-from nanollada.scripts.evaluation.runner import SuiteArguments, main, plan
+from nanollada.scripts.evaluation.checkpoint import main
+from nanollada.scripts.evaluation.kinds import KINDS
+from nanollada.scripts.evaluation.runner import SuiteArguments, plan
+from nanollada.scripts.evaluation.suite_file import read_suite
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -86,7 +89,7 @@ def test_everything_is_written(folder):
         bounded = result["metric"] in ("bits_per_byte", "nats_per_token", "nats_per_answer")
         assert result["bound"] == (bounded and result["model"] == "diffusion")
         assert result["settings"].get("samples") == (
-            4 if result["task"] in suite.SCORED and result["model"] == "diffusion" else None
+            4 if KINDS[result["kind"]].scored and result["model"] == "diffusion" else None
         )
     assert {"protocol", "command", "seed", "hardware", "versions", "models", "results"} == set(found)
     assert set(found["protocol"]["definitions"]) >= {r["metric"].partition("/")[0] for r in found["results"]}
@@ -150,17 +153,17 @@ def test_a_killed_run_goes_on(folder, measured, monkeypatch):
     main(words(folder, "whole"))
     expected = files(folder / "whole")
     measured.clear()
-    real = suite.RUN["choice"]
+    entry = KINDS["choice"]
 
     def killed(bench, task, rows):
         if bench.is_diffusion:
             raise KeyboardInterrupt
-        return real(bench, task, rows)
+        return entry.run(bench, task, rows)
 
-    monkeypatch.setitem(suite.RUN, "choice", killed)
+    monkeypatch.setitem(KINDS, "choice", replace(entry, run=killed))
     with pytest.raises(KeyboardInterrupt):
         main(words(folder))
-    monkeypatch.setitem(suite.RUN, "choice", real)
+    monkeypatch.setitem(KINDS, "choice", entry)
     before = len(measured)
     main(words(folder))
     assert measured[before:] == [("diffusion", task["name"]) for task in FEW[1:]]
@@ -180,7 +183,7 @@ def test_whatever_changed_is_measured_again(folder, measured, tokenizer):
         return measured
 
     assert again() == []
-    assert again("--samples", "6") == [(m, t["name"]) for m in CLASSES for t in FEW if t["kind"] in suite.SCORED]
+    assert again("--samples", "6") == [(m, t["name"]) for m in CLASSES for t in FEW if KINDS[t["kind"]].scored]
     assert len(again("--samples", "6", "--seed", "1")) == 2 * len(FEW)
     assert {task for _, task in again("--samples", "6", "--seed", "1", "--judge", str(folder / "ar"))} == {"free"}
     again()

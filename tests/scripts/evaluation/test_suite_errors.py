@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
+from nanollada.scripts.evaluation.bench import Bench, Planned, Row
 from nanollada.scripts.evaluation.errors import check_errors, short_pairs
-from nanollada.scripts.evaluation.rows import Row, parse_task
-from nanollada.scripts.evaluation.runner import Planned
-from nanollada.scripts.evaluation.tasks.scored import Bench
+from nanollada.scripts.evaluation.kinds import KINDS
+from nanollada.scripts.evaluation.suite_file import parse_task
 from nanollada.trainers.data.sources import DataError
 from nanollada.trainers.models import config_for
 
@@ -78,10 +78,8 @@ def test_blocks_of_a_token_leave_nothing_to_chance(bench):
 def test_short_answers_of_every_kind(bench, tokenizer):
     def planned(kind, *values, **settings):
         task = parse_task({"name": "t", "kind": kind, "data": "x", **settings}, "")
-        from nanollada.scripts.evaluation.rows import CHECKS
-
         rows = [Row("x", i, value) for i, value in enumerate(values, start=1)]
-        return Planned(task, [Row(row.source, row.number, CHECKS[kind](row, task)) for row in rows], "d")
+        return Planned(task, [Row(row.source, row.number, KINDS[kind].check_row(row, task)) for row in rows], "d")
 
     text = "The dog sat on the log, the cat sang to the bird and the fish did not. " * 3
     items = [

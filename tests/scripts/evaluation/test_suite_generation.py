@@ -8,18 +8,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.writing import generate, keyed_seed, prompt_ids
+from nanollada.scripts.evaluation.bench import Bench, Row
+from nanollada.scripts.evaluation.kinds import KINDS
 from nanollada.scripts.evaluation.metrics import distinct, repetition, unigram_entropy
-from nanollada.scripts.evaluation.rows import CHECKS, Row, parse_task, rows_of
-from nanollada.scripts.evaluation.tasks import written as suite_generation
-from nanollada.scripts.evaluation.tasks.scored import Bench
-from nanollada.scripts.evaluation.tasks.written import (
-    judge_nats,
-    run_generation,
-    run_presets,
-    run_speed,
-    run_statistics,
-    write_answers,
-)
+from nanollada.scripts.evaluation.rows import rows_of
+from nanollada.scripts.evaluation.suite_file import parse_task
+from nanollada.scripts.evaluation.tasks import free_text, generation
+from nanollada.scripts.evaluation.tasks.free_text import judge_nats, run_statistics
+from nanollada.scripts.evaluation.tasks.generation import run_generation
+from nanollada.scripts.evaluation.tasks.presets import run_presets
+from nanollada.scripts.evaluation.tasks.speed import run_speed
+from nanollada.scripts.evaluation.tasks.written import write_answers
 from nanollada.trainers.data.sources import DataError
 from nanollada.trainers.models import config_for
 
@@ -41,7 +40,7 @@ def task(kind, **settings):
 
 def rows(task, *values):
     rows = [Row("x.jsonl", number, value) for number, value in enumerate(values, start=1)]
-    return [Row(row.source, row.number, CHECKS[task.kind](row, task)) for row in rows]
+    return [Row(row.source, row.number, KINDS[task.kind].check_row(row, task)) for row in rows]
 
 
 def scripted(monkeypatch, replies):
@@ -51,7 +50,8 @@ def scripted(monkeypatch, replies):
         assert len(prompts) == len(replies)
         return [(bench.tokenizer(reply.rstrip("…")).input_ids, not reply.endswith("…")) for reply in replies]
 
-    monkeypatch.setattr(suite_generation, "write_answers", write)
+    for module in (generation, free_text):
+        monkeypatch.setattr(module, "write_answers", write)
 
 
 # ---- verdicts

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from nanollada.scripts.evaluation.report import DEFINITIONS, bar, cell, draw, tables
+from nanollada.scripts.evaluation.report import bar, cell, draw, tables
 
 
 def result(model, kind, metric, unit, value, error=0.01, **facts):
@@ -30,7 +30,7 @@ def result(model, kind, metric, unit, value, error=0.01, **facts):
 FOUND = {
     "protocol": {
         "suite": "s.yaml", "description": "Ours", "version": 1, "limit": None, "samples": 128,
-        "definitions": {"acc": DEFINITIONS["acc"]},
+        "definitions": {"acc": "share"},
         "tasks": [{"name": "my_choice", "data": "c.jsonl", "data_sha256": "ab" * 32}],
     },
     "seed": 3, "hardware": "CPU", "versions": {"torch": "2"},
@@ -54,14 +54,14 @@ FOUND = {
     [
         (None, "–"),
         (
-            result("m", "text", "b", "bits/byte", 1.23456, 0.01234, bound=True, mask_error=0.002),
+            result("m", "text", "bits_per_byte", "bits/byte", 1.23456, 0.01234, bound=True, mask_error=0.002),
             "≤ 1.235 ± 0.012 (masks ± 0.002)",
         ),
-        (result("m", "text", "b", "bits/byte", 1.23456, None, mask_error=0.0), "1.235"),
+        (result("m", "text", "bits_per_byte", "bits/byte", 1.23456, None, mask_error=0.0), "1.235"),
         (result("m", "choice", "acc", "share", 0.6251, 0.0217, open_share=0.012), "62.5 % ± 2.2 (open 1.2 %)"),
         (result("m", "choice", "acc", "share", 0.0, 0.0, interval=[0.0, 0.0370]), "0.0 % [0.0, 3.7]"),
         (result("m", "presets", "d", "share, difference", 0.031, 0.02), "+3.1 ± 2.0"),
-        (result("m", "speed", "s", "tokens/s", 158.4612, None), "158.46"),
+        (result("m", "speed", "tokens_per_second", "tokens/s", 158.4612, None), "158.46"),
     ],
 )  # fmt: skip
 def test_cells(found, text):

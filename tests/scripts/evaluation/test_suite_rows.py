@@ -5,7 +5,9 @@ import json
 import pytest
 import yaml
 
-from nanollada.scripts.evaluation.rows import KINDS, Task, limited, parse_task, read_rows, read_suite, rows_of
+from nanollada.scripts.evaluation.rows import limited, read_rows, rows_of
+from nanollada.scripts.evaluation.suite_file import parse_task, read_suite
+from nanollada.scripts.evaluation.tasks.speed import SpeedTask
 from nanollada.trainers.data.sources import DataError
 
 
@@ -31,12 +33,10 @@ def test_tasks_have_defaults_of_their_kind(tmp_path):
     )
     description, (a, b) = read_suite(path)
     assert description == "ours" and (a.name, a.language, a.limit) == ("a", "zh", 7)
-    assert a.options == {"delimiter": None, "suffix": "", "eval_block_length": None} and a.settings() == {"limit": 7}
-    assert b.options["verify"] == "sudoku" and list(b.options["presets"]) == ["off", "on"]
+    assert (a.delimiter, a.suffix, a.eval_block_length) == (None, "", None) and a.settings() == {"limit": 7}
+    assert b.verify == "sudoku" and list(b.presets) == ["off", "on"]
     path.write_text(json.dumps({"tasks": [{"name": "c", "kind": "speed"}]}))
-    assert read_suite(path)[1] == [
-        Task("c", "speed", {name: default for name, (default, _) in KINDS["speed"].items()})
-    ]
+    assert read_suite(path)[1] == [SpeedTask("c", "speed")]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_settings_that_are_refused(item, message):
 def test_decoding_that_is_accepted():
     presets = {"one": {"threshold": 0.9}, "two": {"threshold": 0.8}}
     refined = parse_task({**ASKED, "kind": "presets", "decoding": {"low_threshold": 0.3}, "presets": presets}, "")
-    assert refined.options["presets"] == presets
-    assert parse_task({**ASKED, "decoding": {"temperature": 1, "top_p": 0.9}}, "").options["decoding"]["top_p"] == 0.9
+    assert refined.presets == presets
+    assert parse_task({**ASKED, "decoding": {"temperature": 1, "top_p": 0.9}}, "").decoding["top_p"] == 0.9
     drawn = {"name": "a", "kind": "statistics", "decoding": {"top_k": 5}}  # the checkpoint may have a temperature
-    assert parse_task(drawn, "").options["decoding"] == {"top_k": 5}
+    assert parse_task(drawn, "").decoding == {"top_k": 5}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.writing import generate
+from nanollada.scripts.evaluation.bench import Bench, Row
 from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint
 from nanollada.scripts.evaluation.metrics import win_probability
-from nanollada.scripts.evaluation.rows import CHECKS, Row, parse_task
-from nanollada.scripts.evaluation.tasks.scored import Bench, encoded_pairs, run_choice, run_cloze, run_pairs, run_text
+from nanollada.scripts.evaluation.suite_file import parse_task
+from nanollada.scripts.evaluation.tasks.choice import run_choice
+from nanollada.scripts.evaluation.tasks.cloze import check_cloze, cloze_pairs, run_cloze
+from nanollada.scripts.evaluation.tasks.pairs import run_pairs, text_pairs
+from nanollada.scripts.evaluation.tasks.text import run_text
 from nanollada.trainers.data.sources import DataError
 from nanollada.trainers.models import config_for
 from nanollada.trainers.scoring.continuations import conditional_rows, encode_pair
@@ -129,7 +133,7 @@ def test_a_tie_is_no_preference(tokenizer):
     own = bench("ar", tokenizer)
     own.model.lm_head.weight.data.zero_()
     values = [{"good": "The cat", "bad": "cat The"}]  # as many tokens, all of them equally probable
-    assert len({len(ids) for _, ids in encoded_pairs(own, task("pairs"), rows(values))}) == 1
+    assert len({len(ids) for _, ids in text_pairs(own, task("pairs"), rows(values))}) == 1
     assert run_pairs(own, task("pairs"), rows(values)).results[0]["value"] == 0
 
 
@@ -334,6 +338,6 @@ def test_blocks_are_for_diffusion(tokenizer):
 def test_the_last_word_of_a_text_keeps_what_stands_before_it(tokenizer, text, language):
     own, of = bench("ar", tokenizer), task("cloze", language=language)
     row = Row("x.jsonl", 1, {"text": text})
-    ((prompt, target),) = encoded_pairs(own, of, [Row(row.source, row.number, CHECKS["cloze"](row, of))])
+    ((prompt, target),) = cloze_pairs(own, of, [Row(row.source, row.number, check_cloze(row, of))])
     assert tokenizer.decode([*prompt[1:], *target]) == text
     assert tokenizer.decode(target).strip() == text.split()[-1]

@@ -8,7 +8,7 @@ from test_report import recorded
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts import quickstart
-from nanollada.scripts.evaluation import runner as suite
+from nanollada.scripts.evaluation.checkpoint import main as evaluate
 from nanollada.scripts.first_run.expected import DISTRUST, EXPECTED, NAMES, RECORDED_WITH, doubts
 from nanollada.scripts.first_run.page import result_rows, write_report
 from nanollada.scripts.quickstart import Quickstart, QuickstartArguments
@@ -144,7 +144,7 @@ def measure_suite(run, tmp_path):
     checkpoints = [str(run.folder / stage) for stage in ("ar_sft", "diffusion_sft")]
     words = ["--suite", str(quickstart.RECIPES.parent / "suites" / "quickstart.yaml"), "--checkpoints", *checkpoints]
     words += ["--suite_data", str(run.corpus), "--output", str(tmp_path / "suite"), "--samples", "2"]
-    suite.main([*words, "--tasks", "text", "answers", "sudoku"])
+    evaluate([*words, "--tasks", "text", "answers", "sudoku"])
 
 
 @pytest.mark.parametrize("first", ["quickstart", "suite"])

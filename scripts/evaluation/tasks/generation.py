@@ -1,0 +1,196 @@
+"""Questions with answers that can be checked."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from nanollada.scripts.evaluation.answers import questions_of
+from nanollada.scripts.evaluation.bench import (
+    Bench,
+    Kind,
+    Metric,
+    Outcome,
+    Row,
+    Task,
+    mapping,
+    one_of,
+    setting,
+    whole,
+)
+from nanollada.scripts.evaluation.metrics import answer_f1, answer_match, mean, share
+from nanollada.scripts.evaluation.tasks.written import check_decoding, own_settings, training_row, write_answers
+from nanollada.trainers.data.sources import Example
+from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
+
+GREEDY = {"temperature": 0.0}
+VERIFIERS = ("exact", "qa", *PUZZLES)
+
+
+def _asks(template: str) -> bool:
+    names = re.findall(r"\{(\w+)\}", template)
+    return "question" in names and set(names) <= {"context", "question"}
+
+
+@strict
+@dataclass
+class GenerationTask(Task):
+    """Rows of `data`, or those of a `puzzle`; `verify` says what a right answer is."""
+
+    puzzle: str | None = one_of(PUZZLES)
+    rows: int | None = whole(1, 100)
+    puzzle_options: dict = mapping()
+    verify: str | None = one_of(VERIFIERS)
+    chat: bool | None = None  # a text of a question is a user's message; else as the row's format says
+    template: str | None = setting(
+        None, "a string that asks the {question}, with the {context} or without, and has no other {name}", _asks
+    )
+    max_new_tokens: int | None = whole(1)
+    decoding: dict = mapping()
+
+    needs_data: ClassVar[bool] = False
+
+    def complete(self, given: dict, wrong) -> None:
+        """The verifier may follow from the puzzle."""
+        if (self.puzzle is None) == (self.data is None):
+            raise wrong("puzzle", "given where there is no `data`, and only there", self.puzzle)
+        if self.puzzle is None and (idle := [name for name in ("rows", "puzzle_options") if name in given]):
+            raise wrong(idle[0], "of a `puzzle`", given[idle[0]])
+        self.verify = self.verify or self.puzzle or "exact"
+        if self.puzzle not in (None, self.verify):
+            raise wrong("verify", f"that of the puzzle, {self.puzzle!r}", self.verify)
+        if self.puzzle is None:
+            self.rows = None
+        super().complete(given, wrong)
+        self.complete_decoding(wrong)
+
+    def complete_decoding(self, wrong) -> None:
+        """Checks how answers are decoded."""
+        check_decoding(self, wrong, GREEDY)
+
+
+def puzzle_rows(task: Task, seed: int) -> list[dict]:
+    """The problems of the task's puzzle."""
+    return make_rows(task.puzzle, task.rows, seed, **task.puzzle_options)
+
+
+def check_question(row: Row, task: Task) -> dict:
+    """`prompt` of a question (a text or messages), its `answers`, and what a puzzle's verifier needs."""
+    values, template = row.values, task.template
+    if template is not None and "question" not in values:
+        raise row.error(f"`template` of task {task.name} must be left out for a row without `question`")
+    if "question" in values:
+        template = template or "{context}\n{question}"
+        context = row.text("context") if "{context}" in template else ""
+        parts = {"context": context, "question": row.text("question")}
+        prompt = re.sub(r"\{(context|question)\}", lambda name: parts[name[1]], template)
+        answers = values.get("answers", values.get("answer"))
+        answers = answers.get("text") if isinstance(answers, dict) else answers  # as SQuAD and CMRC nest them
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(answers, list) or not answers:
+            raise row.error(f"`answers` must be a list of one or more strings, got {answers!r}")
+        answers = [row.string(f"answers[{i}]", answer) for i, answer in enumerate(answers)]
+    elif "answer" in values and "prompt" in values and "completion" not in values:
+        prompt, answers = values["prompt"], [row.text("answer")]
+    else:
+        return {**training_row(row, task), **_puzzle(row, task)}
+    turn = {"role": "assistant", "content": answers[0]}
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": row.string("prompt", prompt)}]
+    plain = task.chat is False and isinstance(prompt, str)
+    asked = {"prompt": prompt, "completion": answers[0]} if plain else {"messages": [*messages, turn]}
+    return {**training_row(row, task, asked), "answers": answers, **_puzzle(row, task)}
+
+
+def _puzzle(row: Row, task: Task) -> dict:
+    """The columns that the verifier reads, checked."""
+    try:
+        return PUZZLES[task.verify].columns(row.values) if task.verify in PUZZLES else {}
+    except ValueError as error:
+        raise row.error(str(error)) from error
+
+
+def questions(bench: Bench, task: Task, rows: list[Row], sizes: range | None = None) -> list:
+    """Token ids of prompt and reference answer, rendered as in training."""
+    asked = questions_of(bench.tokenizer, [Example(row.source, row.number, **row.values["asked"]) for row in rows])
+    for row, (_, answer) in zip(rows, asked, strict=True):
+        most = task.max_new_tokens
+        if most is not None and len(answer) > most:
+            raise row.error(f"its answer must fit into `max_new_tokens` of {task.name}, got {len(answer)} and {most}")
+    return asked
+
+
+def length_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding: list[dict]) -> int:
+    """Tokens to write: as set, else of the longest reference with its end, in whole blocks of every setting."""
+    unit = math.lcm(*(options.get("block_length") or 1 for options in decoding))
+    length = task.max_new_tokens or max(len(answer) for _, answer in asked)
+    length = -(-length // unit) * unit
+    for row, (prompt, _) in zip(rows, asked, strict=True):
+        bench.require_room(row, len(prompt) + length, "prompt and answer")
+    return length
+
+
+def verdict(task: Task, row: Row, answer: str) -> dict[str, float]:
+    """What an answer is worth, by metric."""
+    if task.verify in PUZZLES:
+        return {"accuracy": solves(task.verify, row.values, answer)}
+    answers = row.values["answers"]
+    if task.verify == "exact":
+        return {"exact_match": answer.strip() in {reference.strip() for reference in answers}}
+    hit = answer_match(answer, answers, task.language)
+    return {"exact_match": hit, "f1": answer_f1(answer, answers, task.language)}
+
+
+def scored(records: list[dict]) -> list[dict]:
+    """A figure for each metric that the records have."""
+    return [
+        {"metric": metric, **estimate([record[metric] for record in records])}
+        for metric, estimate in (("accuracy", share), ("exact_match", share), ("f1", mean))
+        if metric in records[0]
+    ]
+
+
+def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
+    """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
+    from nanollada.scripts.decoding.writing import effective_settings
+
+    decoding = own_settings(bench, {**GREEDY, **task.decoding})
+    asked = questions(bench, task, rows)
+    decoding["max_new_tokens"] = length_for(bench, task, rows, asked, [task.decoding])
+    said = write_answers(bench, task, [prompt for prompt, _ in asked], decoding)
+    records = []
+    for row, (ids, ended) in zip(rows, said, strict=True):
+        answer = bench.tokenizer.decode(ids, skip_special_tokens=True)
+        record = {"source_row": row.number, "answer": answer, "references": row.values["answers"], "ended": ended}
+        records.append({**record, "tokens": len(ids) + ended, **verdict(task, row, answer)})
+    truncated = sum(not record["ended"] for record in records)
+    results = [{**result, "truncated": truncated} for result in scored(records)]
+    return Outcome(results, records, {"generate": effective_settings(bench.model, **decoding)})
+
+
+METRICS = {
+    "accuracy": Metric("share", "share of answers that the verifier accepts.", drawn=True),
+    "exact_match": Metric(
+        "share",
+        "share of answers that equal a reference; of questions on a context without case, punctuation and articles "
+        "(SQuAD), in Chinese without case, spaces and what CMRC's script deletes.",
+        drawn=True,
+    ),
+    "f1": Metric(
+        "share",
+        "mean of 2·common / (units of answer and reference); SQuAD's common words, in Chinese CMRC's longest common "
+        "run of characters.",
+        drawn=True,
+    ),
+}
+
+KIND = Kind(
+    title="Checked answers",
+    task=GenerationTask,
+    check_row=check_question,
+    run=run_generation,
+    metrics=METRICS,
+    make_rows=puzzle_rows,
+    short=questions,
+)
