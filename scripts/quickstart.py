@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nanollada.trainers.records import write_json
+
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("ar", "diffusion", "ar_sft", "diffusion_sft")
 FULL_SIZE = {
@@ -361,13 +363,6 @@ class Quickstart:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a jsonl file that this program wrote."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_json(path: Path, value) -> None:
-    """Writes beside and renames: a file that exists is whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def plain_row(example) -> dict:

@@ -1,12 +1,13 @@
 """What a run leaves behind while it goes: `metrics.jsonl` and the loss curve."""
 
 import json
-import math
 import os
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.utils import is_matplotlib_available
+
+from nanollada.trainers.records import strict_json, write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -37,10 +38,8 @@ class MetricsCallback(TrainerCallback):
         known = [{"step": entry["step"], **entry} for entry in state.log_history] if state.global_step else []
         lines = read_metrics(args.output_dir)[: len(known)] if known else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         kept = lines if lines == known else known  # equal as JSON; the file's have the order they were logged in
-        partial.write_text("".join(strict_json(line) + "\n" for line in kept))
-        os.replace(partial, path)
+        write_whole(path, "".join(strict_json(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -56,19 +55,6 @@ class MetricsCallback(TrainerCallback):
     def _draw(self, args, state):
         if self.plot_loss and state.is_world_process_zero:
             draw_loss(read_metrics(args.output_dir), Path(args.output_dir) / "loss.png")
-
-
-def strict_json(value, **kwargs) -> str:
-    """JSON that strict readers take: `json.dumps` with `null` for numbers that are not finite."""
-    return json.dumps(_finite(value), allow_nan=False, **kwargs)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:

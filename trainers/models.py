@@ -3,10 +3,8 @@
 import gc
 import json
 import os
-import platform
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -174,18 +172,6 @@ def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
-
-
-def hardware() -> str:
-    """One line on what this process runs on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {name: version(name) for name in ("nanollada", "torch", "transformers", "accelerate", "datasets", "trl")}
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import difflib
 import json
 import logging
 import multiprocessing
-import os
 import shlex
 import sys
 import time
@@ -13,17 +12,14 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from nanollada.trainers.callbacks import strict_json
 from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
-from nanollada.trainers.data.sources import file_digest
 from nanollada.trainers.models import (
     ModelArguments,
     check_files,
-    hardware,
     load_model_and_tokenizer,
     own_process_group,
-    versions,
 )
+from nanollada.trainers.records import file_digest, hardware, versions, write_json
 from nanollada.trainers.resuming.checkpoints import (
     STATE,
     check_checkpoint,
@@ -115,8 +111,7 @@ def _write_last_files(trainer, facts: dict) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         facts["sha256"] = _saved_digests(folder)
-        (folder / "run.json.partial").write_text(strict_json(facts, indent=2, ensure_ascii=False) + "\n")
-        os.replace(folder / "run.json.partial", folder / "run.json")
+        write_json(folder / "run.json", facts)
 
 
 def _saved_digests(folder: Path) -> dict[str, str]:

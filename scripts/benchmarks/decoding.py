@@ -10,19 +10,15 @@ A pass of Q queries over K keys needs Q · (2 · weights of layers and head + 4 
 """
 
 import itertools
-import json
 import math
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 
-from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings
+from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings, measure, score
 from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
 from nanollada.scripts.benchmarks.training_run import SIZES
 
-MEASURE = "nanollada.scripts.benchmarks.decoding_run:measure"
-SCORE = "nanollada.scripts.benchmarks.decoding_run:score"
 run = in_fresh_process
 
 
@@ -102,13 +98,13 @@ def benchmark(args: GenerateBenchmarkArguments) -> dict:
     for repeat, cell in tqdm(list(itertools.product(range(args.repeats), grid)), desc="Measuring", unit=" runs"):
         names = dict(zip(("prompt_length", "new_tokens", "batch_size", "decoder"), cell, strict=True))
         model = args.ar_model if names["decoder"] == "ar" else args.model
-        runs.append({**names, "repeat": repeat, **run(MEASURE, model=model, **names, **shared)})
+        runs.append({**names, "repeat": repeat, **run(measure, model=model, **names, **shared)})
     if args.model is not None and args.score_data is not None and args.score_rows:
         options = {"data": args.score_data, "rows": args.score_rows, "batch_size": args.score_batch_size}
         options |= {"block_length": args.block_length, "threads": args.threads, "new_tokens": args.score_new_tokens}
         for name in tqdm(args.decoders, desc="Scoring", unit=" decoders"):
             model = args.ar_model if name == "ar" else args.model
-            scores[name] = run(SCORE, decoder=name, model=model, **options)
+            scores[name] = run(score, decoder=name, model=model, **options)
     results = [summary(runs, *cell) for cell in grid]
     return {"results": results, "scores": scores, "slopes": slopes(results), "runs": runs}
 
@@ -158,20 +154,16 @@ def slopes(results: list[dict]) -> list[dict]:
         if len(group) > 1:
             lengths = [math.log(item["new_tokens"]) for item in group]
             cells = dict(zip(("decoder", "prompt_length", "batch_size"), key, strict=True))
-            times = slope(lengths, [math.log(item["seconds"]["median"]) for item in group])
-            need = slope(lengths, [math.log(item["flops"]) for item in group])
+            times, need = (
+                linear_regression(lengths, [math.log(value) for value in values]).slope
+                for values in ([item["seconds"]["median"] for item in group], [item["flops"] for item in group])
+            )
             found.append({**cells, "seconds": times, "flops": need})
     return found
 
 
 def _not_length(item: dict) -> tuple:
     return item["decoder"], item["prompt_length"], item["batch_size"]
-
-
-def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the least-squares line."""
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
 # ---- report
@@ -256,7 +248,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     (args,) = TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv)
     from nanollada.scripts.tracing.recorder import require_rich
-    from nanollada.trainers.models import hardware, versions
+    from nanollada.trainers.records import provenance, write_json
 
     require_rich("the table of results")
     found = benchmark(args)
@@ -268,9 +260,7 @@ def main(argv: list[str] | None = None) -> dict:
             "{decoder}, batch {batch_size}: seconds ~ tokens^{seconds:.2f}, FLOPs ~ tokens^{flops:.2f}".format(**item)
         )
     if args.output is not None:
-        facts = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "hardware": hardware()}
-        facts |= {"versions": versions(), "arguments": asdict(args), **found}
-        Path(args.output).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
         print(f"results: {args.output}")
         if found["scores"]:
             plot(found, Path(args.output).with_suffix(".png"))

@@ -1,51 +1,35 @@
-"""Measures what this machine makes of the package; every figure with its spread, beside what the hardware can do.
+"""What a machine can do, and processes of their own to measure in."""
 
-python scripts/benchmark.py train --data rows.jsonl --size 32m --max_length 256
-python scripts/benchmark.py generate --model checkpoint --ar_model its_twin --score_data answers.jsonl
-
-`--help` after the command lists its options.
-"""
-
-import importlib
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-COMMANDS = {"train": "nanollada.scripts.benchmarks.training", "generate": "nanollada.scripts.benchmarks.decoding"}
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def in_fresh_process(function: str, **arguments) -> dict:
+def in_fresh_process(function: Callable, **arguments):
     """
     The result of `function(**arguments)` in a process of its own: its memory is its own, and nothing is warm.
 
     Args:
-        function (`str`): `module:name`. Arguments and result must survive JSON.
+        function (`Callable`): Of a module's top level. Arguments and result must survive pickling.
 
     Raises:
-        `RuntimeError`: if the process fails, with the end of what it wrote.
+        `RuntimeError`: if the process fails, from what it raised.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        job = json.dumps({"function": function, "arguments": arguments, "result": str(result)})
-        command = [sys.executable, "-m", "nanollada.scripts.benchmarks.machine", "call", job]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
-        if done.returncode:
-            raise RuntimeError(f"{function} failed for {arguments}:\n{done.stderr[-3000:]}")
-        return json.loads(result.read_text())
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_without_bars) as pool:
+        try:
+            return pool.submit(function, **arguments).result()
+        except Exception as error:
+            raise RuntimeError(f"{function.__module__}:{function.__name__} failed for {arguments}: {error}") from error
 
 
-def _call(job: str) -> None:
-    job = json.loads(job)
-    module, name = job["function"].split(":")
-    found = getattr(importlib.import_module(module), name)(**job["arguments"])
-    Path(job["result"]).write_text(json.dumps(found))
+def _without_bars() -> None:
+    os.environ["TQDM_DISABLE"] = "1"
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -100,35 +84,13 @@ def matmul_rates(device: str, threads: int | None = None, size: int | None = Non
         `dict[str, float]`: the median of products of random matrices, by "fp32" (on a GPU without TF32) and "bf16".
     """
     import torch
+    from torch.utils.benchmark import Timer
 
-    if threads:
-        torch.set_num_threads(threads)
     size = size or MATMUL_SIZE[device]
     rates = {}
     for dtype, name in PRECISIONS.items():
         first, second = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        times, end = [], time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times) < 4:
-            synchronize(device)
-            start = time.perf_counter()
-            first @ second
-            synchronize(device)
-            times.append(time.perf_counter() - start)
-        rates[name] = 2 * size**3 / statistics.median(times[1:])
+        timer = Timer("first @ second", globals=locals(), num_threads=threads or torch.get_num_threads())
+        timer.timeit(1)  # the first product is slower
+        rates[name] = 2 * size**3 / timer.adaptive_autorange(min_run_time=seconds, max_run_time=4 * seconds).median
     return rates
-
-
-def main(argv: list[str] | None = None):
-    """Hands over to the command that the first argument names, and returns what it returns."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["call"]:
-        return _call(argv[1])
-    if argv[:1] == ["--help"] or argv[:1] == ["-h"]:
-        return print(__doc__)
-    if not argv or argv[0] not in COMMANDS:
-        raise SystemExit(f"the first argument must be one of {', '.join(COMMANDS)}, got {argv[0] if argv else 'none'}")
-    return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
-
-
-if __name__ == "__main__":
-    main()

@@ -11,15 +11,12 @@ of the last layer's clean half (all but its keys and values). Attention is count
 """
 
 import itertools
-import json
-import shlex
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, spread
-from nanollada.scripts.benchmarks.training_run import CONFIGURATIONS, SIZES
+from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, matmul_rates, spread
+from nanollada.scripts.benchmarks.training_run import CONFIGURATIONS, SIZES, measure
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 
 OBJECTIVES = ("ar", "mdlm", "block")
@@ -162,11 +159,11 @@ def benchmark(args: TrainBenchmarkArguments) -> dict:
         torch.save(make_rows(args, tokenizer), Path(folder) / "rows.pt")
         for repeat, objective, configuration in tqdm(plan, desc="Measuring", unit=" runs"):
             if len(rates) == repeat:
-                rates.append(run(RATES, device=device_name(), threads=args.threads))
-            facts = run(MEASURE, folder=folder, **options(args, objective, configuration))
+                rates.append(run(matmul_rates, device=device_name(), threads=args.threads))
+            facts = run(measure, folder=folder, **options(args, objective, configuration))
             runs.append({"objective": objective, "configuration": configuration, "repeat": repeat, **facts})
         for objective in args.objectives if args.profile else []:
-            facts = run(MEASURE, folder=folder, profile=True, **options(args, objective, args.configurations[-1]))
+            facts = run(measure, folder=folder, profile=True, **options(args, objective, args.configurations[-1]))
             profiles[objective] = facts["profile"]
     matmul = {name: spread([rate[name] for rate in rates]) for name in rates[0]}
     results = [
@@ -178,8 +175,6 @@ def benchmark(args: TrainBenchmarkArguments) -> dict:
     return {**found, "block_over_mdlm": block_over_mdlm(results), "profiles": profiles, "runs": runs}
 
 
-RATES = "nanollada.scripts.benchmarks.machine:matmul_rates"
-MEASURE = "nanollada.scripts.benchmarks.training_run:measure"
 run = in_fresh_process
 
 
@@ -307,7 +302,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     (args,) = TrlParser(TrainBenchmarkArguments).parse_args_and_config(argv)
     from nanollada.scripts.tracing.recorder import require_rich
-    from nanollada.trainers.models import hardware, versions
+    from nanollada.trainers.records import provenance, write_json
 
     require_rich("the table of results")
     found = benchmark(args)
@@ -327,18 +322,6 @@ def main(argv: list[str] | None = None) -> dict:
     for objective, text in found["profiles"].items():
         print(f"{objective}, {args.configurations[-1]}:\n{text}")
     if args.output is not None:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        facts = {
-            "command": command,
-            "hardware": hardware(),
-            "versions": versions(),
-            "arguments": asdict(args),
-            **found,
-        }
-        Path(args.output).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
         print(f"results: {args.output}")
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanollada.scripts.conversion.tensors import digests, read_json, read_weights, weight_files
+from nanollada.scripts.conversion.tensors import digests, read_weights, weight_files
+from nanollada.trainers.records import read_json
 
 RECORD = "conversion.json"
 # The class that computes what is computed here; others (a classifier, an encoder) have the same tensors.

@@ -1,10 +1,9 @@
 """Weights of checkpoints in any of the formats that `convert_checkpoint.py` knows: read safely, fitted strictly."""
 
-import json
 import pickle
 from pathlib import Path
 
-from nanollada.trainers.data.sources import file_digest
+from nanollada.trainers.records import file_digest, read_json
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -38,20 +37,6 @@ def weight_files(source: Path) -> list[Path]:
     if absent:
         raise ValueError(f"{found.name} of {source} names {absent[0]}, which must be there, got no such file")
     return [source / name for name in shards]
-
-
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-        `ValueError`: naming the file, if it is no JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a JSON file: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
 
 
 def read_weights(files: list[Path]) -> tuple[dict, dict]:

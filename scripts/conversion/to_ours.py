@@ -205,7 +205,7 @@ def with_mask_row(tensors: dict) -> dict:
 
 def generation_settings_of(source: Source) -> dict | None:
     """generation_config.json of the source; without one its config's ids, which transformers takes then."""
-    from nanollada.scripts.conversion.tensors import read_json
+    from nanollada.trainers.records import read_json
 
     path = source.folder / "generation_config.json" if source.folder else None
     if path is not None and path.is_file():

@@ -10,10 +10,10 @@ from nanollada.scripts.conversion.tensors import (
     fit_weights,
     meta_model,
     our_generation_config,
-    read_json,
     read_weights,
     weight_files,
 )
+from nanollada.trainers.records import read_json
 
 
 def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:

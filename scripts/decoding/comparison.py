@@ -1,9 +1,7 @@
 """An AR and a diffusion checkpoint side by side on the same prompts: texts, times, tokens per forward pass."""
 
 import json
-import shlex
 import statistics
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -216,7 +214,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     args, decoding = TrlParser((CompareArguments, DecodingArguments)).parse_args_and_config(argv)
     from nanollada.scripts.tracing.recorder import require_rich
-    from nanollada.trainers.models import hardware, versions
+    from nanollada.trainers.records import provenance, write_json
 
     require_rich("the table of results")
     options = {item.name: getattr(args, item.name) for item in fields(args) if item.name not in ("prompts", "output")}
@@ -225,9 +223,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     Console().print(comparison_table(records))
     if args.output is not None:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        facts = {"command": command, "hardware": hardware(), "versions": versions(), "results": records}
-        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        Path(args.output).write_text(text, encoding="utf-8")
+        write_json(args.output, {**provenance(), "results": records})
         print(f"results: {args.output}")
     return records

@@ -117,7 +117,7 @@ def machine(device: str | None) -> dict:
     """What the speed of a model depends on beside the model."""
     import torch
 
-    from nanollada.trainers.models import hardware, versions
+    from nanollada.trainers.records import hardware, versions
 
     libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -337,7 +337,7 @@ def run_suite(args: SuiteArguments) -> dict:
             row.
     """
     from nanollada.scripts.evaluation.report import draw, tables
-    from nanollada.trainers.models import hardware, versions
+    from nanollada.trainers.records import hardware, versions
 
     description, planned = plan(args)
     runner = Runner(args, planned)

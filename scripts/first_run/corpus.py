@@ -25,6 +25,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from nanollada.trainers.puzzles.sudoku import split_grids, sudoku_rows
+from nanollada.trainers.records import write_whole
 
 # The packages that are read where installed: public projects that nanollada or its requirements need. Anything else in
 # an environment, perhaps private, adds nothing to a corpus that may be published.
@@ -396,10 +397,8 @@ def _write_folder(folder: Path, facts: dict, tables: dict[str, list[dict]]) -> N
 
 
 def _write(path: Path, text: str) -> dict:
-    """Writes beside and renames, so that a killed run leaves no half file under the final name."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(text.encode())
-    beside.replace(path)
+    """A whole file, and what it is."""
+    write_whole(path, text)
     return {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from nanollada.scripts.first_run.expected import DISTRUST, NAMES, doubts, figures
+from nanollada.trainers.records import read_json
 
 COLUMNS = (
     ("text", "text, bits/byte"),
@@ -63,10 +64,6 @@ small { opacity: .75; }
 </body>
 </html>
 """
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text())
 
 
 def shown_prompt(prompt) -> str:
@@ -179,7 +176,8 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
     from nanollada.scripts.tracing.recorder import trace_fragment
 
     comparison = [
-        {**record, "shown": shown_prompt(record["prompt"])} for record in read_json(folder / "comparison.json")
+        {**record, "shown": shown_prompt(record["prompt"])}
+        for record in json.loads((folder / "comparison.json").read_text())
     ]
     last = read_json(folder / stages[-1] / "run.json")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)

@@ -1,17 +1,13 @@
 """A study's tables and plots. Everything in them is read from the files of its finished runs."""
 
-import json
 import math
 from pathlib import Path
 
-from nanollada.scripts.studies.runs import NOISE, VARIANTS, write_json
+from nanollada.scripts.studies.variants import NOISE, VARIANTS
+from nanollada.trainers.records import read_json, write_json
 
 REFERENCES = {"a": "ar", "d": "ar_mdlm"}  # what a part's models are compared with
 RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "epochs", "tokens_seen", "seconds")
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text())
 
 
 # ---- numbers

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from nanollada.trainers import callbacks
-from nanollada.trainers.callbacks import MetricsCallback, draw_loss, read_metrics, strict_json
+from nanollada.trainers.callbacks import MetricsCallback, draw_loss, read_metrics
+from nanollada.trainers.records import strict_json
 
 
 def state(step, first=True, history=()):

@@ -8,7 +8,6 @@ saved tables); its readers of CSV and JSON guess types, so text is split here, b
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -22,6 +21,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from nanollada.trainers.records import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,6 @@ class BadRow(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-
-
-def file_digest(file: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def kind_of(file: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nanollada.trainers.data.sources import file_digest
+from nanollada.trainers.records import file_digest, flush, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +35,9 @@ def write_manifest(folder: str | os.PathLike, step: int) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST and path.suffix != ".partial":
-            _flush(path)
+            flush(path)
             files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, folder / MANIFEST)
-    if os.name == "posix":
-        _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(folder / MANIFEST, {"step": step, "files": files})
 
 
 def was_finished(folder: Path) -> bool:

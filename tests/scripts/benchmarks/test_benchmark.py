@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.scripts import benchmark as program
 from nanollada.scripts.benchmarks import machine as benchmark
 from nanollada.scripts.benchmarks import training as benchmark_train
 from nanollada.scripts.benchmarks import training_run as benchmark_measure
@@ -169,13 +170,13 @@ def test_profile(folder):
 
 def test_a_fresh_process_has_its_own_memory():
     ballast = torch.ones(250_000_000)  # 1 GB, which `ru_maxrss` of a child would count
-    peak = benchmark.in_fresh_process("nanollada.scripts.benchmarks.machine:peak_memory", device="cpu")
+    peak = benchmark.in_fresh_process(benchmark.peak_memory, device="cpu")
     assert 50e6 < peak < ballast.nbytes <= benchmark.peak_memory("cpu")
 
 
 def test_a_failure_in_a_process_is_told():
     with pytest.raises(RuntimeError, match=r"(?s)machine:spread failed for .*empty"):
-        benchmark.in_fresh_process("nanollada.scripts.benchmarks.machine:spread", values=[])
+        benchmark.in_fresh_process(benchmark.spread, values=[])
 
 
 def test_spread_and_matmul_rates():
@@ -246,9 +247,9 @@ def test_block_is_compared_with_mdlm_in_the_fastest_configuration(tokenizer):
 
 def test_the_command(data, tokenizer, tmp_path, monkeypatch, capsys):
     def here(function, **options):
-        if function.endswith("matmul_rates"):
+        if function is benchmark.matmul_rates:
             return {"fp32": 1e9, "bf16": 2e9}
-        return json.loads(json.dumps(measure(**options)))
+        return json.loads(json.dumps(function(**options)))
 
     monkeypatch.setattr(benchmark_train, "run", here)
     copy.deepcopy(tokenizer).save_pretrained(tmp_path / "tokenizer")
@@ -256,7 +257,7 @@ def test_the_command(data, tokenizer, tmp_path, monkeypatch, capsys):
     options |= {"output": tmp_path / "found.json"}
     argv = ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
     argv += ["--objectives", "mdlm", "block", "--configurations", "plain", "all but compile", "--profile"]
-    found = benchmark.main(argv)
+    found = program.main(argv)
     printed = capsys.readouterr().out
     assert "block over mdlm" in printed and "aten::mm" in printed and "× plain" in printed
     saved = json.loads((tmp_path / "found.json").read_text())
@@ -271,9 +272,9 @@ def test_the_command(data, tokenizer, tmp_path, monkeypatch, capsys):
 
 def test_commands():
     with pytest.raises(SystemExit, match="the first argument must be one of train.*, got tain"):
-        benchmark.main(["tain"])
+        program.main(["tain"])
     with pytest.raises(SystemExit, match="got none"):
-        benchmark.main([])
+        program.main([])
 
 
 @pytest.mark.parametrize(

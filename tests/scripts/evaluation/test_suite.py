@@ -215,10 +215,10 @@ def test_speed_belongs_to_a_machine(folder, measured, monkeypatch):
     told = {result["task"]: result["settings"] for result in kept}
     assert told["speed"]["hardware"].startswith("CPU, ") and told["speed"]["device"] == "cpu"
     assert set(told["speed"]["versions"]) == {"torch", "transformers"} and "hardware" not in told["text"]
-    monkeypatch.setattr("nanollada.trainers.models.hardware", lambda: "1 × a faster one")
+    monkeypatch.setattr("nanollada.trainers.records.hardware", lambda: "1 × a faster one")
     assert again() == ["speed"] and again() == []
     versions = {"torch": "9", "transformers": "9", "datasets": "9"}
-    monkeypatch.setattr("nanollada.trainers.models.versions", lambda: versions)
+    monkeypatch.setattr("nanollada.trainers.records.versions", lambda: versions)
     assert again() == ["speed"]
     versions["datasets"] = "10"
     assert again() == []
