@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -254,16 +255,14 @@ class Study:
 
 def in_order(order: TopologicalSorter, do: Callable, jobs: int) -> None:
     """Does everything that is sorted, each behind what it needs, as many at a time as `jobs`."""
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, ExitStack() as at_the_end:
+        at_the_end.callback(pool.shutdown, wait=False, cancel_futures=True)  # interrupted: nothing new begins
         running = {}
-        try:
-            while order.is_active():
-                running |= {pool.submit(do, node): node for node in order.get_ready()}
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    order.done(running.pop(future))
-                    future.result()
-        finally:  # interrupted: what has not begun does not begin
-            pool.shutdown(wait=False, cancel_futures=True)
+        while order.is_active():
+            running |= {pool.submit(do, node): node for node in order.get_ready()}
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                order.done(running.pop(future))
+                future.result()
 
 
 def main(argv: list[str] | None = None) -> None:
