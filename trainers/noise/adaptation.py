@@ -9,11 +9,8 @@ from torch.nn.functional import pad
 @contextlib.contextmanager
 def noisy_embeddings(model, noise: torch.FloatTensor | None):
     """
-    Within it, `noise` is added to the embeddings of a row's noisy ids; those of a clean half stay as they are.
-
-    Args:
-        model ([`NanoLLaDAForMaskedLM`]): The model.
-        noise (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): None: nothing happens.
+    Within it, `noise` (`[B, L, hidden]`, or `None`) is added to the embeddings of the first L positions that a model
+    reads: the noisy half.
     """
 
     def add(module, args, embeddings):
@@ -40,8 +37,7 @@ def partly_causal_mask(
 
     Args:
         visible_future (`torch.BoolTensor` of shape `(batch, length, length)`): By query and key.
-        config ([`NanoLLaDAConfig`]): Its attention implementation says what form a mask has.
-        dtype (`torch.dtype`): Of a mask that is added to the scores.
+        config, dtype: The model's: the attention implementation says what form a mask has.
         attention_mask, document_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Padding and documents.
 
     Raises:
