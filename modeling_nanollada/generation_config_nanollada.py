@@ -296,9 +296,8 @@ _RULES = "".join(
     for rule in RULES.values()
     for name, setting in rule.settings.items()
 )
-NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace(
-    "\n    Raises:", f"{_RULES}\n    Raises:"
-)
+if NanoLLaDAGenerationConfig.__doc__:  # `python -OO` has none
+    NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace("\n    Ra", f"{_RULES}\n    Ra")
 
 
 def refuse_unused(settings: dict) -> None:

@@ -173,3 +173,9 @@ def test_a_decision_is_applied_as_it_says():
     assert canvas.undecided[:, 3:].tolist() == [[True] * 4, [True, False, False, True]]
     assert canvas.committed[:, 3:].tolist() == [[False] * 4, [False, True, True, False]]
     assert canvas.forwards.tolist() == [0, 2] and VOCABULARY > 33
+
+
+def test_docstrings_may_be_stripped():
+    """The config's is completed from the registry; `python -OO` has none."""
+    command = [sys.executable, "-OO", "-c", "import nanollada.modeling_nanollada"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
