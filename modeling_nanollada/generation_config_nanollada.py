@@ -9,11 +9,6 @@ from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PRO
 from .rules_nanollada import OWN_SETTINGS, RULES, rule_of
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
-WORKING = (
-    "max_length max_new_tokens max_time stop_strings do_sample use_cache cache_implementation temperature top_k top_p "
-    "min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty suppress_tokens num_return_sequences "
-    "return_dict_in_generate pad_token_id bos_token_id eos_token_id"
-).split()
 UNSUPPORTED = (
     "num_beams num_beam_groups early_stopping length_penalty diversity_penalty penalty_alpha dola_layers constraints "
     "force_words_ids use_mtp prompt_lookup_num_tokens max_matching_ngram_size is_assistant num_assistant_tokens "
@@ -39,7 +34,7 @@ _OFF = {
     **dict.fromkeys("use_mtp is_assistant token_healing low_memory".split(), False),
 }
 
-# Of transformers' fields, what may be checked alone.
+# Of transformers' fields, what works: alone to be checked by range or choice, or token ids.
 _THEIRS = {
     **dict.fromkeys(("max_new_tokens", "top_k"), Setting(int, NOT_NEGATIVE)),
     **dict.fromkeys(("max_length", "num_return_sequences"), Setting(int, AT_LEAST_ONE)),
@@ -52,14 +47,15 @@ _THEIRS = {
     "cache_implementation": Setting(str, ("dynamic", "static")),
     "use_cache": Setting(bool, default=True),
 }
-_CHECKED = {**_THEIRS, **OWN_SETTINGS}
-_DEFAULTS = {name: setting.default for name, setting in _CHECKED.items() if setting.default is not None}
 _TOKENS = {
     "pad_token_id": "an integer",
     "bos_token_id": "an integer",
     "eos_token_id": "an integer or a list of integers, not empty",
     "suppress_tokens": "a list of integers",
 }
+WORKING = [name for name in (*_THEIRS, *_TOKENS, "stop_strings") if name not in HARMLESS]
+_CHECKED = {**_THEIRS, **OWN_SETTINGS}
+_DEFAULTS = {name: setting.default for name, setting in _CHECKED.items() if setting.default is not None}
 _ALONE = [rule.switch for rule in RULES.values() if not rule.ranks]  # they decide without scores
 
 

@@ -49,16 +49,14 @@ class Predictor:
         """Logits `[N, V]` of the positions `active`, `[B, W]`, row by row; with guidance from two rows in one pass."""
         raise NotImplementedError
 
-    def new_cache(self, capacity: int | None) -> BlockCache:
-        return BlockCache(self.model.config.num_hidden_layers, capacity)
-
     def read(self, ids, given, active, visible, **kwargs):
         """One forward pass over `ids`, `[S, Q]`: logits of the positions `active`. `given` is hidden for guidance."""
         if self.cfg_scale:
             ids = torch.cat((ids, ids.masked_fill(given, self.model.config.mask_token_id)))  # [2S, Q]
             active = active.repeat(2, 1)
             visible = None if visible is None else visible.repeat(2, 1)
-            kwargs = {name: twice(value) for name, value in kwargs.items()}
+            if "position_ids" in kwargs:  # a row's are also those of its copy
+                kwargs["position_ids"] = kwargs["position_ids"].repeat(2, 1)
         mask = None if visible is None else visible.long()
         logits = self.model(
             input_ids=ids, attention_mask=mask, logits_to_keep=active, return_dict=True, **kwargs
@@ -68,11 +66,6 @@ class Predictor:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return logits
-
-
-def twice(value):
-    """A row's positions are also those of its copy."""
-    return value.repeat(2, 1) if isinstance(value, torch.Tensor) else value
 
 
 class WholeRows(Predictor):
@@ -110,7 +103,7 @@ class CachedBlocks(Predictor):
         self.slots = torch.arange(len(canvas.ids), device=self.order.device)  # the rows in the cache
         self.done = torch.zeros_like(self.slots)  # [B], cached blocks of each row
         self.capacity = self.room() if self.static else None
-        self.cache = self.new_cache(self.capacity)
+        self.cache = BlockCache(self.model.config.num_hidden_layers, self.capacity)
         self.kept = torch.zeros(len(self.slots), 0, dtype=torch.bool, device=self.order.device)  # [S, K], no gap
         self.gaps = False
 
@@ -182,7 +175,8 @@ class FrozenContext(Predictor):
 
     def start_block(self, block, columns):
         super().start_block(block, columns)
-        self.cache, self.first = self.new_cache(self.width if self.static else None), 0
+        self.cache = BlockCache(self.model.config.num_hidden_layers, self.width if self.static else None)
+        self.first = 0
         self.stop = columns.stop if self.dual else self.width
         self.begin = columns.start
 
