@@ -13,12 +13,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 if __package__:
-    from nanollada.hub_upload import card_results as made
+    from nanollada.hub_upload.card_results import COLUMNS, END, SOURCE_URL, START, eval_results, evaluation_section
+    from nanollada.hub_upload.evaluation_file import EVALUATION, check_model, read_evaluation
 else:  # verify.py runs by its path, without nanollada
-    import card_results as made
+    from card_results import COLUMNS, END, SOURCE_URL, START, eval_results, evaluation_section
+    from evaluation_file import EVALUATION, check_model, read_evaluation
 
-EVALUATION, START, END = made.EVALUATION, made.START, made.END
-HEADS = (made.COLUMNS, made.SUITE_COLUMNS)
 PLAIN = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # JSON, which every YAML reads alike
 
 
@@ -51,7 +51,7 @@ def card_faults(folder: str | os.PathLike) -> list[str]:
     except ValueError as error:
         needed = said or (folder / EVALUATION).is_file()  # what is there must be good, even if no number is said
         return [*faults, f"{error}; README.md says {_some(said)}"] if needed else faults
-    expected, source = _expected_index(evaluation), made.evaluation_section(evaluation)
+    expected, source = _expected_index(evaluation), evaluation_section(evaluation)
     return [*faults, *_index_faults(found, expected), *_section_faults(section, source)]
 
 
@@ -59,13 +59,8 @@ def _read_evaluation(folder: Path) -> dict:
     path = folder / EVALUATION
     if not path.is_file():
         raise ValueError(f"`folder` must hold {EVALUATION}, got none in {folder.name}")
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{EVALUATION} must be JSON, got {error}") from error
-    if not isinstance(evaluation, dict):
-        raise ValueError(f"{EVALUATION} must hold a JSON object, got {type(evaluation).__name__}")
-    made.check_model(evaluation, folder)
+    evaluation = read_evaluation(path)
+    check_model(evaluation, folder)
     return evaluation
 
 
@@ -82,8 +77,7 @@ def _marked(text: str) -> tuple[list[str], list[str]]:
         text = before + after
     elif marks != (0, 0):
         faults.append(f"README.md must hold the marks of the evaluation once, in order, got {marks[0]} and {marks[1]}")
-    heads = {_head(" | ".join(columns)) for columns in HEADS}
-    if not faults and any(_head(line) in heads for line in text.splitlines()):
+    if not faults and any(_head(line) == _head(" | ".join(COLUMNS)) for line in text.splitlines()):
         faults.append("README.md must keep the table of results between its marks, got one outside (export again?)")
     return [_canonical(line) for line in section.splitlines() if line.strip()], faults
 
@@ -105,10 +99,9 @@ def _cells(line: str) -> list[str]:
 
 
 def _values_said(section: list[str]) -> list[str]:
-    """Lines of the tables, without their heads."""
+    """Lines of the table, without its head."""
     rows = [", ".join(_cells(line)) for line in section if line.startswith("|")]
-    heads = [", ".join(columns) for columns in HEADS]
-    return [row for row in rows if row not in heads and not row.startswith("---")]
+    return [row for row in rows if row != ", ".join(COLUMNS) and not row.startswith("---")]
 
 
 def _section_faults(section: list[str], source: str) -> list[str]:
@@ -188,7 +181,7 @@ def _flat(result: dict, metric: dict) -> dict[tuple, object]:
     parts = {**result, "metrics": metric}
     source = parts.get("source")
     if isinstance(source, dict) and source.keys() == {"name", "url"} and source["name"] == EVALUATION:
-        if made.SOURCE_URL.fullmatch(str(source["url"])):
+        if SOURCE_URL.fullmatch(str(source["url"])):
             del parts["source"]
     flat = {}
     for part, item in parts.items():
@@ -200,7 +193,7 @@ def _expected_index(evaluation: dict) -> list[dict]:
     """As an export writes it, and the YAML comes back."""
     from huggingface_hub import ModelCardData
 
-    results = made.eval_results(evaluation, "any/name")
+    results = eval_results(evaluation, "any/name")
     data = ModelCardData(model_name="any", eval_results=results or None)
     return _index_of(f"---\n{data.to_yaml()}\n---\n")
 

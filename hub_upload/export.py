@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from nanollada.hub_upload import recompute, verify
-from nanollada.hub_upload.card_results import model_digests
+from nanollada.hub_upload.evaluation_file import model_digests
 from nanollada.hub_upload.golden import write_golden
 from nanollada.hub_upload.model_card import Facts, build_card, read_facts
 from nanollada.hub_upload.verify import check_files, check_results

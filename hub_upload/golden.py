@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from nanollada.hub_upload.card_results import file_digest
+from nanollada.hub_upload.evaluation_file import file_digest
 from nanollada.hub_upload.recompute import recompute, runs_to_check
 from nanollada.hub_upload.verify import GOLDEN
 

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from nanollada.hub_upload.card_results import (
+from nanollada.hub_upload.card_results import eval_results, evaluation_section, number, sentence
+from nanollada.hub_upload.evaluation_file import (
     EVALUATION,
+    VERSION,
     check_model,
-    eval_results,
-    evaluation_section,
     file_digest,
-    metric_type,
-    number,
+    read_evaluation,
+    read_object,
     results_of,
-    sentence,
 )
 from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
@@ -72,7 +71,7 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
         facts.missing.append("data, objective, seed, command, hardware, versions: no run.json beside the weights")
     file = Path(evaluation) if evaluation is not None else folder / EVALUATION
     if evaluation is not None or file.is_file():
-        facts.evaluation = _read_json(file, "evaluation")
+        facts.evaluation = read_evaluation(file)
         check_model(facts.evaluation, folder, file.name)
     elif not facts.stages or not facts.stages[-1].get("evaluation"):
         facts.missing.append("evaluation: neither evaluation.json nor an evaluation in run.json")
@@ -99,8 +98,8 @@ def _read_stages(folder: Path) -> list[dict]:
     stages, seen = [], set()
     while folder not in seen:
         seen.add(folder)
-        run = _read_json(folder / "run.json", "checkpoint", missing={})
-        state = _read_json(folder / "trainer_state.json", "checkpoint", missing={})
+        files = (folder / "run.json", folder / "trainer_state.json")
+        run, state = (read_object(file) if file.is_file() else {} for file in files)
         if run or state:
             stages.insert(0, {**_facts_of_state(state), **run})
         init = run.get("init")
@@ -123,29 +122,23 @@ def _facts_of_state(state: dict) -> dict:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _read_json(path: Path, argument: str, missing: dict | None = None) -> dict:
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{argument}` must hold readable JSON, got {path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{argument}` must hold a JSON object, got {type(content).__name__} in {path.name}")
-    return content
-
-
 def _evaluation_of_run(run: dict) -> dict:
-    found = run["evaluation"]
+    scores = run["evaluation"]
+    shared = {name: scores.get(name) for name in ("bound", "rows", "tokens", "bytes")}
+    shared |= {"task": "held_out", "kind": "text", "data": "held-out rows of the training data"}
+    shared |= {"settings": {"estimator": scores.get("estimator")}}
     result = {
-        "data": "held-out rows of the training data",
-        "metric": "nelbo" if found["bound"] else "nll",
-        "standard_error": found["bits_per_byte_standard_error"],
-        **{
-            key: found.get(key) for key in ("bound", "bits_per_byte", "nats_per_token", "tokens", "bytes", "estimator")
-        },
+        "metric": "bits_per_byte",
+        "unit": "bits/byte",
+        "value": scores.get("bits_per_byte"),
+        "standard_error": scores.get("bits_per_byte_sampling_error"),
+        "mask_error": scores.get("bits_per_byte_standard_error"),
     }
-    return {"of": "the end of the last training run above", "results": [result]}
+    return {
+        "version": VERSION,
+        "of": "the end of the last training run above",
+        "results": [{**shared, **result}],
+    }
 
 
 def without_paths(value: Any, key: str | None = None) -> Any:
@@ -222,7 +215,7 @@ def build_card(
         data,
         template_path=str(TEMPLATE),
         name=model_name,
-        diffusion=is_diffusion(model),
+        diffusion=model.is_diffusion,
         parameters=f"{model.num_parameters():,}",
         shape=_shape(model),
         use=_use(model, tokenizer, facts, repo_id or model_name, prompt),
@@ -236,20 +229,16 @@ def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: s
     from huggingface_hub import ModelCardData
 
     results = results_of(evaluation)
-    kind = ["diffusion", "masked-diffusion", "llada"] if is_diffusion(model) else ["autoregressive"]
+    kind = ["diffusion", "masked-diffusion", "llada"] if model.is_diffusion else ["autoregressive"]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["nanollada", "custom_code", *kind],
         datasets=_hub_datasets(facts.stages) or None,
         model_name=model_name if results else None,  # without results no field of the Hub's
-        metrics=list(dict.fromkeys(metric_type(result).partition("/")[0] for result in results)) or None,
+        metrics=list(dict.fromkeys(result["metric"].partition("/")[0] for result in results)) or None,
         eval_results=eval_results(evaluation, repo_id) or None,
     )
-
-
-def is_diffusion(model) -> bool:
-    return "MaskedLM" in type(model).__name__
 
 
 def _hub_datasets(stages: list[dict]) -> list[str]:
@@ -269,7 +258,7 @@ def _shape(model) -> list[tuple[str, str]]:
         ("Parameters", f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}"),
         ("Vocabulary", f"{config.tokenizer_length or config.vocab_size:,} tokens, special tokens included"),
         ("Shape", f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}"),
-        *([("Block length", block)] if is_diffusion(model) else []),
+        *([("Block length", block)] if model.is_diffusion else []),
     ]
 
 
@@ -346,13 +335,13 @@ def _limits(model, facts: Facts, language) -> list[str]:
     if language:
         names = ", ".join([language] if isinstance(language, str) else language)
         limits.append(f"Language: {names}. Others are untried.")
-    if is_diffusion(model):
+    if model.is_diffusion:
         limits.append(
             "The number of places to fill (`max_new_tokens`) is chosen beforehand. Fewer `steps` are faster and worse."
         )
     if facts.evaluation is None:
         limits.append("No evaluation is on record.")
-    elif any(result.get("bound") for result in facts.evaluation.get("results", [])):
+    elif any(result["bound"] for result in facts.evaluation.get("results", [])):
         limits.append(
             "Bits per byte of a diffusion model are an upper bound, those of an autoregressive model are exact."
         )
@@ -370,7 +359,7 @@ def _use(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None) -> di
         "prompt": _literal(text),
         "after": _literal(choose_prompt(tokenizer, (".", text))),
         "masks": INFILLED,
-        "settings": _denoising(model.config.block_length) if is_diffusion(model) else f"max_new_tokens={NEW_TOKENS}",
+        "settings": _denoising(model.config.block_length) if model.is_diffusion else f"max_new_tokens={NEW_TOKENS}",
     }
 
 

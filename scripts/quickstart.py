@@ -232,9 +232,11 @@ class Quickstart:
 
     def evaluate(self) -> None:
         """Bits per byte of the test rows, before and after SFT, and exact match on the held-out sudokus."""
-        from nanollada.scripts.decoding.writing import load_checkpoint
-        from nanollada.scripts.evaluation.answers import exact_match
-        from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint, save_evaluation
+        from transformers import AutoTokenizer
+
+        import nanollada.modeling_nanollada  # noqa: F401, registers the classes
+        from nanollada.hub_upload.evaluation_file import EVALUATION, save_evaluation
+        from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint
 
         for stage in STAGES:
             checkpoint = self.folder / stage
@@ -247,12 +249,12 @@ class Quickstart:
             options = {"samples": 8, "seed": self.args.seed, "batch_size": 32, "max_length": length}
             evaluation = evaluate_checkpoint(str(checkpoint), data, on_bad_rows=self.args.on_bad_rows, **options)
             if stage.endswith("_sft") and self.sudoku is not None:
-                model, tokenizer = load_checkpoint(str(checkpoint))
-                rows = read_rows(self.sudoku)
-                found = exact_match(model, tokenizer, rows, batch_size=100, max_new_tokens=self.room(tokenizer, rows))
-                shared = {name: evaluation[name] for name in ("command", "seed")}
-                evaluation["results"].append({"data": str(self.sudoku), **found, **shared})
-            save_evaluation(evaluation, checkpoint / "evaluation.json")
+                decoding = {
+                    "max_new_tokens": self.room(AutoTokenizer.from_pretrained(checkpoint), read_rows(self.sudoku))
+                }
+                options = {"metrics": ["exact_match"], "seed": self.args.seed, "batch_size": 100, "decoding": decoding}
+                evaluation["results"] += evaluate_checkpoint(str(checkpoint), str(self.sudoku), **options)["results"]
+            save_evaluation(evaluation, checkpoint / EVALUATION)
             write_json(self.folder / "results.json", {**self.results(), stage: evaluation})
 
     def results(self) -> dict[str, dict]:
@@ -262,10 +264,11 @@ class Quickstart:
 
     def evaluated(self, stage: str) -> bool:
         """Whether the stage's model, as it is now, has its results here and in its evaluation.json."""
-        from nanollada.hub_upload.card_results import EVALUATION, model_digests
+        from nanollada.hub_upload.evaluation_file import EVALUATION, VERSION, model_digests
 
         checkpoint, known = self.folder / stage, self.results().get(stage, {})
-        current = all(known.get(name) == digest for name, digest in model_digests(checkpoint).items())
+        now = {"version": VERSION, **model_digests(checkpoint)}
+        current = all(known.get(name) == value for name, value in now.items())
         return current and (checkpoint / EVALUATION).exists()
 
     @staticmethod

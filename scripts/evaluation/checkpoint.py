@@ -1,21 +1,26 @@
 """Scores a checkpoint: bits per byte on any data, and exact match of generated answers on prompt/answer rows."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
+from nanollada.hub_upload.evaluation_file import EVALUATION, VERSION, model_digests, save_evaluation
 from nanollada.scripts.decoding.writing import CheckpointArguments, DecodingArguments
 from nanollada.scripts.evaluation.answers import exact_match
-from nanollada.scripts.evaluation.kinds import documentation
+from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
+from nanollada.scripts.evaluation.kinds import documentation, results_of
 from nanollada.scripts.evaluation.runner import SuiteArguments, run_suite
-from nanollada.scripts.evaluation.tasks.text import refuse_answers, rolled
-from nanollada.trainers.data.sources import SourceArguments
+from nanollada.scripts.evaluation.suite_file import parse_task
+from nanollada.scripts.evaluation.tasks.text import score_text
+from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 
 METRICS = ("likelihood", "exact_match")
-EVALUATION = "evaluation.json"
 
 
 @dataclass
@@ -72,7 +77,7 @@ def evaluate_checkpoint(
     **source_options,
 ) -> dict:
     """
-    Scores a checkpoint on data, in the form of `evaluation.json`; [`save_evaluation`] writes it.
+    Scores a checkpoint on data, in the form of `evaluation.json`; `save_evaluation` writes it.
 
     Args:
         checkpoint (`str`): Folder or name on the Hub; AR or diffusion.
@@ -92,51 +97,60 @@ def evaluate_checkpoint(
         source_options: `data_config`, `data_split`, `sample_by`, `on_bad_rows`, `streaming` of the sources.
 
     Returns:
-        `dict`: `checkpoint`, `weights_sha256` and `config_sha256` (`None` for a name on the Hub), `command`, `seed`,
-            `results`; each result names its `data`, `metric`, `command` and `seed`. `standard_error` is that of the
-            random masks; `sampling_error` that of bits per byte as an estimate for other rows of the kind (`None` for
-            a single row).
+        `dict`: `version`, `checkpoint`, `weights_sha256` and `config_sha256` (`None` for a name on the Hub),
+            `command`, `seed`, `results`: those of a suite with a task "text" and a task "generation" per source.
+            `standard_error` is over the scored rows (`None` for a single one), `mask_error` that of the masks alone.
 
     Raises:
         `ValueError`: for unknown metrics, for a `batch_size` below 1, for rows longer than the model's positions, for
             `decoding` without exact match, for exact match on rows without an answer, for `rolling_context` on rows
-            with one, and as `load_checkpoint`, `prepare_data`, `rolling_rows` and `evaluate_likelihood`.
+            with one, and as `load_checkpoint`, `read_examples`, `rolling_rows` and `score_rows`.
     """
-    from nanollada.hub_upload.card_results import model_digests
     from nanollada.scripts.decoding.writing import generation_settings, load_checkpoint
-    from nanollada.trainers.data.sources import RowPolicy, read_examples, resolve_sources
     from nanollada.trainers.run import check_length
     from nanollada.trainers.scoring.likelihood import scored_block_length
 
     _check(metrics, batch_size, decoding)
+    decoding = decoding or {}
     digests = {"weights_sha256": None, "config_sha256": None}
     digests |= model_digests(checkpoint) if Path(checkpoint).is_dir() else {}
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
-    generation_settings(model, **(decoding or {}))  # before anything takes long
+    generation_settings(model, **decoding)  # before anything takes long
     if "likelihood" in metrics:
         check_length(max_length, model.config)
     blocks = scored_block_length(model, eval_block_length)
+    bench = Bench(model, tokenizer, samples, seed, batch_size)
     run = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed}
+    scoring = {"max_length": max_length, "rolling_context": rolling_context, "eval_block_length": eval_block_length}
     results = []
-    for source in [data] if isinstance(data, str) else data:
-        options = {"max_length": max_length, **source_options}
+    arguments = SourceArguments(data=[data] if isinstance(data, str) else data, **source_options)
+    for spec in arguments.data:
+        (source,) = resolve_sources([spec], arguments)
+        named = {} if source.files else {"data_config": arguments.data_config, "data_split": arguments.data_split}
+        digest = source.identity()[0][1] if len(source.files) == 1 else None
+        policy = RowPolicy(arguments.on_bad_rows)
         if "likelihood" in metrics:
-            if rolling_context is None:
-                rows, report = _packed(tokenizer, source, options)
-            else:
-                rows, report = _rolling(tokenizer, source, options, rolling_context, blocks)
-            noise = {"samples": samples, "seed": seed, "block_length": eval_block_length}
-            result = _likelihood(model, tokenizer, source, rows, report, batch_size, noise)
-            shape = {"max_length": max_length, "block_length": blocks, "rolling_context": rolling_context}
-            shape = {name: value for name, value in shape.items() if value is not None}
-            results.append({"data": source, **result, **shape, **run})
+            task = _task("text", spec, **named, **scoring)
+            with tqdm(desc=f"Scoring {spec}", unit=" rows") as bar:
+                bench.progress = bar.update
+                outcome = score_text(bench, task, read_examples(source, policy), policy)
+            outcome.settings |= {"block_length": blocks} if blocks is not None else {}
+            results += results_of(Planned(task, [], digest), bench, outcome, run)
         if "exact_match" in metrics:
-            arguments = SourceArguments(data=[source], **source_options)
-            (rows,) = resolve_sources([source], arguments)
-            examples = read_examples(rows, RowPolicy(arguments.on_bad_rows))
-            result = exact_match(model, tokenizer, examples, batch_size=batch_size, seed=seed, **(decoding or {}))
-            results.append({"data": source, **result, **run})
-    return {"checkpoint": checkpoint, **digests, **run, "results": results}
+            options = {name: value for name, value in decoding.items() if name != "max_new_tokens"}
+            task = _task("generation", spec, **named, verify="exact", decoding=options)
+            rows = read_examples(source, RowPolicy(arguments.on_bad_rows))
+            figures = exact_match(model, tokenizer, rows, batch_size=batch_size, seed=seed, **decoding)
+            outcome = Outcome([figures], [], {"generate": figures.pop("settings")})
+            results += results_of(Planned(task, [], digest), bench, outcome, run)
+    return {"version": VERSION, "checkpoint": checkpoint, **digests, **run, "results": results}
+
+
+def _task(kind: str, source: str, **settings) -> Task:
+    """The task that a source is, by the name of its file."""
+    name = re.sub(r"[^\w.-]+", "_", Path(source).name.partition(".")[0], flags=re.A).strip("_.-") or "data"
+    given = {key: value for key, value in settings.items() if value is not None}
+    return parse_task({"name": name, "kind": kind, "data": source, **given}, "`data`")
 
 
 def _check(metrics: Iterable[str], batch_size: int, decoding: dict | None) -> None:
@@ -149,98 +163,7 @@ def _check(metrics: Iterable[str], batch_size: int, decoding: dict | None) -> No
         raise ValueError(f"`{next(iter(decoding))}` needs 'exact_match' in `metrics`, got {list(metrics)}")
 
 
-def _packed(tokenizer, source: str, options: dict):
-    """Rows of the data room, and what they leave out."""
-    from nanollada.trainers.data.prepare import DataArguments, prepare_data
-
-    data = prepare_data(DataArguments(eval_data=[source], **options), tokenizer)
-    return data.eval, data.report["eval"]
-
-
-def _rolling(tokenizer, source: str, options: dict, context: int, block_length: int | None):
-    """As `_packed`, with rows that roll over each text."""
-    from collections import Counter
-
-    from nanollada.trainers.data.encoding import RowEncoder
-    from nanollada.trainers.data.sources import RowPolicy, read_examples, resolve_sources
-
-    options = dict(options)
-    max_length, arguments = options.pop("max_length"), SourceArguments(data=[source], **options)
-    report = {"truncated_rows": 0, "skipped_rows": Counter()}
-    policy = RowPolicy(arguments.on_bad_rows, report["skipped_rows"])
-    encoder = RowEncoder(tokenizer, max_length=sys.maxsize)
-    documents = []
-    (found,) = resolve_sources([source], arguments)
-    for example, document in encoder.encode(read_examples(found, policy), policy):
-        refuse_answers(example)
-        documents.append(document)
-    report["documents"] = len(documents)
-    return rolled(documents, max_length, context, tokenizer.pad_token_id, block_length), report
-
-
-def _likelihood(model, tokenizer, source: str, rows, report: dict, batch_size: int, noise: dict) -> dict:
-    from tqdm.auto import tqdm
-
-    from nanollada.trainers.data.prepare import Collator
-    from nanollada.trainers.scoring.likelihood import evaluate_likelihood
-
-    collate = Collator(tokenizer.pad_token_id)
-    starts = tqdm(range(0, len(rows), batch_size), desc=f"Scoring {source}", unit="batch")
-    batches = (collate([rows[i] for i in range(at, min(at + batch_size, len(rows)))]) for at in starts)
-    found = evaluate_likelihood(model, batches, **noise)
-    left_out = {name: dict(report[name]) if name == "skipped_rows" else report[name] for name in _LEFT_OUT}
-    return {
-        "metric": "nelbo" if found.bound else "nll",
-        "bound": found.bound,
-        "nats_per_token": found.nats_per_token,
-        "bits_per_byte": found.bits_per_byte,
-        "standard_error": found.bits_per_byte_standard_error,
-        "sampling_error": found.bits_per_byte_sampling_error,
-        "tokens": found.tokens,
-        "bytes": found.bytes,
-        "documents": report["documents"],
-        "samples": noise["samples"] if "Monte Carlo" in found.estimator else None,
-        "estimator": found.estimator,
-        **{name: count for name, count in left_out.items() if count},
-    }
-
-
-_LEFT_OUT = ("truncated_rows", "skipped_rows")
-
-
-# ---- the file and the table
-
-
-def save_evaluation(evaluation: dict, path: str | Path) -> dict:
-    """
-    Writes results, and keeps those that the file has of the same weights and config: a new result takes the place of
-    the one with the same data, metric, rows, block length and generation settings; of a suite, with the same task and
-    settings. Of others (of another model, of an older version) it says on stderr how many it dropped.
-
-    Returns:
-        `dict`: what the file now says. `command` and `seed` at its top are the latest; every result has its own.
-    """
-    path = Path(path)
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    names = ("checkpoint",) if evaluation["weights_sha256"] is None else ("weights_sha256", "config_sha256")
-    new = {_identity(result) for result in evaluation["results"]}
-    kept = []
-    if all(old.get(name) == evaluation.get(name) for name in names):
-        kept = [result for result in old["results"] if _identity(result) not in new]
-    elif old.get("results"):
-        others = f"{len(old['results'])} results, which don't name this model by {' and '.join(names)}"
-        print(f"{path}: dropped {others}", file=sys.stderr)
-    merged = {**evaluation, "results": [*kept, *evaluation["results"]]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")  # a killed run leaves no half file
-    beside.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-    return merged
-
-
-def _identity(result: dict) -> str:
-    names = ("data", "metric", "max_length", "settings", "block_length", "rolling_context", "task")
-    return json.dumps([result.get(name) for name in names], sort_keys=True)
+# ---- the table and the program
 
 
 def evaluation_table(evaluation: dict):
@@ -251,24 +174,33 @@ def evaluation_table(evaluation: dict):
     table = Table(title=evaluation["checkpoint"])
     for name, justify in (("data", "left"), ("metric", "left"), ("value", "right"), ("of", "left")):
         table.add_column(name, justify=justify, overflow="fold")
+    nats = {_place(result): result for result in evaluation["results"] if result["metric"] == "nats_per_token"}
     for result in evaluation["results"]:
-        counts = ", ".join(f"{result[name]:,} {name}" for name in ("tokens", "bytes", "documents") if name in result)
-        if result["metric"] == "exact_match":
-            value = f"{result['value']:.2%} ± {result['standard_error']:.2%}"
-            counts = f"{result['rows']:,} rows, {result['truncated']:,} answers cut off"
-        elif result["bound"]:
-            value = f"≤ {result['bits_per_byte']:.4f} ± {result['standard_error']:.4f} bits/byte"
-        else:
-            value = f"{result['bits_per_byte']:.4f} bits/byte (exact)"
-        if "nats_per_token" in result:
-            value += f"\n{result['nats_per_token']:.4f} nats/token"
-            if result["sampling_error"] is not None:
-                counts += f"\n± {result['sampling_error']:.4f} bits/byte over rows"
-        metric = result["metric"]
-        metric += f"\nblocks of {result['block_length']}" if "block_length" in result else ""
-        metric += f"\ncontext of {result['rolling_context']}" if "rolling_context" in result else ""
-        table.add_row(Text(result["data"]), metric, value, counts)
+        if result["metric"] != "nats_per_token":
+            table.add_row(Text(result["data"]), *_cells(result, nats.get(_place(result))))
     return table
+
+
+def _place(result: dict) -> tuple:
+    """What the figures of one measurement have in common."""
+    return result["data"], json.dumps(result["settings"])
+
+
+def _cells(result: dict, nats: dict | None) -> tuple[str, str, str]:
+    """Metric, value and scope of a share, or of bits per byte with its nats per token."""
+    if nats is None:
+        value = f"{result['value']:.2%} ± {result['standard_error']:.2%}"
+        return result["metric"], value, f"{result['rows']:,} rows, {result['truncated']:,} answers cut off"
+    value = f"{result['value']:.4f} bits/byte (exact)"
+    if result["bound"]:
+        value = f"≤ {result['value']:.4f} ± {result['mask_error']:.4f} bits/byte"
+    scope = ", ".join(f"{result[name]:,} {name}" for name in ("tokens", "bytes", "documents"))
+    if result["standard_error"] is not None:
+        scope += f"\n± {result['standard_error']:.4f} bits/byte over rows"
+    metric, settings = "nelbo" if result["bound"] else "nll", result["settings"]
+    metric += f"\nblocks of {settings['block_length']}" if "block_length" in settings else ""
+    metric += f"\ncontext of {settings['rolling_context']}" if "rolling_context" in settings else ""
+    return metric, f"{value}\n{nats['value']:.4f} nats/token", scope
 
 
 def main(argv: list[str] | None = None) -> dict:

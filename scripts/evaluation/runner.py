@@ -15,8 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanollada.hub_upload.evaluation_file import (
+    EVALUATION,
+    model_digests,
+    old_evaluation,
+    save_evaluation,
+    weights_digest,
+)
 from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
-from nanollada.scripts.evaluation.kinds import KINDS, definitions, metric_of
+from nanollada.scripts.evaluation.kinds import KINDS, definitions, results_of
 from nanollada.scripts.evaluation.rows import rows_of
 from nanollada.scripts.evaluation.suite_file import read_suite
 from nanollada.trainers.data.sources import DataError
@@ -108,8 +115,6 @@ def digest_files(folder: str | Path) -> str:
 
 def model_facts(name: str, folder: str) -> dict:
     """What is known of a model without loading it; `kind` and `parameters` follow."""
-    from nanollada.hub_upload.card_results import model_digests
-
     return {"name": name, "checkpoint": folder, **model_digests(folder)}
 
 
@@ -122,27 +127,6 @@ def machine(device: str | None) -> dict:
     libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {"hardware": hardware(), "device": device, "versions": libraries}
-
-
-def check_evaluation(checkpoint: str) -> None:
-    """
-    Reads the `evaluation.json` that the results go to, if there is one.
-
-    Raises:
-        `ValueError`: if it can't be read, or holds no list of results.
-    """
-    from nanollada.scripts.evaluation.checkpoint import EVALUATION
-
-    path = Path(checkpoint) / EVALUATION
-    if not path.exists():
-        return
-    try:
-        results = json.loads(path.read_text("utf-8"))["results"]
-        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-            raise TypeError("`results` is no list of objects")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        rule = f"must hold no {EVALUATION}, or one with `results`"
-        raise ValueError(f"`checkpoints` {rule}, got {path}: {error!r}") from error
 
 
 def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tuple:
@@ -180,11 +164,10 @@ class Runner:
     """
 
     def __init__(self, args: SuiteArguments, planned: list[Planned]):
-        from nanollada.hub_upload.card_results import weights_digest
-
         self.args, self.planned, self.judge = args, planned, None
         self.folder = Path(args.output)
         self.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.command_and_seed = {"command": self.command, "seed": args.seed}
         self.judge_digest = None
         if args.judge is not None:
             self.judge_digest = [weights_digest(args.judge), digest_files(args.judge)]
@@ -200,15 +183,13 @@ class Runner:
 
     def save(self, models: list[dict], results: list[dict]) -> None:
         """Each model's own results, without those of groups, into its checkpoint's `evaluation.json`."""
-        from nanollada.scripts.evaluation.checkpoint import EVALUATION, save_evaluation
-
-        for facts in models:
-            own = [result for result in results if result["model"] == facts["name"] and "group" not in result]
-            kept = [{name: value for name, value in result.items() if name != "model"} for result in own]
-            run = {"command": self.command, "seed": self.args.seed}
-            digests = {digest: facts[digest] for digest in ("weights_sha256", "config_sha256")}
-            told = {"checkpoint": facts["checkpoint"], **digests, **run, "results": kept}
-            save_evaluation(told, Path(facts["checkpoint"]) / EVALUATION)
+        for model in models:
+            own = [result for result in results if result["model"] == model["name"] and "group" not in result]
+            own = [{name: value for name, value in result.items() if name != "model"} for result in own]
+            digests = {name: model[name] for name in ("checkpoint", "weights_sha256", "config_sha256")}
+            save_evaluation(
+                {**digests, **self.command_and_seed, "results": own}, Path(model["checkpoint"]) / EVALUATION
+            )
 
     def run_model(self, facts: dict) -> tuple[dict, list[dict]]:
         """Everything of one model, which is loaded only if something is left to do."""
@@ -278,6 +259,8 @@ class Runner:
                 raise
             except ValueError as error:
                 raise ValueError(f"task {item.task.name} of {model}: {error}") from error
+        settings = machine(self.args.device) if kind.timed else {}
+        settings |= {"judge": Path(self.args.judge).name} if kind.judged and self.args.judge is not None else {}
         path, records = self.paths(model, item.task.name)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
         write(records, text)
@@ -286,28 +269,10 @@ class Runner:
             "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "kind": "diffusion" if bench.is_diffusion else "ar",
             "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
-            "results": [self.result(item, bench, outcome, figures) for figures in outcome.results],
+            "results": results_of(item, bench, outcome, self.command_and_seed, **settings),
         }
         write(path, _json(found))
         return found
-
-    def result(self, item: Planned, bench, outcome, figures: dict) -> dict:
-        """One figure with all that it takes to read and to repeat it."""
-        task, figures = item.task, dict(figures)
-        kind = KINDS[task.kind]
-        settings = {**task.settings(), **outcome.settings}
-        settings |= {"generate": generate} if (generate := figures.pop("generate", None)) else {}
-        settings |= machine(self.args.device) if kind.timed else {}
-        if kind.scored:
-            settings["score"] = "upper bound of the NLL" if bench.is_diffusion else "exact NLL"
-            settings |= {"samples": self.args.samples} if bench.is_diffusion else {}
-        if kind.judged and self.args.judge is not None:
-            settings["judge"] = Path(self.args.judge).name
-        facts = {"task": task.name, "kind": task.kind, "language": task.language, "metric": figures.pop("metric")}
-        facts |= {name: figures.pop(name) for name in ("value", "standard_error")}
-        facts |= {"bound": False, "unit": metric_of(task.kind, facts["metric"]).unit, "chance": None, **figures}
-        facts |= {"data": item.source, "data_sha256": item.digest, "settings": settings}
-        return {**facts, "command": self.command, "seed": self.args.seed}
 
 
 def _json(value: Any) -> str:
@@ -342,7 +307,7 @@ def run_suite(args: SuiteArguments) -> dict:
     description, planned = plan(args)
     runner = Runner(args, planned)
     for checkpoint in args.checkpoints:
-        check_evaluation(checkpoint)
+        old_evaluation(Path(checkpoint) / EVALUATION)
     models, results = runner.run()
     told = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
     told |= {"samples": args.samples, "definitions": definitions(results)}

@@ -28,6 +28,7 @@ def figures(results: list[dict]) -> dict[str, dict]:
     return {
         "exact_match" if result["metric"] == "exact_match" else Path(result["data"]).stem.removesuffix("_test"): result
         for result in results
+        if result["metric"] in ("bits_per_byte", "exact_match")
     }
 
 
@@ -56,7 +57,7 @@ def doubts(folder: Path) -> list[str]:
 def _doubts_of(stage: str, rules: dict[str, tuple[float, float]], found: dict[str, dict]) -> list[str]:
     told = []
     for name, (lowest, highest) in rules.items():
-        value = found.get(name, {}).get("value" if name == "exact_match" else "bits_per_byte")
+        value = found.get(name, {}).get("value")
         if value is None or not lowest <= value <= highest:  # NaN, too
             got = "none" if value is None else f"{value:.3f}"
             told.append(f"{NAMES[stage]}: {FIGURES[name]} {got}, expected {lowest} to {highest}.")

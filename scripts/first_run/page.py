@@ -78,8 +78,8 @@ def result_cell(result: dict | None) -> str:
     if result["metric"] == "exact_match":
         return f"{100 * result['value']:.1f} % ± {100 * result['standard_error']:.1f}"
     if not result["bound"]:
-        return f"{result['bits_per_byte']:.3f}"
-    return f"≤ {result['bits_per_byte']:.3f} ± {result['standard_error']:.3f}"
+        return f"{result['value']:.3f}"
+    return f"≤ {result['value']:.3f} ± {result['mask_error']:.3f}"
 
 
 def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:

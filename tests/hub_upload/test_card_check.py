@@ -10,17 +10,18 @@ import pytest
 import torch
 from cards import (
     BOARDS,
+    BOUND,
     CHOICE,
     COMMAND,
     CONFIG,
-    NELBO,
-    NLL,
+    EXACT,
     RESULTS,
-    SUITE_TABLE,
+    TABLE,
     TEXT,
     card_of,
     configure,
     edit,
+    evaluation_of,
     rewrite,
 )
 from huggingface_hub import EvalResult, ModelCard
@@ -32,9 +33,9 @@ from nanollada.hub_upload.card_check import card_faults
 from nanollada.hub_upload.card_results import (
     END,
     START,
-    model_digests,
     with_source,
 )
+from nanollada.hub_upload.evaluation_file import model_digests
 from nanollada.hub_upload.verify import VerificationError, check_results, verify
 
 
@@ -45,7 +46,7 @@ def folder(tmp_path) -> Path:
     path.mkdir()
     save_file({"weight": torch.arange(4.0)}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(CONFIG))
-    evaluation = {**model_digests(path), "results": RESULTS}
+    evaluation = evaluation_of(path)
     (path / "evaluation.json").write_text(json.dumps(evaluation))
     (path / "README.md").write_text(card_of(evaluation))
     return path
@@ -56,7 +57,7 @@ def test_a_card_of_its_file_passes_with_prose_and_another_name(folder):
     card = folder / "README.md"
     edit(card, "## Limits\n", "## Limits\n\nOf 200 boards 95 % look right: 0.95.\n\n| a | b |\n|--|--|\n| 1 | 2 |\n")
     edit(card, "# small\n", "# small\n\nIt scores 12 here.\n")
-    edit(card, "| 0.7950 |", "|  0.7950   |")  # a formatter of Markdown
+    edit(card, "| 0.7950 ± 0.0285 |", "|  0.7950 ± 0.0285   |")  # a formatter of Markdown
     edit(card, "| --- ", "| -------- ")
     check_results(folder)
     card.write_text(with_source(card.read_text(), "you/other model", "trial"))
@@ -86,12 +87,12 @@ SOURCES = [
     (
         "      value: 0.795\n",
         "      value: 0.95\n",
-        "README.md says exact_match 0.95 ± 0.02855 on boards, evaluation.json has exact_match 0.795 ± 0.02855 on bo",
+        "README.md says exact_match 0.95 ± 0.02855 on boards .sudoku., evaluation.json has exact_match 0.795 ± ",
     ),
     (
         "        standard_error: 0.02855\n",
         "        standard_error: 0.001\n",
-        r"says exact_match 0.795 ± 0.001 on boards, evaluation.json has exact_match 0.795 ± 0.02855 on boards",
+        r"says exact_match 0.795 ± 0.001 on boards .sudoku., evaluation.json has exact_match 0.795 ± 0.02855 on",
     ),
     (
         "      value: 0.31\n",
@@ -99,36 +100,40 @@ SOURCES = [
         r"says acc_norm 0.41 ± 0.02 on arc\|easy \(arc\), evaluation.json has acc_norm 0.31 ± 0.02 on arc\|easy",
     ),
     ("    - type: acc_norm\n", "    - type: acc\n", "says acc 0.31 .*, evaluation.json has no such result"),
-    ("      name: boards\n", "      name: gsm8k\n", "says exact_match 0.795 ± 0.02855 on gsm8k, .* no such result"),
+    ("      name: boards\n", "      name: gsm8k\n", "says exact_match 0.795 ± 0.02855 on gsm8k .sudoku., .* no such"),
     ("      config: arc\n", "      config: piqa\n", r"says acc_norm 0.31 ± 0.02 on arc\|easy \(piqa\), .* no such"),
     ("        bound: true\n", "", "`metrics.args` {'standard_error': 0.0123, .*'bound': True.* and not {"),
     (f"revision: {'f' * 64}", f"revision: {'e' * 64}", "`dataset.revision` 'f+' and not 'e+'"),
     (
         "      name: evaluation.json\n",
         "      name: leaderboard\n",
-        "has exact_match 0.795 .* on boards, but .*`source.name` None and not 'leaderboard'",
+        "has exact_match 0.795 .* on boards .sudoku., but .*`source.name` None and not 'leaderboard'",
     ),
     ("/me/small/blob/main/evaluation.json", "/me/small/blob/main/other.json", "but `source.url` None and not"),
-    ("| 0.7950 |", "| 0.9500 |", "README.md says 0.9500 for `boards`, exact match, .*; evaluation.json has 0.7950"),
-    ("| ± 0.0285 (", "| ± 0.0001 (", r"README.md says ± 0.0001 \(rows\) for `boards`, .* has ± 0.0285 \(rows\)"),
-    ("| ≤ 1.8765 ±", "| 1.8765 ±", "README.md says 1.8765 ± 0.0123 for wiki_en, en, .* has ≤ 1.8765 ± 0.0123"),
+    (
+        "| 0.7950 ± 0.0285 |",
+        "| 0.9500 ± 0.0285 |",
+        "says 0.9500 ± 0.0285 for sudoku, –, exact match; .* has 0.7950",
+    ),
+    (" (masks ± 0.0045)", " (masks ± 0.0001)", r"README.md says ≤ 1.8765 ± 0.0123 \(masks ± 0.0001\) for wiki_en, "),
+    ("| ≤ 1.8765 ±", "| 1.8765 ±", "README.md says 1.8765 ± 0.0123 .* for wiki_en, en, .* has ≤ 1.8765 ± 0.0123"),
     ("| samples = 16, ", "| samples = 128, ", r"says samples = 128, order = \[1, None\] for wiki_en"),
     ("| 0.25 |", "| 0.20 |", "README.md says 0.20 for arc, en, .*; evaluation.json has 0.25"),
     (f"{COMMAND}\n", f"{COMMAND} --seed 9\n", f"README.md says '{COMMAND} --seed 9', evaluation.json has '{COMMAND}'"),
     ("Seed 7:", "Seed 8:", "README.md says 'Seed 8:', evaluation.json has 'Seed 7:'"),
     (END, f"Perplexity is 3.\n\n{END}", "README.md says 'Perplexity is 3.', evaluation.json has no such line"),
-    (SUITE_TABLE.splitlines()[4] + "\n", "", r"README.md leaves out '\|arc\|en\|.* of evaluation.json"),
+    (TABLE.splitlines()[5] + "\n", "", r"README.md leaves out '\|arc\|en\|.* of evaluation.json"),
     (START, "", "README.md must hold the marks of the evaluation once, in order, got 0 and 1"),
     (END, END + "\n\n" + START + END, "README.md must hold the marks of the evaluation once, in order, got 2 and 2"),
     (
         "## Limits",
-        SUITE_TABLE + "## Limits",
+        TABLE + "## Limits",
         "README.md must keep the table of results between its marks, got one outside",
     ),
     (
         "      value: 0.795\n",
         "",
-        "README.md says exact_match None ± 0.02855 on boards, evaluation.json has exact_match",
+        "README.md says exact_match None ± 0.02855 on boards .sudoku., evaluation.json has exact_match",
     ),
     (
         "model-index:",
@@ -164,11 +169,11 @@ def test_a_card_that_says_something_else_is_refused(folder, old, new, match):
 @pytest.mark.parametrize(
     "head",
     [
-        "| Data | Metric | Value | Standard errors | Scored on | How |",
-        "Data | Metric | Value | Standard errors | Scored on | How",
-        "|data|METRIC|value|standard errors|Scored on|how|",
-        "| **Data** | __Metric__ | **Value** | *Standard errors* | Scored  on | How |",
-        "> | Task | Language | Metric | value ± s.e. | Chance | Rows | Data | How |",
+        "| Task | Language | Metric | Value ± s.e. | Chance | Scored on | Data | How |",
+        "Task | Language | Metric | Value ± s.e. | Chance | Scored on | Data | How",
+        "|task|LANGUAGE|metric|value ± s.e.|chance|scored on|data|how|",
+        "| **Task** | __Language__ | **Metric** | *Value ± s.e.* | Chance | Scored  on | Data | How |",
+        "> | Task | Language | Metric | value ± s.e. | Chance | Scored on | Data | How |",
     ],
 )
 def test_a_second_table_is_found_however_it_is_written(folder, head):
@@ -209,7 +214,7 @@ def test_texts_that_look_like_numbers_stay_texts(folder):
     """What our own YAML writes is read back: nothing in it is taken for another kind."""
     words = ["1e-05", "0o10", "010", "1:30", "true", "null", "2026-01-01", "no", "1_8", "é: ‘x’", "a\nb"]
     odd = {**CHOICE, "data": "1e-05", "settings": {"words": words, "small": 1e-05, "flag": True, "one": 1}}
-    evaluation = {**model_digests(folder), "results": [odd, {**odd, "metric": "acc", "value": 1}]}
+    evaluation = evaluation_of(folder, [odd, {**odd, "metric": "acc", "value": 1}])
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "README.md").write_text(card_of(evaluation))
     check_results(folder)
@@ -246,7 +251,7 @@ def test_results_of_other_tools_are_refused_by_name(folder):
 def test_of_several_settings_the_changed_one_is_named(folder):
     """Two results of a metric and a task: the card's other number is not held against the one that is right."""
     twin = {**CHOICE, "settings": {"shots": 5}, "value": 0.35}
-    evaluation = {**model_digests(folder), "results": [CHOICE, twin]}
+    evaluation = evaluation_of(folder, [CHOICE, twin])
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "README.md").write_text(card_of(evaluation).replace("      value: 0.35\n", "      value: 0.95\n"))
     with pytest.raises(VerificationError, match=r"says acc_norm 0.95 [^;]*, evaluation.json has acc_norm 0.35 [^;]*$"):
@@ -261,10 +266,10 @@ def test_every_fault_counts_and_the_first_are_named(folder):
         check_results(folder)
 
 
-@pytest.mark.parametrize("results", [[NLL], [{**TEXT, "bound": False}]])
+@pytest.mark.parametrize("results", [[EXACT], [{**TEXT, "bound": False}]])
 def test_exact_numbers_are_not_of_a_masked_class(folder, results):
     rewrite(folder, results=results)
-    match = "evaluation.json must hold upper bounds of a masked class .*, got bits per byte of NanoLLaDAForMaskedLM"
+    match = "evaluation.json must hold upper bounds of a masked .*, got bits_per_byte, exact, of NanoLLaDAForMaskedLM"
     with pytest.raises(VerificationError, match=match):
         check_results(folder)
     configure(folder, architectures=["NanoLLaDAForCausalLM"])
@@ -273,11 +278,11 @@ def test_exact_numbers_are_not_of_a_masked_class(folder, results):
     check_results(folder)
 
 
-@pytest.mark.parametrize("results", [[NELBO], [TEXT]])
+@pytest.mark.parametrize("results", [[BOUND], [TEXT]])
 def test_bounds_are_not_of_a_causal_class(folder, results):
     configure(folder, architectures=["NanoLLaDAForCausalLM"])
     rewrite(folder, **model_digests(folder), results=results)
-    match = "must hold .*, got bits per byte, upper bound.* of NanoLLaDAForCausalLM"
+    match = "must hold .*, got bits_per_byte, upper bound, of NanoLLaDAForCausalLM"
     with pytest.raises(VerificationError, match=match):
         check_results(folder)
 
@@ -294,13 +299,13 @@ def test_bounds_are_not_of_a_causal_class(folder, results):
             "evaluation.json must be of the model in small, got `config_sha256` [0-9a-f]{64}; README.md says ex",
         ),
         (lambda folder: configure(folder, rope_parameters={"rope_theta": 10.0}), "in small, got `config_sha256`"),
-        (lambda folder: (folder / "config.json").unlink(), "`folder` must hold a readable config.json, got"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json must be readable JSON, got"),
         (lambda folder: (folder / "model.safetensors").unlink(), "small must hold safetensors, got none"),
         (lambda folder: (folder / "evaluation.json").write_text("[]"), "must hold a JSON object, got list"),
         (
             lambda folder: (folder / "evaluation.json").unlink(),
             "`folder` must hold evaluation.json, got none in small; README.md says exact_match 0.795 ± 0.02855 on "
-            "boards; bits_per_byte .* and 1 more",
+            "boards .sudoku.; bits_per_byte .* and 1 more",
         ),
         (
             lambda folder: save_file({"weight": torch.ones(4)}, folder / "model.safetensors"),
@@ -315,9 +320,9 @@ def test_bounds_are_not_of_a_causal_class(folder, results):
         (lambda folder: rewrite(folder, results=[]), "says exact_match 0.795 .*, evaluation.json has no such result"),
         (
             lambda folder: rewrite(folder, results=[{**BOARDS, "value": "0.795"}]),
-            r"`evaluation` must give `value` of exact_match on boards as a share in \[0, 1\], got '0.795'; README",
+            r"must give `value` of exact_match of task 'sudoku' as a share in \[0, 1\], got '0.795'; README",
         ),
-        (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json must be JSON, got"),
+        (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json must be readable JSON, got"),
     ],
 )
 def test_a_file_that_cannot_be_the_source_is_refused(folder, change, match):
@@ -326,13 +331,25 @@ def test_a_file_that_cannot_be_the_source_is_refused(folder, change, match):
         check_results(folder)
 
 
+def test_a_file_of_version_1_is_refused_with_the_commands_that_measure_anew(folder):
+    """Its card, too: nobody could tell what its errors are over."""
+    old = {"data": "a", "metric": "nelbo", "bits_per_byte": 1.8, "command": "evaluate.py --data a"}
+    for version in (None, 1):
+        changes = {} if version is None else {"version": version}
+        content = {**model_digests(folder), **changes, "command": "evaluate.py --data b", "results": [old, old]}
+        (folder / "evaluation.json").write_text(json.dumps(content))
+        match = r"evaluation.json must be of version 2, got 1: measure again \(evaluate.py --data b; .*data a\)"
+        with pytest.raises(VerificationError, match=match):
+            check_results(folder)
+
+
 def test_a_table_alone_needs_its_file_too(folder):
     """Without a `model-index` the numbers are read from the table."""
     card = folder / "README.md"
     card.write_text("---\nlicense: mit\n---\n" + card.read_text().partition("\n---\n")[2])
     check_results(folder)
     (folder / "evaluation.json").unlink()
-    with pytest.raises(VerificationError, match=r"got none in small; README.md says `boards`, exact match, 0.7950, ±"):
+    with pytest.raises(VerificationError, match=r"got none in small; README.md says sudoku, –, exact match, 0.7950 ±"):
         check_results(folder)
 
 

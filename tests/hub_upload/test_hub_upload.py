@@ -18,7 +18,7 @@ from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import export as export_module
 from nanollada.hub_upload import upload as upload_module
 from nanollada.hub_upload import verify as verify_module
-from nanollada.hub_upload.card_results import model_digests
+from nanollada.hub_upload.evaluation_file import VERSION, model_digests
 from nanollada.hub_upload.export import export, main
 from nanollada.hub_upload.upload import files_to_upload, upload
 from nanollada.hub_upload.verify import VerificationError, check_files, verify
@@ -26,7 +26,8 @@ from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaske
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 RUN = {"model_class": "NanoLLaDAForMaskedLM", "data": {"sources": ["/home/me/a.txt"], "format": "pretrain", "rows": 3}}
-FOUND = {"data": "held-out", "metric": "nelbo", "bound": True, "bits_per_byte": 2.5, "standard_error": 0.1}
+FOUND = {"task": "held_out", "data": "held-out", "metric": "bits_per_byte", "bound": True, "value": 2.5}
+FOUND |= {"standard_error": 0.1}
 
 
 def save(folder: Path, model_class, tokenizer, **shape) -> Path:
@@ -47,7 +48,7 @@ def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     ar = save(root / "ar", NanoLLaDAForCausalLM, tokenizer)
     diffusion = save(root / "diffusion", NanoLLaDAForMaskedLM, tokenizer)
-    write(diffusion, run=RUN, evaluation={**model_digests(diffusion), "results": [FOUND]})
+    write(diffusion, run=RUN, evaluation={"version": VERSION, **model_digests(diffusion), "results": [FOUND]})
     write(diffusion, trainer_state={"global_step": 3})
     return {"ar": ar, "diffusion": diffusion}
 
@@ -85,7 +86,7 @@ def test_export_is_complete_and_equal(exports, checkpoints, name):
     if name == "diffusion":
         assert json.loads((folder / "run.json").read_text())["data"]["sources"] == ["a.txt"]
         evaluation = json.loads((folder / "evaluation.json").read_text())
-        assert evaluation == {**model_digests(folder), "results": [FOUND]}
+        assert evaluation == {"version": VERSION, **model_digests(folder), "results": [FOUND]}
     ours = AutoModelForCausalLM.from_pretrained(checkpoints[name]).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -419,7 +420,7 @@ def test_a_number_without_a_source_is_not_uploaded(exported, tmp_path, options):
         environment = {**verify_module.clean_environment(tmp_path), **online}
         done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and hub.requests == []
-    says = "bits_per_byte 1.5 ± 0.1 on held-out, evaluation.json has bits_per_byte 2.5 ± 0.1 on held-out"
+    says = "bits_per_byte 1.5 ± 0.1 on held-out .held_out., evaluation.json has bits_per_byte 2.5 ± 0.1 on"
     assert f"not uploaded: results: README.md says {says}" in done.stderr
 
 

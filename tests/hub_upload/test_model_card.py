@@ -11,11 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
-from nanollada.hub_upload.card_results import model_digests
+from nanollada.hub_upload.evaluation_file import VERSION, model_digests, save_evaluation
 from nanollada.hub_upload.export import export
 from nanollada.hub_upload.model_card import Facts, build_card, choose_prompt, read_facts, without_paths
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.evaluation.checkpoint import save_evaluation
 from nanollada.trainers.run import _saved_digests
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -49,22 +48,23 @@ RUN = {
     "evaluation": None,
 }
 BOUND = {
+    "task": "held_out",
+    "kind": "text",
     "data": "/home/me/held-out.jsonl",
-    "metric": "nelbo",
+    "metric": "bits_per_byte",
+    "unit": "bits/byte",
     "bound": True,
-    "nats_per_token": 3.1,
-    "bits_per_byte": 2.34567,
-    "standard_error": 0.0123,
+    "value": 2.34567,
+    "standard_error": 0.0456,
+    "mask_error": 0.0123,
+    "rows": 25,
     "tokens": 1234,
     "bytes": 5678,
     "documents": 9,
-    "sampling_error": 0.0456,
-    "samples": 8,
-    "max_length": 64,
-    "estimator": "stratified exact count",
+    "settings": {"max_length": 64, "samples": 8, "estimator": "stratified exact count"},
 }
-MATCH = {"data": "boards", "metric": "exact_match", "value": 0.925, "standard_error": 0.02, "rows": 64}
-MATCH["settings"] = {"steps": 8, "top_k": None}
+MATCH = {"task": "sudoku", "kind": "generation", "data": "boards", "metric": "exact_match", "value": 0.925}
+MATCH |= {"standard_error": 0.02, "bound": False, "rows": 64, "settings": {"generate": {"steps": 8, "top_k": None}}}
 
 
 def save(folder: Path, model_class, tokenizer) -> Path:
@@ -100,6 +100,7 @@ def checkpoints(tmp_path_factory, tokenizer) -> dict[str, Path]:
     log = [{"step": 50, "loss": 2.0}, {"step": 50, "eval_loss": 1.75}]
     state = {"global_step": 200, "best_global_step": 50, "best_metric": 1.75, "log_history": log}
     evaluation = {
+        "version": VERSION,
         "checkpoint": str(diffusion),
         **model_digests(diffusion),
         "command": f"evaluate.py --checkpoint {diffusion}",
@@ -211,8 +212,10 @@ diffusion\.py --model_name_or_path ar --data chats\.jsonl
 ## Evaluation
 
 .*
-\| `held-out\.jsonl` \| .*, upper bound \| ≤ 2\.3457 \| ± 0\.0123 \(masks\), ± 0\.0456 \(rows\) \| 1,234 .* most 64 .*
-\| `boards` \| exact match \| 0\.9250 \| ± 0\.0200 \(rows\) \| 64 rows \| steps = 8 \|
+\| held_out \| – \| .*, upper bound \(.*\) \| ≤ 2\.3457 ± 0\.0456 \(masks ± 0\.0123\) \| – \| 25 rows, 1,234 tokens, .*
+\| sudoku \| – \| exact match \| 0\.9250 ± 0\.0200 \| – \| 64 rows \| `boards` \| steps = 8 \|
+
+± is one standard error .*
 
 ≤ marks an upper bound .*
 
@@ -251,7 +254,7 @@ def test_diffusion_card_tells_the_run(exports):
 def test_ar_card_tells_an_exact_number(exports):
     card = (exports["ar"] / "README.md").read_text()
     assert "autoregressive language model" in card and "LLaDA)" not in card and "2502.09992" not in card
-    assert "| bits per byte | 2.5000 | 0 (nothing is drawn) | 700 tokens, 1,800 bytes |" in card
+    assert "| held_out | – | bits per byte (bits/byte) | 2.5000 | – | 6 rows, 700 tokens, 1,800 bytes |" in card
     assert "Measured at the end of the last training run above." in card
     evaluation = json.loads((exports["ar"] / "evaluation.json").read_text())
     assert evaluation.items() >= model_digests(exports["ar"]).items()  # of the files that went into this folder
@@ -265,7 +268,7 @@ def test_card_metadata_round_trips(exports):
     assert data.metrics == ["bits_per_byte", "exact_match"]
     bound, match = data.eval_results
     assert (bound.dataset_name, bound.metric_type, bound.metric_value) == ("held-out.jsonl", "bits_per_byte", 2.34567)
-    assert "upper bound" in bound.metric_name and bound.metric_args == {"standard_error": 0.0123}
+    assert "upper bound" in bound.metric_name and bound.metric_args["standard_error"] == 0.0456
     assert (match.dataset_name, match.metric_type, match.metric_value) == ("boards", "exact_match", 0.925)
 
 
@@ -292,6 +295,16 @@ def test_snippets_follow_model_and_tokenizer(tokenizer, char_tokenizer):
     assert char_tokenizer.decode(char_tokenizer(odd).input_ids) == odd
 
 
+def test_a_model_in_peft_s_wrapper_is_carded_by_what_is_inside(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    for model_class, told in ((NanoLLaDAForMaskedLM, True), (NanoLLaDAForCausalLM, False)):
+        model = model_class(NanoLLaDAConfig(vocab_size=len(tokenizer), **SHAPE))
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        card = str(build_card(wrapped, tokenizer, Facts(), model_name="name"))
+        assert ("- masked-diffusion\n" in card) == ("masked-diffusion language model" in card) == told
+
+
 def test_card_options_and_cells(tokenizer):
     card = make_card(tokenizer, datasets=["me/other"], base_model="me/base", language="en")
     assert "base_model: me/base" in card and "- me/other" in card and "language: en" in card
@@ -307,13 +320,9 @@ def test_card_options_and_cells(tokenizer):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"bits_per_byte": None}, "must give `bits_per_byte` of nelbo on .*held-out.jsonl as a number >= 0, got None"),
-        ({"bits_per_byte": float("nan")}, "must give `bits_per_byte` of nelbo on .* as a number >= 0, got nan"),
-        ({"standard_error": None}, "must give `standard_error` of nelbo on .* as a number >= 0, got None"),
-        (
-            {"metric": "perplexity"},
-            "`metric` in `evaluation` must be one of nll, nelbo, exact_match, got 'perplexity'",
-        ),
+        ({"value": None}, "must give `value` of bits_per_byte of task 'held_out' as a number >= 0, got None"),
+        ({"value": float("nan")}, "must give `value` of bits_per_byte of task 'held_out' as a number >= 0, got nan"),
+        ({"mask_error": "0"}, "must give `mask_error` of task 'held_out' as a number >= 0 or null, got '0'"),
     ],
 )
 def test_results_without_a_number_are_refused(tokenizer, change, match):
@@ -332,11 +341,13 @@ def test_an_evaluation_must_name_its_model(checkpoints, tmp_path):
     """A folder's name alone says nothing, and neither do the weights without the config."""
     digests = model_digests(checkpoints["diffusion"])
     for kept, missing in (({}, "weights"), ({"weights_sha256": digests["weights_sha256"]}, "config")):
-        write(tmp_path, evaluation={"checkpoint": "elsewhere/diffusion", **kept, "results": [BOUND]})
+        write(
+            tmp_path, evaluation={"version": VERSION, "checkpoint": "elsewhere/diffusion", **kept, "results": [BOUND]}
+        )
         match = f"evaluation.json must name its model by `{missing}_sha256`, got none .* measure again"
         with pytest.raises(ValueError, match=match):
             read_facts(checkpoints["diffusion"], tmp_path / "evaluation.json")
-    write(tmp_path, foreign={"checkpoint": "anything", **digests, "results": [BOUND]})
+    write(tmp_path, foreign={"version": VERSION, "checkpoint": "anything", **digests, "results": [BOUND]})
     assert read_facts(checkpoints["diffusion"], tmp_path / "foreign.json").evaluation["results"][0]["tokens"] == 1234
     with pytest.raises(ValueError, match="foreign.json must be of the model in ar, got `weights_sha256` [0-9a-f]{64}"):
         read_facts(checkpoints["ar"], tmp_path / "foreign.json")
@@ -356,14 +367,14 @@ def test_one_tensors_in_three_models_are_told_apart(tokenizer, tmp_path):
         twin.load_state_dict(model.state_dict())
         twin.save_pretrained(folder)
     assert len({model_digests(folder)["weights_sha256"] for folder in (ar, whole, blocks)}) == 1
-    exact = {**BOUND, "metric": "nll", "bound": False}
+    exact = {**BOUND, "bound": False}
     for folder, other, result in ((ar, whole, exact), (whole, blocks, BOUND), (blocks, whole, BOUND)):
         tokenizer.save_pretrained(other)
-        write(folder, evaluation={**model_digests(folder), "results": [result]})
+        write(folder, evaluation={"version": VERSION, **model_digests(folder), "results": [result]})
         assert read_facts(folder).evaluation is not None
         with pytest.raises(ValueError, match=f"evaluation.json must be of the model in {other.name}, got `config_sha"):
             export(other, tmp_path / "out", evaluation=folder / "evaluation.json")
-    write(whole, evaluation={**model_digests(whole), "results": [exact]})
+    write(whole, evaluation={"version": VERSION, **model_digests(whole), "results": [exact]})
     with pytest.raises(ValueError, match="must hold upper bounds of a masked class .*, got .* NanoLLaDAForMaskedLM"):
         read_facts(whole)
 
@@ -388,7 +399,7 @@ def test_the_numbers_of_a_run_are_of_its_files(checkpoints, tmp_path):
     """A run.json beside other weights, or another config, is refused; one that names no files gives no number."""
     folder = Path(shutil.copytree(checkpoints["ar"], tmp_path / "ar"))
     assert _saved_digests(folder) == saved(folder)  # as a run writes them
-    assert read_facts(folder).evaluation["results"][0]["bits_per_byte"] == 2.5
+    assert read_facts(folder).evaluation["results"][0]["value"] == 2.5
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace("1000000.0", "10.0"))
     match = r"run.json must be of the model in ar, got an `evaluation` of another {} \(measure again\)"
@@ -412,7 +423,8 @@ def test_the_numbers_of_a_run_are_of_its_files(checkpoints, tmp_path):
 
 def test_kept_results_are_of_one_model(tmp_path, capsys):
     """A block length that was changed since, or a file that named no config: its results go, and that is said."""
-    path, new = tmp_path / "evaluation.json", {"weights_sha256": "w", "config_sha256": "c", "results": [BOUND]}
+    path = tmp_path / "evaluation.json"
+    new = {"version": VERSION, "weights_sha256": "w", "config_sha256": "c", "results": [BOUND]}
     for old, dropped in (({}, 0), ({"config_sha256": "d"}, 1), ({"config_sha256": None}, 1)):
         path.write_text(json.dumps({**new, **old, "results": [MATCH]}))
         assert len(save_evaluation(new, path)["results"]) == 2 - dropped
@@ -421,10 +433,10 @@ def test_kept_results_are_of_one_model(tmp_path, capsys):
 
 
 def test_facts_that_cannot_be_read_are_refused(checkpoints, tmp_path):
-    with pytest.raises(ValueError, match="`evaluation` must hold readable JSON, got none.json"):
+    with pytest.raises(ValueError, match="none.json must be readable JSON, got"):
         read_facts(checkpoints["ar"], tmp_path / "none.json")
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(ValueError, match="`checkpoint` must hold a JSON object, got list in run.json"):
+    with pytest.raises(ValueError, match="run.json must hold a JSON object, got list"):
         read_facts(tmp_path)
 
 

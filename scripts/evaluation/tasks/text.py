@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
@@ -9,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
 from nanollada.scripts.evaluation.metrics import ratio
 from nanollada.scripts.evaluation.tasks.scored import text_ids
-from nanollada.trainers.data.sources import BadRow, parse_row
+from nanollada.trainers.data.sources import BadRow, DataError, Example, RowPolicy, parse_row
 
 CONTEXT = 16  # tokens before an answer that is cut out of a text
 
@@ -38,29 +39,28 @@ def run_text(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     Bits per byte and nats per token of texts or answers. `standard_error` is over the scored rows (the masks' noise
     in it), `mask_error` that of the masks alone.
     """
-    scored, documents = token_rows(bench, task, rows)
-    answers = "text" not in parse_row(rows[0].values)  # an answer is a row, texts are packed into others
-    return score_token_rows(bench, task, scored, documents, rows if answers else None)
+    return score_text(bench, task, (Example(row.source, row.number, **parse_row(row.values)) for row in rows))
 
 
-def score_token_rows(bench: Bench, task: Task, scored, documents: int, sources: list[Row] | None = None) -> Outcome:
+def score_text(bench: Bench, task: Task, examples: Iterable[Example], skipped: RowPolicy | None = None) -> Outcome:
     """
-    As `run_text`, of rows that are tokenised.
+    As `run_text`, of rows of the data room.
 
     Args:
         bench, task: The model and the task.
-        scored (`Sequence[dict]`): Rows for the collator.
-        documents (`int`): How many texts or answers they hold.
-        sources (`list[Row]`, *optional*): Of each row, if it has one of its own: an error names it.
+        examples (`Iterable[Example]`): Texts, or answers.
+        skipped (`RowPolicy`, *optional*): What is done with rows that cannot be encoded; with one, answers that are
+            longer than `max_length` are cut, and both are counted. By default either is an error.
+
+    Raises:
+        `ValueError`: for no rows, rows without positions, and nats that are not finite; `DataError` names the row.
     """
     from nanollada.trainers.data.collator import Collator
     from nanollada.trainers.scoring.likelihood import score_rows
 
+    scored, owners, counts = token_rows(bench, task, examples, skipped)
     collate, size = Collator(bench.tokenizer.pad_token_id), bench.batch_size
-    batches = (
-        collate([scored[place] for place in range(start, min(start + size, len(scored)))])
-        for start in range(0, len(scored), size)
-    )
+    batches = (collate(scored[start : start + size]) for start in range(0, len(scored), size))
     records, estimators = [], set()
     for batch, nats, variance, estimator in score_rows(bench.model, batches, **bench.noise(task)):
         tokens = (batch["labels"] != -100).sum(-1)
@@ -69,70 +69,85 @@ def score_token_rows(bench: Bench, task: Task, scored, documents: int, sources: 
             records.append(dict(zip(("row", "nats", "variance", "tokens", "bytes"), values, strict=True)))
         estimators |= estimator
         bench.progress(len(nats))
-    if not records:
-        raise ValueError("`data` must hold at least one row to score, got none")
     records.sort(key=lambda record: record["row"])
     if odd := [record for record in records if not math.isfinite(record["nats"])]:
         reason, number = f"the model must give finite nats, got {odd[0]['nats']}", odd[0]["row"]
-        if sources is not None:
-            raise sources[number].error(reason)
+        if owners is not None:
+            raise _error(owners[number], reason)
         raise ValueError(f"{reason} in packed row {number}")
     nats, variance, tokens, num_bytes = (
         [record[name] for record in records] for name in ("nats", "variance", "tokens", "bytes")
     )
     masks = math.sqrt(math.fsum(variance))
-    per_token = {**ratio(nats, tokens), "mask_error": masks / sum(tokens)}
     bits = [value / math.log(2) for value in nats]
     per_byte = {**ratio(bits, num_bytes), "mask_error": masks / math.log(2) / sum(num_bytes)}
-    scope = {"bound": bench.is_diffusion, "rows": len(records), "documents": documents}
-    scope |= {"tokens": sum(tokens), "bytes": sum(num_bytes)}
-    results = [{"metric": "bits_per_byte", **per_byte, **scope}, {"metric": "nats_per_token", **per_token, **scope}]
+    per_token = {**ratio(nats, tokens), "mask_error": masks / sum(tokens)}
+    scope = {"bound": bench.is_diffusion, "rows": len(records), "tokens": sum(tokens), "bytes": sum(num_bytes)}
+    results = [
+        {"metric": metric, **figure, **scope, **counts}
+        for metric, figure in (("bits_per_byte", per_byte), ("nats_per_token", per_token))
+    ]
     return Outcome(results, records, {"estimator": "; ".join(sorted(estimators))})
 
 
-def token_rows(bench: Bench, task: Task, rows: list[Row]) -> tuple[list[dict], int]:
-    """Rows to score, as training evaluates them (packed, or an answer a row) or rolling; and how many texts."""
+def token_rows(
+    bench: Bench, task: Task, examples: Iterable[Example], skipped: RowPolicy | None
+) -> tuple[list[dict], list[Example] | None, dict]:
+    """
+    Rows to score, as training evaluates them (packed, or an answer a row) or rolling; whose each is, if it has one
+    owner; and how many texts there are, and how many were cut and skipped.
+    """
     from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
-    from nanollada.trainers.data.sources import Example, RowPolicy
     from nanollada.trainers.scoring.likelihood import scored_block_length
 
-    length, context = task.max_length, task.rolling_context
-    examples = [Example(row.source, row.number, **parse_row(row.values)) for row in rows]
-    for row, example in zip(rows, examples, strict=True):
-        if context is not None:
-            refuse_answers(example)
-        if example.format != examples[0].format:
-            raise row.error(f"mixed formats: {example.format} in a task that the first row made {examples[0].format}")
-    encoder = RowEncoder(bench.tokenizer, max_length=sys.maxsize)
-    documents = [document for _, document in encoder.encode(examples, RowPolicy("stop"))]
-    pad = bench.tokenizer.pad_token_id
-    if context is not None:
+    length, pad = task.max_length, bench.tokenizer.pad_token_id
+    cut = length if skipped is not None and task.rolling_context is None else sys.maxsize
+    encoder = RowEncoder(bench.tokenizer, max_length=cut)
+    pairs = list(encoder.encode(_alike(task, examples), skipped or RowPolicy("stop")))
+    if not pairs:
+        raise ValueError("`data` must hold at least one row to score, got none")
+    used, documents = (list(column) for column in zip(*pairs, strict=True))
+    owners = used if used[0].format == "sft" else None
+    counts = {"documents": len(documents)}
+    if task.rolling_context is not None:
         blocks = scored_block_length(bench.model, bench.noise(task)["block_length"])
-        scored = rolled(documents, length, context, pad, blocks)
-    elif examples[0].format == "sft":
-        for row, document in zip(rows, documents, strict=True):
-            if len(document["input_ids"]) > length:
-                size = len(document["input_ids"])
-                raise row.error(f"it must fit into `max_length` of task {task.name}, got {size} tokens and {length}")
+        scored = rolled(documents, length, task.rolling_context, pad, blocks)
+    elif owners:
+        for example, document in zip(owners, documents, strict=True):
+            if (size := len(document["input_ids"])) > length:
+                rule = f"it must fit into `max_length` of task {task.name}"
+                raise _error(example, f"{rule}, got {size} tokens and {length}")
+        counts["truncated_rows"] = sum(document["truncated"] for document in documents)
         scored = sorted(answer_rows(documents), key=lambda row: -len(row["input_ids"]))
     else:
         scored = list(pack_documents(documents, length, pad, keep_partial=True))
     most, longest = bench.model.config.max_position_embeddings, max(scored, key=lambda row: len(row["input_ids"]))
-    if examples[0].format == "sft":
-        bench.require_room(rows[longest["index"]], len(longest["input_ids"]), "it")
-    elif len(longest["input_ids"]) > most:
+    if (size := len(longest["input_ids"])) > most and owners:
+        raise _error(
+            owners[longest["index"]], f"it must fit into `max_position_embeddings`, got {size} tokens and {most}"
+        )
+    if size > most:
         rule = f"`max_length` of task {task.name} must fit into `max_position_embeddings`"
         raise ValueError(f"{rule}, got {length} and {most}")
-    return scored, len(documents)
+    counts["skipped_rows"] = dict(skipped.counts) if skipped else {}
+    return scored, owners, {name: count for name, count in counts.items() if count}
 
 
-def refuse_answers(example) -> None:
-    """Raises a ValueError for a row that is no plain text."""
-    if example.format == "sft":
-        raise ValueError(
-            "`rolling_context` is for rows that are a plain `text`, got an answer in "
-            f"{example.source}, row {example.row}"
-        )
+def _alike(task: Task, examples: Iterable[Example]) -> Iterator[Example]:
+    """The examples, all of one format, and texts where they are to be rolled over."""
+    first = None
+    for example in examples:
+        first = first or example.format
+        if task.rolling_context is not None and example.format == "sft":
+            place = f"{example.source}, row {example.row}"
+            raise ValueError(f"`rolling_context` is for rows that are a plain `text`, got an answer in {place}")
+        if example.format != first:
+            raise _error(example, f"mixed formats: {example.format} in a task that the first row made {first}")
+        yield example
+
+
+def _error(example: Example, reason: str) -> DataError:
+    return DataError(f"{example.source}, row {example.row}: {reason}")
 
 
 def rolled(documents: list[dict], max_length: int, context: int, pad_token_id: int, block_length: int | None) -> list:

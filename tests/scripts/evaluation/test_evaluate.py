@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanollada.hub_upload.evaluation_file import save_evaluation
 from nanollada.hub_upload.model_card import read_facts
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluation.answers import exact_match
@@ -15,7 +16,6 @@ from nanollada.scripts.evaluation.checkpoint import (
     evaluate_checkpoint,
     evaluation_table,
     main,
-    save_evaluation,
 )
 from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
 from nanollada.trainers.data.sources import Example, parse_row
@@ -57,6 +57,13 @@ def build(model_class, tokenizer):
     return model_class(config_for(tokenizer, initializer_range=0.3, **SHAPE)).eval()
 
 
+def figures(*arguments, **options):
+    """Bits per byte and nats per token of the one source."""
+    bits, nats = evaluate_checkpoint(*arguments, **options)["results"]
+    assert (bits["metric"], nats["metric"]) == ("bits_per_byte", "nats_per_token")
+    return bits, nats
+
+
 # ---- likelihood
 
 
@@ -65,16 +72,16 @@ def test_both_models_are_scored_on_the_same_tokens_and_bytes(folder, file, docum
     results = {}
     for name in CLASSES:
         options = {"samples": 4, "max_length": 24 if file == "texts.jsonl" else 64, "batch_size": 2}
-        evaluation = evaluate_checkpoint(str(folder / name), str(folder / file), **options)
-        (results[name],) = evaluation["results"]
+        results[name], _ = figures(str(folder / name), str(folder / file), **options)
     ar, diffusion = results["ar"], results["diffusion"]
-    for name in ("tokens", "bytes", "documents", "max_length", "data"):
+    assert ar["settings"]["max_length"] == diffusion["settings"]["max_length"] == options["max_length"]
+    for name in ("tokens", "bytes", "documents", "data", "data_sha256", "task"):
         assert ar[name] == diffusion[name]
     scored = TEXTS if file == "texts.jsonl" else ["11", "22", "3 3"]
     assert ar["bytes"] == sum(len(text.encode()) for text in scored) and ar["documents"] == documents
-    assert (ar["metric"], ar["bound"], ar["standard_error"], ar["samples"]) == ("nll", False, 0.0, None)
-    assert (diffusion["metric"], diffusion["bound"], diffusion["samples"]) == ("nelbo", True, 4)
-    assert diffusion["standard_error"] > 0 and ar["sampling_error"] > 0
+    assert (ar["bound"], ar["mask_error"]) == (False, 0.0) and "samples" not in ar["settings"]
+    assert (diffusion["bound"], diffusion["settings"]["samples"]) == (True, 4)
+    assert diffusion["mask_error"] > 0 and ar["standard_error"] > 0
 
 
 def test_a_uniform_model_has_ln_v_nats_per_token(folder, tokenizer, tmp_path):
@@ -83,28 +90,26 @@ def test_a_uniform_model_has_ln_v_nats_per_token(folder, tokenizer, tmp_path):
         model.lm_head.weight.data.zero_()
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        (result,) = evaluate_checkpoint(str(tmp_path / name), str(folder / "texts.jsonl"), samples=2)["results"]
+        result, nats = figures(str(tmp_path / name), str(folder / "texts.jsonl"), samples=2)
         choices = len(tokenizer) - (name == "diffusion")  # the mask token can't be said
-        assert result["nats_per_token"] == pytest.approx(math.log(choices), rel=1e-6)
-        bits = result["nats_per_token"] / math.log(2) * result["tokens"] / result["bytes"]
-        assert result["bits_per_byte"] == pytest.approx(bits)
+        assert nats["value"] == pytest.approx(math.log(choices), rel=1e-6)
+        assert result["value"] == pytest.approx(nats["value"] / math.log(2) * result["tokens"] / result["bytes"])
         assert result["tokens"] == sum(len(tokenizer(text).input_ids) + 1 for text in TEXTS)
-        assert result["sampling_error"] is None  # one packed row
+        assert result["standard_error"] is None  # one packed row
 
 
 def test_batches_do_not_change_the_score_and_seeds_change_the_masks(folder):
     scores = {}
     for size, seed in ((1, 0), (4, 0), (4, 1)):
         options = {"samples": 4, "max_length": 24, "batch_size": size, "seed": seed}
-        evaluation = evaluate_checkpoint(str(folder / "diffusion"), str(folder / "texts.jsonl"), **options)
-        scores[size, seed] = evaluation["results"][0]["bits_per_byte"]
+        scores[size, seed] = figures(str(folder / "diffusion"), str(folder / "texts.jsonl"), **options)[0]["value"]
     assert scores[1, 0] == pytest.approx(scores[4, 0], rel=1e-6) and abs(scores[4, 1] / scores[4, 0] - 1) > 1e-5
 
 
 def test_what_is_left_out_is_counted(folder, tmp_path):
     rows = [QUESTIONS[0], {"messages": []}, messages("One?", "The cat sat on the mat. " * 4)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    (result,) = evaluate_checkpoint(str(folder / "ar"), file, max_length=40, on_bad_rows="skip")["results"]
+    result, _ = figures(str(folder / "ar"), file, max_length=40, on_bad_rows="skip")
     assert (result["truncated_rows"], result["skipped_rows"], result["documents"]) == (1, {"no answer": 1}, 2)
     with pytest.raises(ValueError, match="row 2: no answer"):
         evaluate_checkpoint(str(folder / "ar"), file)
@@ -116,25 +121,24 @@ def test_texts_are_rolled_over(folder, name):
 
     def score(**options):
         options = {"samples": 64, "batch_size": 3, **options}
-        return evaluate_checkpoint(str(folder / name), str(folder / "texts.jsonl"), **options)["results"][0]
+        return figures(str(folder / name), str(folder / "texts.jsonl"), **options)[1]
 
     packed, fitting, rolled = score(), score(rolling_context=1), score(rolling_context=8, max_length=16)
     for result in (fitting, rolled):
         assert [result[key] for key in ("tokens", "bytes", "documents")] == [packed["tokens"], packed["bytes"], 4]
-    assert (rolled["rolling_context"], rolled["max_length"]) == (8, 16) and "rolling_context" not in packed
-    assert rolled["nats_per_token"] != fitting["nats_per_token"]
-    assert rolled["sampling_error"] > 0  # over rows; the packed texts are one
+    assert (rolled["settings"]["rolling_context"], rolled["settings"]["max_length"]) == (8, 16)
+    assert "rolling_context" not in packed["settings"] and rolled["value"] != fitting["value"]
+    assert rolled["standard_error"] > 0  # over rows; the packed texts are one
     if name == "ar":
-        assert fitting["nats_per_token"] == pytest.approx(packed["nats_per_token"], rel=1e-6)
-        assert score(rolling_context=8, max_length=16, batch_size=1)["nats_per_token"] == pytest.approx(
-            rolled["nats_per_token"], rel=1e-6
-        )
+        assert fitting["value"] == pytest.approx(packed["value"], rel=1e-6)
+        one = score(rolling_context=8, max_length=16, batch_size=1)
+        assert one["value"] == pytest.approx(rolled["value"], rel=1e-6)
 
 
 def test_rolled_texts_have_noise_of_their_own(folder, tmp_path):
     file = write_rows(tmp_path / "twice.jsonl", [{"text": TEXTS[2]}] * 2)
-    (result,) = evaluate_checkpoint(str(folder / "diffusion"), file, samples=2, rolling_context=4)["results"]
-    assert result["documents"] == 2 and result["sampling_error"] > 0
+    result, _ = figures(str(folder / "diffusion"), file, samples=2, rolling_context=4)
+    assert result["documents"] == 2 and result["standard_error"] > 0
 
 
 def test_likelihood_is_scored_in_blocks(folder, tmp_path, tokenizer):
@@ -145,18 +149,19 @@ def test_likelihood_is_scored_in_blocks(folder, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
 
     def score(checkpoint=tmp_path, **options):
-        return evaluate_checkpoint(str(checkpoint), str(folder / "texts.jsonl"), samples=2, **options)["results"][0]
+        return figures(str(checkpoint), str(folder / "texts.jsonl"), samples=2, **options)[0]
 
     own, four = score(), score(folder / "diffusion", eval_block_length=4)
-    assert own["block_length"] == four["block_length"] == 4 and own["estimator"].endswith("blocks of 4")
-    assert own["bits_per_byte"] == pytest.approx(four["bits_per_byte"], rel=1e-6)
+    assert own["settings"]["block_length"] == four["settings"]["block_length"] == 4
+    assert own["settings"]["estimator"].endswith("blocks of 4")
+    assert own["value"] == pytest.approx(four["value"], rel=1e-6)
     whole = score(eval_block_length=0)
-    assert whole["bits_per_byte"] == pytest.approx(score(folder / "diffusion")["bits_per_byte"], rel=1e-6)
-    assert "block_length" not in whole
+    assert whole["value"] == pytest.approx(score(folder / "diffusion")["value"], rel=1e-6)
+    assert "block_length" not in whole["settings"]
     one = score(eval_block_length=1)
-    assert one["standard_error"] == 0 and one["samples"] is None and one["bound"]
+    assert one["mask_error"] == 0 and one["bound"]
     rolled = score(eval_block_length=1, rolling_context=200)  # every text fits
-    assert rolled["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
+    assert rolled["value"] == pytest.approx(one["value"], rel=1e-6)
     assert score(rolling_context=4, max_length=10)["tokens"] == own["tokens"]
     with pytest.raises(ValueError, match="`context` must .* got 6 with rows of 10 and blocks of 4"):
         score(rolling_context=6, max_length=10)
@@ -169,7 +174,7 @@ def test_what_cannot_be_rolled_or_cut_into_blocks(folder, tmp_path):
     with pytest.raises(ValueError, match="`block_length` is for diffusion models, got 4 with a causal one"):
         evaluate_checkpoint(checkpoint, str(folder / "texts.jsonl"), eval_block_length=4)
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "The cat"}, {"text": ""}, {"text": 2}])
-    (result,) = evaluate_checkpoint(checkpoint, file, rolling_context=4, on_bad_rows="skip")["results"]
+    result, _ = figures(checkpoint, file, rolling_context=4, on_bad_rows="skip")
     assert result["documents"] == 1 and sum(result["skipped_rows"].values()) == 2
 
 
@@ -314,15 +319,17 @@ def test_the_program_writes_what_the_model_card_reads(folder, tmp_path, capsys):
         )
         words = ["--checkpoint", str(checkpoint), "--data", str(folder / "texts.jsonl"), "--samples", "2"]
         main(words)
-        (rolled,) = main([*words, "--rolling_context", "4", "--eval_block_length", "2"])["results"]
-        assert (rolled["rolling_context"], rolled["block_length"]) == (4, 2)
+        rolled, _ = main([*words, "--rolling_context", "4", "--eval_block_length", "2"])["results"]
+        assert (rolled["settings"]["rolling_context"], rolled["settings"]["block_length"]) == (4, 2)
         written = json.loads((checkpoint / "evaluation.json").read_text())
-        assert [result["metric"] for result in written["results"]] == ["nelbo", "exact_match", "nelbo", "nelbo"]
-        assert written["results"][:2] == made["results"]
-        assert [result["seed"] for result in written["results"]] == [4, 4, 0, 0] and written["seed"] == 0
+        assert written["version"] == 2
+        scores = ["bits_per_byte", "nats_per_token"]
+        assert [result["metric"] for result in written["results"]] == [*scores, "exact_match", *scores, *scores]
+        assert written["results"][:3] == made["results"]
+        assert [result["seed"] for result in written["results"]] == [4] * 3 + [0] * 4 and written["seed"] == 0
         assert all(result["command"] for result in written["results"])
-        assert made["results"][1]["settings"]["steps"] == 1
-        assert len(read_facts(checkpoint).evaluation["results"]) == 4
+        assert made["results"][2]["settings"]["generate"]["steps"] == 1
+        assert len(read_facts(checkpoint).evaluation["results"]) == 7
         shown = capsys.readouterr().out
         assert "bits/byte" in shown and "±" in shown and "evaluation.json" in shown
     finally:
@@ -333,23 +340,24 @@ def test_results_are_merged(tmp_path):
     def evaluation(weights, *results):
         return {"checkpoint": "a", "weights_sha256": weights, "command": "c", "seed": 0, "results": list(results)}
 
-    def result(value, **facts):
-        return {"data": "d", "metric": "exact_match", "value": value, "settings": {"steps": 1}, **facts}
+    def result(value, task="one", data="d", **settings):
+        settings = {"steps": 1, **settings}
+        return {"task": task, "data": data, "metric": "exact_match", "value": value, "settings": settings}
 
     path = tmp_path / "new" / "evaluation.json"
     save_evaluation(evaluation("w", result(0.1), result(0.2, data="e")), path)
     save_evaluation(evaluation("w", result(0.3)), path)
-    merged = save_evaluation(evaluation("w", result(0.4, settings={"steps": 2})), path)
+    merged = save_evaluation(evaluation("w", result(0.4, steps=2)), path)
     assert merged == json.loads(path.read_text())
     assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4]
     save_evaluation(evaluation("w", result(0.8, rolling_context=8), result(0.9, block_length=4)), path)
     merged = save_evaluation(evaluation("w", result(1.0, block_length=4)), path)  # other rows, other blocks
     assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0]
-    save_evaluation(
-        evaluation("w", result(0.7, task="one"), result(0.6, task="two")), path
-    )  # of a suite, beside those
-    merged = save_evaluation(evaluation("w", result(0.5, task="two")), path)
-    assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0, 0.7, 0.5]
+    save_evaluation(evaluation("w", result(0.7, "two", samples=2, estimator="2 masks")), path)  # of another task
+    merged = save_evaluation(
+        evaluation("w", result(0.5, "two", samples=4, estimator="4 masks")), path
+    )  # measured better
+    assert [item["value"] for item in merged["results"]] == [0.2, 0.3, 0.4, 0.8, 1.0, 0.5]
     other = save_evaluation(evaluation("other weights", result(0.5)), path)  # of a model that was trained further
     assert [item["value"] for item in other["results"]] == [0.5]
     save_evaluation(evaluation(None, result(0.6)), path)
@@ -362,18 +370,19 @@ def test_the_table_shows_bounds_and_errors(folder):
     from rich.console import Console
 
     scored = {"tokens": 1000, "bytes": 4000, "documents": 7}
-    bound = {"metric": "nelbo", "bound": True, "bits_per_byte": 1.23456, "standard_error": 0.001}
-    exact = {"metric": "nll", "bound": False, "bits_per_byte": 1.2, "standard_error": 0.0}
+    bits = {"metric": "bits_per_byte", "value": 1.23456, "bound": True, "mask_error": 0.001, "standard_error": 0.02}
     match = {"metric": "exact_match", "value": 0.9, "standard_error": 0.03, "rows": 100, "truncated": 2}
+
+    def pair(data, nats, settings=(), **changes):
+        shared = {"data": data, **bits, **scored, "settings": dict(settings), **changes}
+        return [shared, {**shared, "metric": "nats_per_token", "value": nats}]
+
+    alone = {"standard_error": None}
     results = [
-        {"data": "[a].jsonl", **bound, "sampling_error": 0.02, "nats_per_token": 2.5, **scored},
-        {"data": "b.jsonl", **exact, "sampling_error": None, "nats_per_token": 2.4, **scored},
-        {"data": "c.jsonl", **match},
-        {
-            **{"data": "d", **bound, "sampling_error": None, "nats_per_token": 2},
-            "block_length": 4,
-            "rolling_context": 9,
-        },
+        *pair("[a].jsonl", 2.5),
+        *pair("b.jsonl", 2.4, value=1.2, bound=False, mask_error=0.0, **alone),
+        {"data": "c.jsonl", **match, "settings": {}},
+        *pair("d", 2, {"block_length": 4, "rolling_context": 9}, **alone),
     ]
     console = Console(width=140, record=True, file=SimpleNamespace(write=lambda text: None, flush=lambda: None))
     console.print(evaluation_table({"checkpoint": "outputs/x", "results": results}))
@@ -383,6 +392,7 @@ def test_the_table_shows_bounds_and_errors(folder):
         "≤ 1.2346 ± 0.0010 bits/byte",
         "± 0.0200 bits/byte over rows",
         "1.2000 bits/byte (exact)",
+        "2.4000 nats/token",
         "90.00% ± 3.00%",
         "100 rows, 2 answers cut off",
         "1,000 tokens, 4,000 bytes, 7 documents",

@@ -106,9 +106,9 @@ def test_each_checkpoint_gets_its_own_results(folder):
     evaluate.save_evaluation(own, path)
     found = main(words(folder))
     again = json.loads(path.read_text())["results"]
-    assert again[0] == own["results"][0]
+    assert again[:2] == own["results"]
     told = [{k: v for k, v in r.items() if k != "model"} for r in found["results"] if r["model"] == "diffusion"]
-    assert again[1:] == [result for result in told if "group" not in result]
+    assert again[2:] == [result for result in told if "group" not in result]
     main(words(folder))
     assert json.loads(path.read_text())["results"] == again  # in the place of the earlier ones
     main(words(folder, "out", "--limit", "1", "--tasks", "qa"))
@@ -240,7 +240,7 @@ def test_a_broken_evaluation_stops_before_any_model_is_loaded(folder, measured, 
 
 
 def test_the_results_of_the_run_are_written_first(folder, measured, monkeypatch):
-    monkeypatch.setattr(evaluate, "save_evaluation", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    monkeypatch.setattr(suite, "save_evaluation", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     with pytest.raises(OSError, match="read-only"):
         main(words(folder))
     assert {model for model, _ in measured} == set(CLASSES)

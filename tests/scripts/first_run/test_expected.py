@@ -26,8 +26,8 @@ RECORDED = {
 def result(stage, name, value):
     if name == "exact_match":
         return {"data": "corpus/sudoku_test.jsonl", "metric": name, "value": value, "standard_error": 0.03}
-    kind = {"metric": "nelbo", "bound": True} if "diffusion" in stage else {"metric": "nll", "bound": False}
-    return {"data": f"corpus/{name}_test.jsonl", **kind, "bits_per_byte": value, "standard_error": 0.01}
+    kind = {"metric": "bits_per_byte", "bound": "diffusion" in stage}
+    return {"data": f"corpus/{name}_test.jsonl", **kind, "value": value, "mask_error": 0.01}
 
 
 @pytest.fixture
@@ -160,10 +160,11 @@ def test_the_quickstart_goes_on_after_the_suite(trained, tmp_path, first):
     for stage, row in zip(stages, rows, strict=True):
         own = json.loads((trained.folder / "results.json").read_text())[stage]["results"]
         kept = json.loads((trained.folder / stage / "evaluation.json").read_text())["results"]
-        assert [r["metric"] for r in own] == [("nelbo" if "diffusion" in stage else "nll")] * 2 + ["exact_match"]
-        assert f"{own[0]['bits_per_byte']:.3f}" in row[1] and "%" in row[3] and "–" not in row
+        assert [r["metric"] for r in own] == ["bits_per_byte", "nats_per_token"] * 2 + ["exact_match"]
+        assert {r["bound"] for r in own[:4]} == {"diffusion" in stage}
+        assert f"{own[0]['value']:.3f}" in row[1] and "%" in row[3] and "–" not in row
         assert all(result in kept for result in own)
-        assert {r["task"] for r in kept if "task" in r} == {"text", "answers", "sudoku"}
+        assert {r["task"] for r in kept if r not in own} == {"text", "answers", "sudoku"}
 
 
 def test_a_model_trained_anew_is_evaluated_anew(trained, tokenizer):
@@ -175,3 +176,15 @@ def test_a_model_trained_anew_is_evaluated_anew(trained, tokenizer):
     assert not trained.evaluated("ar_sft") and trained.evaluated("diffusion_sft")
     (trained.folder / "diffusion_sft" / "evaluation.json").unlink()
     assert not trained.evaluated("diffusion_sft")
+
+
+def test_results_of_version_1_are_measured_anew(trained, capsys):
+    trained.evaluate()
+    files = [trained.folder / "results.json", trained.folder / "ar_sft" / "evaluation.json"]
+    for file in files:
+        file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    assert not trained.evaluated("ar_sft")
+    capsys.readouterr()
+    trained.evaluate()
+    assert trained.evaluated("ar_sft") and "dropped 5 results, " in (said := capsys.readouterr().err)
+    assert ", of version 1\n" in said

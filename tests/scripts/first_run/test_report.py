@@ -7,8 +7,8 @@ import pytest
 from nanollada.scripts.first_run.page import draw_denoising, result_cell, result_rows, results_table, write_report
 from nanollada.scripts.tracing.recorder import TraceRecorder
 
-EXACT = {"data": "corpus/text_test.jsonl", "metric": "nll", "bound": False, "bits_per_byte": 1.23456}
-BOUND = {**EXACT, "metric": "nelbo", "bound": True, "standard_error": 0.0123}
+EXACT = {"data": "corpus/text_test.jsonl", "metric": "bits_per_byte", "bound": False, "value": 1.23456}
+BOUND = {**EXACT, "bound": True, "mask_error": 0.0123}
 SOLVED = {"data": "corpus/sudoku_test.jsonl", "metric": "exact_match", "value": 0.915, "standard_error": 0.02}
 
 
