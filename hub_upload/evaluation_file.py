@@ -57,9 +57,7 @@ def read_evaluation(path: str | os.PathLike) -> dict:
         runs = [evaluation, *(results if isinstance(results, list) else ())]
         commands = dict.fromkeys(run["command"] for run in runs if isinstance(run, dict) and run.get("command"))
         again = "; ".join(map(str, commands)) or "by evaluate.py"
-        raise ValueError(
-            f"{Path(path).name} must be of version {VERSION}, got {version}: measure again ({again})"
-        )
+        raise ValueError(f"{Path(path).name} must be of version {VERSION}, got {version}: measure again ({again})")
     return evaluation
 
 

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanollada.scripts.conversion.to_ours import ConvertArguments, convert
+from nanollada.scripts.conversion.arguments import ConvertArguments
+from nanollada.scripts.conversion.to_ours import convert
 
 SIZES = {
     "vocab_size": 300,

@@ -1,7 +1,8 @@
 """Loads what a conversion wrote, and compares it with what it came from."""
 
-import json
 from pathlib import Path
+
+from nanollada.scripts.conversion.families.registry import FAMILIES
 
 TOLERANCE = 1e-5
 ROWS, LENGTH = 2, 48
@@ -21,17 +22,17 @@ def verify_written(folder: Path, model_class, tensors: dict, source, path: Path,
         `ValueError`: naming a tensor, or with the greatest difference of two logits in float32, if it is above 1e-5.
     """
     from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-    from nanollada.scripts.conversion.formats import FOREIGN
     from nanollada.trainers.models import load_model
 
     compare_tensors(load_model(model_class, folder, dtype="auto"), tensors)
-    if source.kind not in FOREIGN:
+    family = FAMILIES.get(source.kind)
+    if family is None or family.reference is None:
         return {
             "max_logit_difference": None,
             "max_logit": None,
             "says": f"every tensor (transformers has no {source.kind} to compare)",
         }
-    ours, theirs = load_model(NanoLLaDAForCausalLM, folder), _foreign_model(path)
+    ours, theirs = load_model(NanoLLaDAForCausalLM, folder), family.reference(path if path.is_dir() else path.parent)
     excluded = vocabulary["mask_token_id"] if vocabulary["mask"] == "new row" else None
     return compare_logits(ours, theirs, vocabulary["rows"], excluded)
 
@@ -73,32 +74,3 @@ def compare_logits(ours, theirs, rows: int, excluded: int | None) -> dict:
     beside = "" if excluded is None else ", the mask's column aside"
     says = f"every tensor; logits differ by {difference:.1e} at most (float32, up to {size:.3g}{beside})"
     return {"max_logit_difference": difference, "max_logit": size, "says": says}
-
-
-def compare_tokenizers(folder: Path, tokenizer) -> None:
-    """
-    Whether AutoTokenizer makes the same tokens of a text in the folder that was written. (transformers 5 rebuilds the
-    tokenizer of every `qwen2` folder as Qwen2's own, whatever the files say.)
-
-    Raises:
-        `ValueError`: naming the part that differs.
-    """
-    from transformers import AutoTokenizer
-
-    found, expected = (
-        json.loads(one.backend_tokenizer.to_str()) for one in (AutoTokenizer.from_pretrained(folder), tokenizer)
-    )
-    for part in ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder"):
-        if found[part] != expected[part]:
-            raise ValueError(
-                f"AutoTokenizer must load the output's tokenizer as it is, got another `{part}`: transformers takes "
-                "it for the target's own, so that texts become other tokens (`--verify false` writes it all the same)"
-            )
-
-
-def _foreign_model(path: Path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = path if path.is_dir() else path.parent
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,9 +1,10 @@
 """An autoregressive nanollada checkpoint as Qwen3, Llama or Qwen2, for programs that know these."""
 
-import json
 from pathlib import Path
 
-from nanollada.scripts.conversion.formats import RECORD, SHARED, load_tokenizer
+from nanollada.scripts.conversion.arguments import RECORD
+from nanollada.scripts.conversion.families.registry import FAMILIES
+from nanollada.scripts.conversion.families.transformers_own import SHARED
 from nanollada.scripts.conversion.tensors import (
     digests,
     filled,
@@ -13,6 +14,7 @@ from nanollada.scripts.conversion.tensors import (
     read_weights,
     weight_files,
 )
+from nanollada.scripts.conversion.tokenizers import compare_tokenizers, drop_mask_token, load_tokenizer
 from nanollada.trainers.records import read_json
 
 
@@ -24,7 +26,7 @@ def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:
 
     Args:
         source (`str`): Folder of a [`NanoLLaDAForCausalLM`].
-        to (`str`): "qwen3", "llama" or "qwen2".
+        to (`str`): The name of a family that is written.
         folder (`Path`): Where to.
         verify (`bool`): Whether to load the result and compare logits.
 
@@ -38,11 +40,10 @@ def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-    from nanollada.scripts.conversion.compare import compare_tokenizers
 
     path = Path(source)
     config = _our_config(path)
-    check_expressible(config, to)
+    switches = FAMILIES[to].writes(config)
     history = read_json(path / RECORD) if (path / RECORD).is_file() else None
     files = weight_files(path)
     tensors, _ = fit_weights(read_weights(files)[0], config, NanoLLaDAForCausalLM)
@@ -50,9 +51,9 @@ def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:
     if added == "new row":
         tensors = _without_last_row(tensors)
     rows = tensors["model.embed_tokens.weight"].shape[0]
-    tokenizer = load_tokenizer(path, "nanollada")
+    tokenizer = load_tokenizer(path)
     back = history is not None and history["source"]["kind"] == to and added is not None
-    found = foreign_config(config, to, rows, history if back else None)
+    found = foreign_config(config, to, rows, switches, history if back else None)
     model = filled(meta_model(found, MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[to]]), tensors)
     model.generation_config = _generation_config(path, config, history if back else None, keep_mask=added is None)
     model.save_pretrained(folder)
@@ -83,28 +84,6 @@ def _our_config(path: Path):
     return NanoLLaDAConfig.from_pretrained(path)
 
 
-def check_expressible(config, to: str) -> None:
-    """
-    Raises:
-        `ValueError`: naming what the architecture `to` has no place for.
-    """
-    attention = (config.attention_bias, config.attention_output_bias)
-    rules = {
-        "qk_norm": (config.qk_norm, to == "qwen3"),
-        "mlp_bias": (config.mlp_bias, config.mlp_bias if to == "llama" else False),
-        "attention_bias": (attention[0], True if to == "qwen2" else attention[0]),
-        "attention_output_bias": (attention[1], False if to == "qwen2" else attention[0]),
-    }
-    for name, (got, needed) in rules.items():
-        if got != needed:
-            raise ValueError(f"{to} has `{name}` {needed} where the rest is as here, got {got}: choose another target")
-    if to == "llama" and config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            "llama needs `num_attention_heads` to divide `hidden_size`, "
-            f"got {config.num_attention_heads} and {config.hidden_size}"
-        )
-
-
 def _added_mask(config, history: dict | None) -> str | None:
     """How a conversion to nanollada brought the mask in ("new row", "unused row"), or `None`: it stays."""
     if history is None or history["to"] not in ("causal", "masked"):
@@ -124,17 +103,13 @@ def _without_last_row(tensors: dict) -> dict:
     return {name: tensor[:-1].clone() if name in grown else tensor for name, tensor in tensors.items()}
 
 
-def foreign_config(config, to: str, rows: int, history: dict | None):
+def foreign_config(config, to: str, rows: int, switches: dict, history: dict | None):
     """The target's config; on the way back the original one, except for what has another value by now."""
     from transformers import CONFIG_MAPPING
 
     shape = {name: getattr(config, name) for name in SHARED} | {"vocab_size": rows, "head_dim": config.head_dim}
     shape["rope_parameters"] = dict(config.rope_parameters)
-    shape["dtype"] = config.dtype
-    if to == "llama":
-        shape |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    if to == "qwen3":
-        shape["attention_bias"] = config.attention_bias
+    shape |= {"dtype": config.dtype, **switches}
     if history is None:
         ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return CONFIG_MAPPING[to](**shape, **ids)
@@ -170,31 +145,6 @@ def _generation_config(path: Path, config, history: dict | None, keep_mask: bool
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(config, name))
     return generation
-
-
-def drop_mask_token(folder: Path, mask_token: str, pad_token: str | None) -> None:
-    """
-    Takes a mask token, and a pad token that was none, out of saved tokenizer files.
-
-    Raises:
-        `ValueError`: if the token is not an added one behind all others.
-    """
-    path = folder / "tokenizer.json"
-    content = read_json(path)
-    kept = [token for token in content["added_tokens"] if token["content"] != mask_token]
-    if len(kept) + 1 != len(content["added_tokens"]) or mask_token in content["model"]["vocab"]:
-        raise ValueError(f"{path.name} must hold the mask token among its added tokens, got {mask_token} elsewhere")
-    content["added_tokens"] = kept
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path)
-    settings.pop("mask_token", None)
-    decoder = settings.get("added_tokens_decoder", {})
-    for index in [index for index, token in decoder.items() if token["content"] == mask_token]:
-        del decoder[index]
-    if pad_token is None:
-        settings.pop("pad_token", None)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _record(path: Path, to: str, files: list[Path], tensors: dict, tokenizer, added: str | None, config) -> dict:

@@ -20,9 +20,10 @@ from transformers import (
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.conversion import compare as convert_verify
-from nanollada.scripts.conversion import formats as convert_formats
-from nanollada.scripts.conversion.formats import altered_part
-from nanollada.scripts.conversion.to_ours import ConvertArguments, main
+from nanollada.scripts.conversion.arguments import ConvertArguments
+from nanollada.scripts.conversion.families import transformers_own
+from nanollada.scripts.conversion.to_ours import main
+from nanollada.scripts.conversion.tokenizers import altered_part
 from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer
 from nanollada.trainers.scoring.likelihood import causal_nll
@@ -298,8 +299,8 @@ def test_arguments_that_are_refused(tokenizer, tmp_path):
 def test_what_is_written_is_checked(tokenizer, tmp_path, monkeypatch):
     """A conversion that is wrong: another RoPE base, and a tensor that is written with other bits."""
     save_foreign(tmp_path / "theirs", "qwen3", tokenizer)
-    right = convert_formats._rope
-    monkeypatch.setattr(convert_formats, "_rope", lambda found: {**right(found), "rope_theta": 100.0})
+    right = transformers_own.rope_of
+    monkeypatch.setattr(transformers_own, "rope_of", lambda found: {**right(found), "rope_theta": 100.0})
     with pytest.raises(ValueError, match="logits must be the source's"):
         run(tmp_path / "theirs", "causal", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-from nanollada.scripts.conversion.formats import SHAPE
+from nanollada.scripts.conversion.shape import SHAPE
 
 # ---- minimind
 
