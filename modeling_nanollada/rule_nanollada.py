@@ -22,20 +22,12 @@ _LARGEST = 2**31  # no integer reaches it
 
 @dataclass(frozen=True)
 class Setting:
-    """
-    A field of the generation config. Whatever its type, `None` is unset.
+    """A field of the generation config. Whatever its type, `None` is unset."""
 
-    Args:
-        type (`type`): `bool`, `int`, `float` or `str`.
-        allowed (`tuple`): Of a number its range, else its values.
-        help (`str`): What it does, in a line.
-        default (*optional*): What unset means.
-    """
-
-    type: type
-    allowed: tuple = (True, False)
-    help: str = ""
-    default: object = None
+    type: type  # bool, int, float or str
+    allowed: tuple = (True, False)  # of a number its range, else its values
+    help: str = ""  # what it does, in a line
+    default: object = None  # what unset means
 
     def refusal(self, name: str, value) -> str:
         """What is wrong with a value, or ""."""
@@ -53,31 +45,18 @@ class Setting:
 
 @dataclass
 class Step:
-    """
-    Where a block of w columns stands in the R rows at work, which have N open positions together.
+    """Where a block of w columns stands in the R rows at work, which have N open positions together."""
 
-    Args:
-        rows, masked, steps (`torch.LongTensor` of shape `(R,)`): The rows, their masks of the block before its first
-            step, and their steps.
-        index (`int`): This step, from 0.
-        active, decided (`torch.BoolTensor` of shape `(R, w)`): Open positions, and those that were open before.
-        ids (`torch.LongTensor` of shape `(R, w)`): The tokens now.
-        logits (`torch.FloatTensor` of shape `(N, vocab_size)`): The model's, as positions are ranked by.
-        ranked (`torch.DoubleTensor` of shape `(R, w)`, *optional*): Scores, the higher the sooner; −∞ where nothing is
-            open. `None` for a rule that ranks nothing.
-        late (`torch.BoolTensor` of shape `(R, w)`, *optional*): What `eos_policy` puts behind all others.
-    """
-
-    rows: torch.LongTensor
-    masked: torch.LongTensor
-    steps: torch.LongTensor
-    index: int
-    active: torch.BoolTensor
-    decided: torch.BoolTensor
-    ids: torch.LongTensor
-    logits: torch.FloatTensor
-    ranked: torch.DoubleTensor | None = None
-    late: torch.BoolTensor | None = None
+    rows: torch.LongTensor  # [R]
+    masked: torch.LongTensor  # [R], the block's masks before its first step
+    steps: torch.LongTensor  # [R], the block's steps
+    index: int  # this step, from 0
+    active: torch.BoolTensor  # [R, w], open positions
+    decided: torch.BoolTensor  # [R, w], those that were open before
+    ids: torch.LongTensor  # [R, w], the tokens now
+    logits: torch.FloatTensor  # [N, V], the model's, as positions are ranked by
+    ranked: torch.DoubleTensor | None = None  # [R, w], the higher the sooner, −∞ where not open; if the rule ranks
+    late: torch.BoolTensor | None = None  # [R, w], what `eos_policy` puts behind all others; if the rule ranks
 
     def spread(self, values: torch.Tensor, fill: float) -> torch.DoubleTensor:
         """Values of the open positions, `(N,)`, on their places, `(R, w)`."""
@@ -87,52 +66,32 @@ class Step:
 
 @dataclass
 class Decision:
-    """
-    What a step does to R rows and w columns of a block. From the sampler all parts are tensors.
+    """What a step does to R rows and w columns of a block. From the sampler all parts are tensors."""
 
-    Args:
-        selected (`torch.BoolTensor` of shape `(R, w)`): Open positions that get a token.
-        tokens (`torch.LongTensor` of shape `(R, w)`): The tokens of what is selected or replaced. A rule leaves those
-            of `selected` to the sampler, which draws them.
-        reopened, replaced (`torch.BoolTensor` of shape `(R, w)`): Decided positions that are masked again, and those
-            that get another token.
-    """
-
-    selected: torch.BoolTensor
-    tokens: torch.LongTensor | None = None
-    reopened: torch.BoolTensor | None = None
-    replaced: torch.BoolTensor | None = None
+    selected: torch.BoolTensor  # [R, w], open positions that get a token
+    tokens: torch.LongTensor | None = None  # [R, w], of the replaced; those of the selected are the sampler's to draw
+    reopened: torch.BoolTensor | None = None  # [R, w], decided positions that are masked again
+    replaced: torch.BoolTensor | None = None  # [R, w], decided positions that get another token
 
 
 @dataclass(frozen=True)
 class Rule:
-    """
-    A way to decide. Fields of the generation config, their checks, options and documentation follow from the entries.
+    """A way to decide. Fields of the generation config, their checks, options and documentation follow from it."""
 
-    Args:
-        help, source (`str`): What a step commits, in a few words, and who says so.
-        function (`Callable`, *optional*): From a [`Step`] and the [`Sampler`] to a [`Decision`]. `None`: the share of
-            `commit_schedule` alone.
-        settings (`dict[str, Setting]`): Its own fields. The first is its switch: the rule is on where that is set, and
-            the others need it. At most one rule is on, and one that refines it.
-        refines (`str`, *optional*): The rule that must be on with it, and in whose place it is asked.
-        check (`Callable`): From the generation config to what is wrong with it, or "".
-        needs_probability (`bool`): Scores must be probabilities.
-        ranks (`bool`): It looks at scores, and commits at least the share of `commit_schedule`.
-        draws (`bool`): It draws random numbers of its own.
-        revises (`bool`): It takes decisions back: a block has all its steps, be they more than its masks, and an EOS
-            ends a row only after its block.
-    """
-
-    help: str
-    source: str
+    help: str  # what a step commits, in a few words
+    source: str  # who says so
+    # From a step and the sampler; `None` is the share of `commit_schedule` alone.
     function: Callable[[Step, object], Decision] | None = None
+    # Its own fields. The first is its switch: the rule is on where that is set, and the others need it. At most one
+    # rule is on, and one that refines it.
     settings: dict[str, Setting] = field(default_factory=dict)
-    refines: str | None = None
-    check: Callable[[object], str] = lambda settings: ""
-    needs_probability: bool = False
-    ranks: bool = True
-    draws: bool = False
+    refines: str | None = None  # the rule that must be on with it, and in whose place it is asked
+    check: Callable[[object], str] = lambda settings: ""  # what is wrong with the generation config, or ""
+    needs_probability: bool = False  # of the scores
+    ranks: bool = True  # it looks at scores, and commits at least the share of `commit_schedule`
+    draws: bool = False  # it draws random numbers of its own
+    # It takes decisions back: a block has all its steps, be they more than its masks, and an EOS ends a row only after
+    # its block.
     revises: bool = False
 
     @property
