@@ -420,7 +420,7 @@ def test_a_number_without_a_source_is_not_uploaded(exported, tmp_path, options):
         environment = {**verify_module.clean_environment(tmp_path), **online}
         done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and hub.requests == []
-    says = "bits_per_byte 1.5 ± 0.1 on held-out .held_out., evaluation.json has bits_per_byte 2.5 ± 0.1 on"
+    says = "bits_per_byte 1.5 ± 0.1 on held-out (held_out), evaluation.json has bits_per_byte 2.5 ± 0.1 on"
     assert f"not uploaded: results: README.md says {says}" in done.stderr
 
 

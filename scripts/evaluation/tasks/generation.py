@@ -26,7 +26,7 @@ from nanollada.trainers.data.sources import Example
 from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
 
 GREEDY = {"temperature": 0.0}
-VERIFIERS = ("exact", "qa", *PUZZLES)
+TEXTS = ("exact", "qa")  # how texts are compared; a puzzle has its own verifier
 
 
 def _asks(template: str) -> bool:
@@ -42,7 +42,9 @@ class GenerationTask(Task):
     puzzle: str | None = one_of(PUZZLES)
     rows: int | None = whole(1, 100)
     puzzle_options: dict = mapping()
-    verify: str | None = one_of(VERIFIERS)
+    verify: str | None = setting(
+        None, f"one of {', '.join([*TEXTS, *PUZZLES])}", lambda value: value in {*TEXTS, *PUZZLES}
+    )
     chat: bool | None = None  # a text of a question is a user's message; else as the row's format says
     template: str | None = setting(
         None, "a string that asks the {question}, with the {context} or without, and has no other {name}", _asks

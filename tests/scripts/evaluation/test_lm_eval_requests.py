@@ -1,6 +1,10 @@
 """Requests of lm-eval one by one: what keys their noise, what a crash leaves, and which one is at fault."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -160,3 +164,45 @@ def test_one_process(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="`nanollada` must run in one process, got WORLD_SIZE 2"):
         load(folder, "ar")
+
+
+EVALUATE = """
+import json, pathlib, trace
+
+class Metric:
+    def compute(self, references, predictions, **options):
+        return {"ours": float(len(predictions))}
+
+def load(name):
+    pathlib.Path(__file__).with_name("loaded.json").write_text(json.dumps([name, trace.__file__]))
+    return Metric()
+"""
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: text
+doc_to_target: text
+generation_kwargs: {{until: ["."], max_gen_toks: 2}}
+metric_list:
+  - {{metric: ours, aggregation: mean, higher_is_better: true, hf_evaluate: true}}
+"""
+
+
+def test_a_task_s_metric_comes_from_the_library(folder, tmp_path):
+    """`import evaluate` and `import trace` are no programs of ours, which lie beside the one that runs."""
+    library = tmp_path / "library" / "evaluate"
+    library.mkdir(parents=True)
+    (library / "__init__.py").write_text(EVALUATE)
+    (tmp_path / "data.jsonl").write_text('{"text": "The cat"}\n')
+    (tmp_path / "mine.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    script = Path(__file__).parents[3] / "scripts" / "lm_eval_nanollada.py"
+    words = f"run --model nanollada --model_args pretrained={folder / 'ar'} --tasks mine --include_path {tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": str(library.parent), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(script), *words.split(), "--device", "cpu"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "|mine" in run.stdout, run.stderr[-2000:]
+    name, trace = json.loads((library / "loaded.json").read_text())
+    assert name == "ours" and script.parent not in Path(trace).parents
