@@ -55,7 +55,7 @@ def create_attention_mask(
         `ValueError`: for documents or blocks with an attention implementation that can't express them (flash
             attention), and for documents together with a cache.
     """
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if attention_mask is not None and len(attention_mask.shape) == 4:  # a `BlockMask`, too, has a shape
         return attention_mask
     past_length = cache.get_seq_length() if cache is not None else 0
     rules = []

@@ -249,7 +249,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         """`[B, L]` or `[1, L]`: left padding does not count, so a padded batch equals its rows alone."""
         past_length = cache.get_seq_length() if cache is not None else 0
         length = inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask is not None and len(attention_mask.shape) == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length : past_length + length]
         return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
 

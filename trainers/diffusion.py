@@ -205,6 +205,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
         if future is not None:
             given = (context.get("attention_mask"), context.pop("document_ids", None))
             context["attention_mask"] = partly_causal_mask(future, self.model.config, self.model.dtype, *given)
+            context.setdefault("position_ids", torch.arange(clean.shape[1], device=clean.device).expand_as(clean))
         only_bound = not (self.args.confidence_weight or self.args.repetition_penalty_weight)
         weighted = {"loss_weights": noise.weights, "num_items_in_batch": num_items_in_batch}
         weighted |= {"labels": clean.masked_fill(~masked, -100)}

@@ -111,6 +111,21 @@ def test_visible_future_is_the_mask_it_says(implementation):
         partly_causal_mask(some, model.config, model.dtype)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [False, True])
+def test_flex_attention_sees_the_same_future(shift):
+    model, ids = build(NanoLLaDAForMaskedLM, label_shift=shift).float(), tokens(2, 16)
+    some = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.4
+    options = {"attention_mask": torch.tensor([[1] * 16, [1] * 9 + [0] * 7])}
+    inputs = {"input_ids": ids, "position_ids": torch.arange(16).expand_as(ids)}
+    expected = model(**inputs, attention_mask=partly_causal_mask(some, model.config, model.dtype, **options)).logits
+    model.set_attn_implementation("flex_attention")
+    found = model(**inputs, attention_mask=partly_causal_mask(some, model.config, model.dtype, **options)).logits
+    real = options["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=2e-6, rtol=1e-5)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="`label_shift` is for whole rows: `block_length` must be None, got 4"):
         NanoLLaDAConfig(label_shift=True, block_length=4)

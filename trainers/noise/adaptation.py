@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad
 
 
@@ -30,10 +31,10 @@ def partly_causal_mask(
     dtype: torch.dtype,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.LongTensor | None = None,
-) -> torch.Tensor:
+):
     """
-    The `attention_mask`, `[B, 1, L, L]`, under which a query sees, of the keys behind it, the visible ones alone
-    (attention annealing, DiffuLLaMA, 2410.17891, §3.2).
+    The `attention_mask`, `[B, 1, L, L]` or a `BlockMask`, of a query that sees, of the keys behind it, the visible
+    ones alone (attention annealing, DiffuLLaMA, 2410.17891, §3.2).
 
     Args:
         visible_future (`torch.BoolTensor` of shape `(batch, length, length)`): By query and key.
@@ -54,7 +55,16 @@ def partly_causal_mask(
         visible &= document_ids[:, :, None] == document_ids[:, None]
     if attention_mask is not None:
         visible &= attention_mask.bool()[:, None]
-    visible = (visible | torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device))[:, None]
+    visible = visible | torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
+    if implementation == "flex_attention":
+        batch, length = visible.shape[:2]
+        padded = pad(visible, (0, -length % 128, 0, -length % 128))  # the kernel's blocks reach behind the row
+
+        def rule(row, head, query, key):
+            return padded[row, query, key]
+
+        return create_block_mask(rule, batch, None, length, length, visible.device)
+    visible = visible[:, None]
     if implementation == "sdpa":
         return visible
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
