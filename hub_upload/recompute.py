@@ -63,7 +63,7 @@ def recompute(model, prompt: list[int], *, new_tokens: int, block_length=None, s
         return best.values.tolist(), best.indices[:, 0].tolist()
 
     row, start, decided, margins = list(prompt), len(prompt), {}, []
-    if "MaskedLM" not in type(model).__name__:
+    if not model.is_diffusion:
         for step in range(new_tokens):
             scores, tokens = read(row)
             row.append(tokens[-1])
@@ -132,7 +132,7 @@ def generate(model, prompts: list[list[int]], use_cache: bool, *, new_tokens: in
     shipped, width = model.generation_config, max(map(len, prompts))
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
     model.generation_config = type(shipped)(**{name: getattr(shipped, name, None) for name in names})
-    no_eos = {"eos_policy": "forbid"} if "MaskedLM" in type(model).__name__ else {"min_new_tokens": new_tokens}
+    no_eos = {"eos_policy": "forbid"} if model.is_diffusion else {"min_new_tokens": new_tokens}
     ids = [[model.config.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     visible = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(visible)}

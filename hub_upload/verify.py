@@ -296,7 +296,7 @@ def _probe(model):
     length = min(24, config.max_position_embeddings)
     ids = (torch.arange(2 * length).view(2, length) * 7919 + 13) % config.vocab_size  # [2, L]
     ids[ids == config.mask_token_id] = (config.mask_token_id + 1) % config.vocab_size
-    if "MaskedLM" in type(model).__name__:
+    if model.is_diffusion:
         ids[:, ::3] = config.mask_token_id
     with torch.no_grad():
         return model(input_ids=ids).logits.float().cpu()

@@ -147,7 +147,8 @@ def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, d
     Raises:
         `ValueError`: for a checkpoint of the other kind, and tokenizers that differ; and as `load_checkpoint`.
     """
-    from nanollada.scripts.decoding.writing import is_diffusion, load_checkpoint
+    from nanollada.scripts.decoding.writing import load_checkpoint
+    from nanollada.trainers.scoring.kind import is_diffusion
 
     paths = {"ar": ar, "diffusion": diffusion}
     pair = {name: load_checkpoint(path, trust_remote_code, device) for name, path in paths.items() if path is not None}

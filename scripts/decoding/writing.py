@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Literal
 
+from nanollada.trainers.scoring.kind import is_diffusion
+
 
 def _own_settings() -> dict:
     """`OWN_SETTINGS` of the models' package, which is not imported with them: help needs no torch."""
@@ -142,12 +144,6 @@ def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: st
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     check_tokenizer(model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
-
-
-def is_diffusion(model) -> bool:
-    """Whether a model denoises; by its attention, so that classes loaded as remote code are known, too."""
-    model = getattr(model, "get_base_model", lambda: model)()
-    return not getattr(model.base_model, "is_causal", True)
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], infill: bool = False) -> list[int]:

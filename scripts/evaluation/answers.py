@@ -122,7 +122,8 @@ def greedy_answers(
     For each (context, answer) the greedy tokens in the answer's place, as many as it has, whatever the checkpoint's
     generation config says. A diffusion model without blocks fills the whole answer, its surest position first.
     """
-    from nanollada.scripts.decoding.writing import default_decoding, generation_settings, is_diffusion
+    from nanollada.scripts.decoding.writing import default_decoding, generation_settings
+    from nanollada.trainers.scoring.kind import is_diffusion
 
     written: dict[int, list[int]] = {}
     for places in batches_of_length(pairs, batch_size):

@@ -204,9 +204,9 @@ class Bench:
 
     @property
     def is_diffusion(self) -> bool:
-        from nanollada.trainers.scoring.likelihood import is_causal
+        from nanollada.trainers.scoring.kind import is_diffusion
 
-        return not is_causal(self.model)
+        return is_diffusion(self.model)
 
     def noise(self, task: Task) -> dict:
         """What `score_rows` and `score_continuations` get for the masks."""

@@ -117,14 +117,15 @@ class NanoLLaDALM(TemplateLM):
         import torch
 
         from nanollada.scripts.decoding.writing import generation_settings, load_checkpoint
-        from nanollada.trainers.scoring.likelihood import is_causal, scored_block_length
+        from nanollada.trainers.scoring.kind import is_diffusion
+        from nanollada.trainers.scoring.likelihood import scored_block_length
 
         if device == "cuda:0" and not torch.cuda.is_available():  # lm-eval's own default, on every machine
             logger.warning("there is no cuda:0: the model runs on the CPU")
             device = "cpu"
         self.model, self.tokenizer = load_checkpoint(self.pretrained, trust_remote_code, device)
         self.model = self.model.to(getattr(torch, self.dtype))
-        self._device, self.is_causal = self.model.device, is_causal(self.model)
+        self._device, self.is_diffusion = self.model.device, is_diffusion(self.model)
         self.eval_block_length = block_length if block_length is None else _integer("eval_block_length", block_length)
         self.scored_block_length = scored_block_length(self.model, self.eval_block_length)
         generation_settings(self.model, **self.decoding)  # what does not fit is told before anything takes long
@@ -150,7 +151,7 @@ class NanoLLaDALM(TemplateLM):
         """What decides the scores beside the command line, for lm-eval's results file."""
         names = ("pretrained", "dtype", "samples", "seed", "max_length", "rolling_context", "scored_block_length")
         facts = {name: getattr(self, name) for name in names}
-        facts |= {"bound": not self.is_causal, "model_num_parameters": self.model.num_parameters()}
+        facts |= {"bound": self.is_diffusion, "model_num_parameters": self.model.num_parameters()}
         return {**facts, "generation_config": self.model.generation_config.to_diff_dict()}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -436,9 +437,9 @@ def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id
     [`NanoLLaDALM`].
     """
     from nanollada.scripts.evaluation.answers import batches_of_length, greedy_answers
-    from nanollada.trainers.scoring.likelihood import is_causal
+    from nanollada.trainers.scoring.kind import is_diffusion
 
-    if not is_causal(model):
+    if is_diffusion(model):
         rows = greedy_answers(model, pairs, pad_token_id, batch_size)
         return [row == continuation for row, (_, continuation) in zip(rows, pairs, strict=True)]
     right: dict[int, bool] = {}

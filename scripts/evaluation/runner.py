@@ -140,8 +140,8 @@ def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tupl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import nanollada.modeling_nanollada  # noqa: F401, registers the classes
-    from nanollada.scripts.decoding.writing import is_diffusion
     from nanollada.trainers.models import load_model
+    from nanollada.trainers.scoring.kind import is_diffusion
 
     model = load_model(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code)
     if is_diffusion(model):

@@ -21,8 +21,9 @@ def score(folder, sources: dict[str, Path], blocks: list, *, samples: int, max_l
             `estimator`, and `chunks`: `[nats, variance, tokens, bytes]` of every `batch_size` rows in order, which are
             the same texts for every model. The variance is that of the random masks.
     """
-    from nanollada.scripts.decoding.writing import is_diffusion, load_checkpoint
+    from nanollada.scripts.decoding.writing import load_checkpoint
     from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+    from nanollada.trainers.scoring.kind import is_diffusion
     from nanollada.trainers.scoring.likelihood import evaluate_likelihood
 
     model, tokenizer = load_checkpoint(str(folder))

@@ -5,10 +5,13 @@ import torch
 from generation_models import EOS, PAD, SHAPE, VOCABULARY, seeded
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from nanollada.hub_upload.model_card import Facts, build_card
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding.writing import is_diffusion
-from nanollada.trainers.scoring.likelihood import is_causal
+from nanollada.scripts.decoding.writing import generation_settings
+from nanollada.trainers.scoring.kind import is_diffusion
+from nanollada.trainers.scoring.likelihood import evaluate_likelihood
 
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -114,9 +117,29 @@ def test_only_the_adapter_learns(name, tied):
 
 
 @pytest.mark.parametrize("name", ["ar", "diffusion"])
-def test_an_adapters_model_is_scored_as_what_it_wraps(name):
-    wrapped = adapted(build(name))
-    assert is_causal(wrapped) is (name == "ar") and is_diffusion(wrapped) is (name != "ar")
+def test_an_adapters_model_is_scored_decoded_and_carded_as_what_it_wraps(name, tokenizer):
+    wrapped, denoises = adapted(build(name)), name == "diffusion"
+    assert is_diffusion(wrapped) is denoises
+    row = {"input_ids": PROMPT, "labels": PROMPT.clone(), "index": torch.arange(2), "num_bytes": torch.ones(2).long()}
+    row["labels"][:, 0] = -100
+    score = evaluate_likelihood(wrapped, [row], samples=2)
+    assert score.bound is denoises and (score.estimator == "exact") is not denoises
+    if denoises:
+        assert generation_settings(wrapped, steps=4)["steps"] == 4
+    else:
+        with pytest.raises(ValueError, match="`steps` is for diffusion models, got 4"):
+            generation_settings(wrapped, steps=4)
+    card = str(build_card(adapted(build(name, vocab_size=len(tokenizer))), tokenizer, Facts(), model_name="name"))
+    assert ("masked-diffusion" in card) is denoises and ("autoregressive" in card) is not denoises
+
+
+def test_a_foreign_model_that_writes_is_ar_and_others_are_refused():
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    assert is_diffusion(LlamaForCausalLM(LlamaConfig(vocab_size=8, **shape))) is False
+    bert, backbone = BertForMaskedLM(BertConfig(vocab_size=8, **shape)), build("diffusion").model
+    for neither in (bert, backbone, torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match=f"`model` must be a causal.*got {type(neither).__name__}"):
+            is_diffusion(neither)
 
 
 @pytest.mark.parametrize("name", ["ar", "diffusion"])

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanollada.trainers.data.encoding import IGNORE, encode_spans
 from nanollada.trainers.data.sources import BadRow
-from nanollada.trainers.scoring.likelihood import is_causal, score_rows
+from nanollada.trainers.scoring.kind import is_diffusion
+from nanollada.trainers.scoring.likelihood import score_rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def score_continuations(
         if progress is not None:
             progress(len(found))
     tokens = torch.tensor([len(target) for target in targets])
-    return ContinuationScores(nats, variance, tokens, not is_causal(model), "; ".join(sorted(how)))
+    return ContinuationScores(nats, variance, tokens, is_diffusion(model), "; ".join(sorted(how)))
 
 
 def conditional_rows(

@@ -19,6 +19,7 @@ from nanollada.trainers.noise.masking import (
     keyed_uniform,
 )
 from nanollada.trainers.objectives import token_cross_entropy
+from nanollada.trainers.scoring.kind import is_diffusion
 
 MAX_EXACT_TARGETS = 12
 TOKENS_PER_FORWARD = 16384
@@ -145,12 +146,6 @@ def masked_nats(
     return (nats if weights is None else nats * weights).sum(-1)
 
 
-def is_causal(model) -> bool:
-    """Whether the model is an AR one; foreign models are."""
-    model = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper has a `model` of its own
-    return getattr(model.model, "is_causal", True)
-
-
 def scored_block_length(model, block_length: int | None = None) -> int | None:
     """
     Tokens of the blocks in which a model is scored: `block_length`, by default `config.block_length`. `None`: whole
@@ -161,7 +156,7 @@ def scored_block_length(model, block_length: int | None = None) -> int | None:
     """
     if block_length is not None and block_length < 0:
         raise ValueError(f"`block_length` must be at least 1, or 0 for whole rows, got {block_length}")
-    if is_causal(model):
+    if not is_diffusion(model):
         if block_length is not None:
             raise ValueError(f"`block_length` is for diffusion models, got {block_length} with a causal one")
         return None
@@ -350,7 +345,7 @@ def evaluate_likelihood(
         `ValueError`: for no rows, for `block_length` with a causal model, and as `causal_nll`, `exact_nelbo` and
             `monte_carlo_nelbo`.
     """
-    scored, estimators, bound = [], set(), not is_causal(model)
+    scored, estimators, bound = [], set(), is_diffusion(model)
     for batch, nats, variance, how in score_rows(
         model, batches, samples=samples, seed=seed, block_length=block_length
     ):
@@ -379,11 +374,11 @@ def score_rows(
     try:
         for batch in batches:
             batch = {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
-            if is_causal(model):
+            if is_diffusion(model):
+                yield batch, *_bounds(model, batch, samples, seed, block_length)
+            else:
                 nats = causal_nll(model, batch)
                 yield batch, nats, torch.zeros_like(nats), {"exact"}
-            else:
-                yield batch, *_bounds(model, batch, samples, seed, block_length)
     finally:
         model.train(was_training)
 
