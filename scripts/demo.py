@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from nanollada.scripts.decoding.writing import DEFAULT_NEW_TOKENS
+from nanollada.scripts.decoding.settings import DEFAULT_NEW_TOKENS
 
 TITLES = {"diffusion": "Diffusion", "ar": "Autoregressive"}  # in the order in which they write and stand
 LARGEST_SEED = 2**63 - 1  # torch's
@@ -58,7 +58,7 @@ class Writing(NamedTuple):
 
     def show(self, step: int | None = None) -> str:
         """HTML of a step, by default the newest; of the last one if there are fewer."""
-        from nanollada.scripts.tracing.recorder import trace_view
+        from nanollada.scripts.tracing.page import trace_view
 
         last = len(self.recorder.steps)
         return trace_view(self.recorder, self.title, self.settings, last if step is None else min(step, last))
@@ -100,8 +100,9 @@ def prepare(pair: dict, names: dict, prompt: str, is_chat: bool, seed: int, **gi
     Raises:
         `ValueError`: as `prompt_ids` and `generation_settings`; for mask tokens in the prompt of an AR model.
     """
-    from nanollada.scripts.decoding.comparison import split_options
-    from nanollada.scripts.decoding.writing import effective_settings, generate, prompt_ids, refuse_masks
+    from nanollada.scripts.decoding.checkpoint import prompt_ids, refuse_masks
+    from nanollada.scripts.decoding.settings import effective_settings, split_options
+    from nanollada.scripts.decoding.writing import generate
     from nanollada.scripts.tracing.live import LiveRecorder
 
     options, writings = split_options(given), {}
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = TrlParser((DemoArguments,)).parse_args_and_config(argv)
     if find_spec("gradio") is None:
         raise ValueError("the demo needs the package gradio (pip install 'nanollada[demo]'), which is not installed")
-    from nanollada.scripts.decoding.comparison import load_pair
+    from nanollada.scripts.decoding.checkpoint import load_pair
 
     pair = load_pair(args.ar, args.diffusion, args.trust_remote_code, args.device)
     page = build_page(pair, {"ar": args.ar, "diffusion": args.diffusion})

@@ -5,7 +5,7 @@ python scripts/generate.py --checkpoint outputs/diffusion_sft   # chat; /reset, 
 python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The <|mask|> sat." --trace out.html
 """
 
-from nanollada.scripts.decoding.writing import main
+from nanollada.scripts.decoding.prompting import main
 
 if __name__ == "__main__":
     main()

@@ -274,7 +274,7 @@ class Quickstart:
     @staticmethod
     def room(tokenizer, rows: list[dict]) -> int:
         """New tokens for a sudoku: the answer and its EOS, to the end of a block of 16, as SFT pads its rows."""
-        from nanollada.scripts.decoding.writing import prompt_ids
+        from nanollada.scripts.decoding.checkpoint import prompt_ids
 
         prompt = len(prompt_ids(tokenizer, rows[0]["prompt"]))
         answer = len(tokenizer(rows[0]["answer"]).input_ids) + 1

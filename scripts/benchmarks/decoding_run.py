@@ -48,7 +48,7 @@ def load(model: str | None, size: str, block_length: int, seed: int, causal: boo
     import torch
 
     from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-    from nanollada.scripts.decoding.writing import load_checkpoint
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint
 
     if model is not None:
         return load_checkpoint(model)
@@ -243,7 +243,7 @@ def score(
     """
     import torch
 
-    from nanollada.scripts.decoding.writing import load_checkpoint
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.scripts.evaluation.answers import exact_match
 
     if threads:

@@ -5,7 +5,14 @@ import statistics
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from nanollada.scripts.decoding.writing import DIFFUSION_ONLY, DecodingArguments
+from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
+from nanollada.scripts.decoding.settings import (
+    DecodingArguments,
+    effective_settings,
+    generation_settings,
+    split_options,
+)
+from nanollada.scripts.decoding.writing import generate
 
 
 @dataclass
@@ -102,8 +109,6 @@ def compare(
     """
     from tqdm.auto import tqdm
 
-    from nanollada.scripts.decoding.writing import effective_settings, generation_settings, prompt_ids
-
     _check(prompts, repeats)
     pair = load_pair(ar, diffusion, trust_remote_code, device)
     options = split_options(decoding)
@@ -134,40 +139,8 @@ def _message(prompt: str | list[dict]) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def split_options(decoding: dict) -> dict[str, dict]:
-    """The options for each model: those that only diffusion knows go to the diffusion model alone."""
-    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
-    return {"ar": shared, "diffusion": decoding}
-
-
-def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, device: str | None = None) -> dict:
-    """
-    `{"ar": (model, tokenizer), "diffusion": (model, tokenizer)}`; without `ar` the second alone.
-
-    Raises:
-        `ValueError`: for a checkpoint of the other kind, and tokenizers that differ; and as `load_checkpoint`.
-    """
-    from nanollada.scripts.decoding.writing import load_checkpoint
-    from nanollada.trainers.scoring.kind import is_diffusion
-
-    paths = {"ar": ar, "diffusion": diffusion}
-    pair = {name: load_checkpoint(path, trust_remote_code, device) for name, path in paths.items() if path is not None}
-    for name, (model, _) in pair.items():
-        if is_diffusion(model) != (name == "diffusion"):
-            kind = {"ar": "an autoregressive", "diffusion": "a diffusion"}[name]
-            raise ValueError(f"`{name}` must be {kind} checkpoint, got {type(model).__name__}")
-    one, *_, other = (tokenizer for _, tokenizer in (*pair.values(), pair["diffusion"]))
-    if one.get_vocab() != other.get_vocab() or one.chat_template != other.chat_template:
-        raise ValueError(
-            f"`ar` and `diffusion` must have the same tokenizer and chat template, got others in {ar} and {diffusion}"
-        )
-    return pair
-
-
 def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict:
     """Text and median times of one prompt; `warm_up`: after a run that is not counted."""
-    from nanollada.scripts.decoding.writing import generate
-
     runs = []
     for _ in range(repeats + warm_up):
         runs.append(generate(model, tokenizer, ids, seed=seed, **options))

@@ -31,7 +31,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
     """
     from tqdm.auto import tqdm
 
-    from nanollada.scripts.decoding.writing import effective_settings, generation_settings
+    from nanollada.scripts.decoding.settings import effective_settings, generation_settings
 
     questions = questions_of(tokenizer, rows)
     longest = max(len(answer) for _, answer in questions)
@@ -103,7 +103,7 @@ def new_tokens(model, prompts: list[list[int]], pad_token_id: int, seed: int, se
 
 def until_end(model, ids: list[int]) -> tuple[list[int], bool]:
     """Token ids up to the first EOS, and whether there was one."""
-    from nanollada.scripts.decoding.writing import eos_ids
+    from nanollada.scripts.decoding.checkpoint import eos_ids
 
     ends = eos_ids(model)
     end = next((place for place, token in enumerate(ids) if token in ends), None)
@@ -122,7 +122,7 @@ def greedy_answers(
     For each (context, answer) the greedy tokens in the answer's place, as many as it has, whatever the checkpoint's
     generation config says. A diffusion model without blocks fills the whole answer, its surest position first.
     """
-    from nanollada.scripts.decoding.writing import default_decoding, generation_settings
+    from nanollada.scripts.decoding.settings import default_decoding, generation_settings
     from nanollada.trainers.scoring.kind import is_diffusion
 
     written: dict[int, list[int]] = {}

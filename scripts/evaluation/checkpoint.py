@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from nanollada.hub_upload.evaluation_file import EVALUATION, VERSION, model_digests, save_evaluation
-from nanollada.scripts.decoding.writing import CheckpointArguments, DecodingArguments
+from nanollada.scripts.decoding.checkpoint import CheckpointArguments
+from nanollada.scripts.decoding.settings import DecodingArguments
 from nanollada.scripts.evaluation.answers import exact_match
 from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
 from nanollada.scripts.evaluation.kinds import documentation, results_of
@@ -106,7 +107,8 @@ def evaluate_checkpoint(
             `decoding` without exact match, for exact match on rows without an answer, for `rolling_context` on rows
             with one, and as `load_checkpoint`, `read_examples`, `rolling_rows` and `score_rows`.
     """
-    from nanollada.scripts.decoding.writing import generation_settings, load_checkpoint
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint
+    from nanollada.scripts.decoding.settings import generation_settings
     from nanollada.trainers.run import check_length
     from nanollada.trainers.scoring.likelihood import scored_block_length
 

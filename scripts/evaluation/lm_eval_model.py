@@ -11,7 +11,8 @@ from dataclasses import fields
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, DecodingArguments
+from nanollada.scripts.decoding.settings import DecodingArguments
+from nanollada.scripts.decoding.writing import DRAWN_TOGETHER
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -116,7 +117,8 @@ class NanoLLaDALM(TemplateLM):
     def _load(self, trust_remote_code: bool, device: str | None, block_length: int | None) -> None:
         import torch
 
-        from nanollada.scripts.decoding.writing import generation_settings, load_checkpoint
+        from nanollada.scripts.decoding.checkpoint import load_checkpoint
+        from nanollada.scripts.decoding.settings import generation_settings
         from nanollada.trainers.scoring.kind import is_diffusion
         from nanollada.trainers.scoring.likelihood import scored_block_length
 
@@ -348,7 +350,8 @@ class NanoLLaDALM(TemplateLM):
         (batch, seed) of requests of the same settings: greedy ones by length; drawn ones in fixed groups of a task's
         rows, a repeat of a request in another group. All settings are checked before anything is written.
         """
-        from nanollada.scripts.decoding.writing import draws, keyed_seed
+        from nanollada.scripts.decoding.settings import draws
+        from nanollada.scripts.decoding.writing import keyed_seed
 
         number, _ = group[0]
         with _of(number, requests[number]):
@@ -394,7 +397,7 @@ class NanoLLaDALM(TemplateLM):
         return {"temperature": 0.0, **self.decoding, **given, "max_new_tokens": room}, [text for text in until if text]
 
     def _answers(self, prompts: list[list[int]], settings: dict, until: list[str], seed: int) -> list[str]:
-        from nanollada.scripts.decoding.writing import generation_settings
+        from nanollada.scripts.decoding.settings import generation_settings
         from nanollada.scripts.evaluation.answers import answers_to
 
         texts, ends = [], {self.special_tokens[text] for text in until if text in self.special_tokens}

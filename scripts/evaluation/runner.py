@@ -208,7 +208,7 @@ class Runner:
 
     def load(self, checkpoint: str):
         """A bench of the checkpoint, and of the judge, who is loaded once."""
-        from nanollada.scripts.decoding.writing import load_checkpoint
+        from nanollada.scripts.decoding.checkpoint import load_checkpoint
 
         args = self.args
         if args.judge is not None and self.judge is None:

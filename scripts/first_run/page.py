@@ -117,7 +117,8 @@ def loss_svg(folder: Path) -> str:
 
 def record(checkpoint: Path, prompt, seed: int, **decoding):
     """The denoising of one prompt, greedy and one token a step, as a [`~scripts.trace.TraceRecorder`]."""
-    from nanollada.scripts.decoding.writing import generate, load_checkpoint, prompt_ids
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
+    from nanollada.scripts.decoding.writing import generate
     from nanollada.scripts.tracing.recorder import TraceRecorder
 
     model, tokenizer = load_checkpoint(str(checkpoint))
@@ -138,7 +139,7 @@ def draw_denoising(trace, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from nanollada.scripts.tracing.recorder import TokenPieces
+    from nanollada.scripts.tracing.pieces import TokenPieces
 
     pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
     decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
@@ -173,7 +174,7 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from nanollada.scripts.tracing.recorder import trace_fragment
+    from nanollada.scripts.tracing.page import trace_fragment
 
     comparison = [
         {**record, "shown": shown_prompt(record["prompt"])}

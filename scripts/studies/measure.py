@@ -21,7 +21,7 @@ def score(folder, sources: dict[str, Path], blocks: list, *, samples: int, max_l
             `estimator`, and `chunks`: `[nats, variance, tokens, bytes]` of every `batch_size` rows in order, which are
             the same texts for every model. The variance is that of the random masks.
     """
-    from nanollada.scripts.decoding.writing import load_checkpoint
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
     from nanollada.trainers.scoring.kind import is_diffusion
     from nanollada.trainers.scoring.likelihood import evaluate_likelihood
@@ -59,7 +59,7 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
     """
     import torch
 
-    from nanollada.scripts.decoding.writing import load_checkpoint
+    from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
     from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
 

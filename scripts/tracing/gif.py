@@ -5,7 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from nanollada.scripts.tracing.recorder import NOTHING, Cell, StepRecorder, trace_cells
+from nanollada.scripts.tracing.pieces import Cell, trace_cells
+from nanollada.scripts.tracing.recorder import NOTHING, StepRecorder
 
 WIDTH = 800  # of the text, in pixels; more if a single token is longer
 MARGIN, SIZE, LINE, PADDING = 16, 18, 30, 2

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from nanollada.hub_upload.model_card import Facts, build_card
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding.writing import generation_settings
+from nanollada.scripts.decoding.settings import generation_settings
 from nanollada.trainers.scoring.kind import is_diffusion
 from nanollada.trainers.scoring.likelihood import evaluate_likelihood
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding.writing import load_checkpoint
+from nanollada.scripts.decoding.checkpoint import load_checkpoint
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

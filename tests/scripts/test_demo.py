@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding.comparison import load_pair
-from nanollada.scripts.decoding.writing import generate, prompt_ids
+from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
+from nanollada.scripts.decoding.writing import generate
 from nanollada.scripts.demo import (
     LARGEST_SEED,
     DemoArguments,
@@ -24,7 +24,8 @@ from nanollada.scripts.demo import (
     read_fields,
     write_all,
 )
-from nanollada.scripts.tracing.recorder import TraceRecorder, trace_cells
+from nanollada.scripts.tracing.pieces import trace_cells
+from nanollada.scripts.tracing.recorder import TraceRecorder
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -12,7 +12,8 @@ from transformers import HfArgumentParser
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.scripts.decoding.comparison import CompareArguments
-from nanollada.scripts.decoding.writing import DecodingArguments, GenerateArguments
+from nanollada.scripts.decoding.prompting import GenerateArguments
+from nanollada.scripts.decoding.settings import DecodingArguments
 from nanollada.scripts.evaluation.checkpoint import EvaluateArguments
 from nanollada.scripts.evaluation.runner import SuiteArguments
 from nanollada.scripts.evaluation.suite_file import parse_task

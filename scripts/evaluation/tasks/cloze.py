@@ -47,7 +47,7 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     of model write exactly as many tokens as the answer has; a diffusion model so learns its length from the canvas
     (its surest position first, one token a step), an AR model does not.
     """
-    from nanollada.scripts.decoding.writing import default_decoding, effective_settings
+    from nanollada.scripts.decoding.settings import default_decoding, effective_settings
 
     pairs = cloze_pairs(bench, task, rows)
     scores = score(bench, task, pairs, rows)

@@ -46,7 +46,7 @@ def run_statistics(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     whose `rows` says so): distinct-1 to -3 and unigram entropy over the model's own tokens, the share of 4-grams that
     stand earlier in the text; and a judge's nats, over all texts.
     """
-    from nanollada.scripts.decoding.writing import effective_settings
+    from nanollada.scripts.decoding.settings import effective_settings
 
     decoding = {"temperature": 1.0, **task.decoding, "max_new_tokens": task.max_new_tokens}
     decoding = own_settings(bench, decoding)

@@ -155,7 +155,7 @@ def scored(records: list[dict]) -> list[dict]:
 
 def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
-    from nanollada.scripts.decoding.writing import effective_settings
+    from nanollada.scripts.decoding.settings import effective_settings
 
     decoding = own_settings(bench, {**GREEDY, **task.decoding})
     asked = questions(bench, task, rows)

@@ -50,7 +50,7 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     The same questions under several decoding settings, one row at a time: each one's score and tokens per forward
     pass, and the paired differences from the first.
     """
-    from nanollada.scripts.decoding.writing import effective_settings
+    from nanollada.scripts.decoding.settings import effective_settings
 
     presets = {name: {**GREEDY, **task.decoding, **part} for name, part in task.presets.items()}
     asked = questions(bench, task, rows)

@@ -39,7 +39,7 @@ def run_speed(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     from tqdm.auto import tqdm
 
     from nanollada.scripts.decoding.comparison import measure
-    from nanollada.scripts.decoding.writing import effective_settings, generation_settings
+    from nanollada.scripts.decoding.settings import effective_settings, generation_settings
 
     options = {**GREEDY, **task.decoding, "max_new_tokens": task.max_new_tokens}
     options = own_settings(bench, options)

@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding import writing as generate_script
+from nanollada.scripts.decoding import comparison
+from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
 from nanollada.scripts.decoding.comparison import compare, comparison_table, main, read_prompts
-from nanollada.scripts.decoding.writing import Generated, generate, load_checkpoint, prompt_ids
+from nanollada.scripts.decoding.writing import Generated, generate
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -71,7 +72,7 @@ def test_times_are_medians_without_the_warm_up(folder, monkeypatch):
         seconds, first = next(clock)
         return Generated("text", 10, True, seconds, first, 2.0)
 
-    monkeypatch.setattr(generate_script, "generate", fake)
+    monkeypatch.setattr(comparison, "generate", fake)
     records = compare(*pair(folder), ["a", "b"], repeats=3)
     times = [(record["seconds"], record["first_token_seconds"], record["tokens_per_second"]) for record in records]
     assert times == [(2.0, 2.0, 5.0)] * 2 + [(7.0, 2.0, 10 / 7)] * 2

@@ -11,21 +11,16 @@ import torch
 from PIL import Image
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAGenerationConfig
-from nanollada.scripts.decoding import writing as script
-from nanollada.scripts.decoding.writing import (
+from nanollada.scripts.decoding import prompting as script
+from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
+from nanollada.scripts.decoding.prompting import GenerateArguments, chat, main
+from nanollada.scripts.decoding.settings import (
     DEFAULT_NEW_TOKENS,
     DIFFUSION_ONLY,
-    GenerateArguments,
-    chat,
     effective_settings,
-    generate,
     generation_settings,
-    is_diffusion,
-    load_checkpoint,
-    main,
-    prompt_ids,
-    seeded_generate,
 )
+from nanollada.scripts.decoding.writing import generate, seeded_generate
 from nanollada.scripts.tracing.recorder import TraceRecorder
 from nanollada.trainers.data.encoding import IGNORE, RowEncoder, pack_documents
 from nanollada.trainers.data.sources import Example, RowPolicy, parse_row
@@ -64,7 +59,7 @@ def run(checkpoints, name, *words):
 
 def test_the_checkpoint_says_what_it_is(checkpoints, models):
     for name, model in models.items():
-        assert type(model) is CLASSES[name] and is_diffusion(model) == (name == "diffusion")
+        assert type(model) is CLASSES[name] and model.is_diffusion == (name == "diffusion")
         assert not model.training and model.dtype == torch.float32
 
 
@@ -346,7 +341,7 @@ def test_watching_shows_the_text_once(checkpoints, models, tokenizer, name, caps
 
 def test_the_terminal_is_given_back_after_an_error(checkpoints, monkeypatch):
     closed = []
-    monkeypatch.setattr("nanollada.scripts.tracing.recorder.TerminalWatcher.close", lambda self: closed.append(True))
+    monkeypatch.setattr("nanollada.scripts.tracing.terminal.TerminalWatcher.close", lambda self: closed.append(True))
     with pytest.raises(ValueError, match="`block_length` must divide `max_new_tokens`, got 4 and 6"):
         run(checkpoints, "diffusion", "--prompt", "T", "--max_new_tokens", "6", "--block_length", "4", "--watch")
     assert closed

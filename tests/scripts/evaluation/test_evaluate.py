@@ -240,7 +240,8 @@ def test_the_room_for_answers(tokenizer, monkeypatch):
 @pytest.mark.parametrize("name", CLASSES)
 def test_batches_of_answers_equal_singles(tokenizer, name):
     """Real generation; references are what the model itself says, one row at a time."""
-    from nanollada.scripts.decoding.writing import generate, prompt_ids
+    from nanollada.scripts.decoding.checkpoint import prompt_ids
+    from nanollada.scripts.decoding.writing import generate
 
     model = build(CLASSES[name], tokenizer)
     for token in range(len(tokenizer)):  # answers of plain letters, which decode and encode to themselves

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval_models import CLASSES, TEXTS, load, number, requests, save_checkpoints, written
 
 from nanollada.scripts import lm_eval_nanollada
-from nanollada.scripts.decoding.writing import prompt_ids
+from nanollada.scripts.decoding.checkpoint import prompt_ids
 from nanollada.scripts.evaluation.lm_eval_model import RENDERED, NanoLLaDALM
 from nanollada.trainers.data.encoding import IGNORE, RowEncoder
 from nanollada.trainers.data.prepare import Collator

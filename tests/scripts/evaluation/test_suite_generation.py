@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.decoding.writing import generate, keyed_seed, prompt_ids
+from nanollada.scripts.decoding.checkpoint import prompt_ids
+from nanollada.scripts.decoding.writing import generate, keyed_seed
 from nanollada.scripts.evaluation.bench import Bench, Row
 from nanollada.scripts.evaluation.kinds import KINDS
 from nanollada.scripts.evaluation.metrics import distinct, repetition, unigram_entropy

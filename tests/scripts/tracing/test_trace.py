@@ -11,20 +11,10 @@ from rich.console import Console
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.tracing import recorder as trace_module
-from nanollada.scripts.tracing.recorder import (
-    ABSENT,
-    UNDECIDED,
-    Piece,
-    StepRecorder,
-    TerminalWatcher,
-    TokenPieces,
-    TraceRecorder,
-    require_rich,
-    trace_cells,
-    trace_fragment,
-    trace_page,
-    trace_view,
-)
+from nanollada.scripts.tracing.page import trace_fragment, trace_page, trace_view
+from nanollada.scripts.tracing.pieces import UNDECIDED, Piece, TokenPieces, trace_cells
+from nanollada.scripts.tracing.recorder import ABSENT, StepRecorder, TraceRecorder, require_rich
+from nanollada.scripts.tracing.terminal import TerminalWatcher
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

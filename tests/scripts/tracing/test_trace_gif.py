@@ -11,7 +11,8 @@ from PIL import Image
 
 from nanollada.scripts.tracing import gif as trace_gif
 from nanollada.scripts.tracing.gif import BLOCK, INK, LINE, PADDING, PAPER, SOFT, Pen, write_gif
-from nanollada.scripts.tracing.recorder import TraceRecorder, trace_cells
+from nanollada.scripts.tracing.pieces import trace_cells
+from nanollada.scripts.tracing.recorder import TraceRecorder
 
 MASK = 3
 

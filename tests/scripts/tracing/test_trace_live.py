@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollada.scripts.tracing.live import LiveRecorder, Stopped, follow
-from nanollada.scripts.tracing.recorder import trace_cells
+from nanollada.scripts.tracing.pieces import trace_cells
 
 
 def test_the_text_is_shown_while_it_comes_about(tokenizer):

@@ -1,0 +1,135 @@
+"""How tokens are chosen: the options of a call, what a checkpoint makes of them, and what is reported."""
+
+import contextlib
+import sys
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Literal
+
+from nanollada.trainers.scoring.kind import is_diffusion
+
+
+def _own_settings() -> dict:
+    """`OWN_SETTINGS` of the models' package, which is not imported with them: help needs no torch."""
+    package = sys.modules["_nanollada_rules"] = ModuleType("_nanollada_rules")
+    package.__path__ = find_spec("nanollada.modeling_nanollada").submodule_search_locations
+    return import_module("_nanollada_rules.rules_nanollada").OWN_SETTINGS
+
+
+OWN_SETTINGS = _own_settings()
+DIFFUSION_ONLY = tuple(OWN_SETTINGS)
+DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
+
+
+@dataclass
+class _DecodingArguments:
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"Tokens to write; {DEFAULT_NEW_TOKENS} where the checkpoint doesn't say."}
+    )
+    temperature: float | None = field(default=None, metadata={"help": "0: always the likeliest token."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw from the k likeliest tokens; 0: from all."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw from the likeliest tokens of this total mass."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1: less of what was said."})
+    use_cache: bool | None = field(
+        default=None, metadata={"help": "Keep keys and values where that is exact (default)."}
+    )
+
+    def given(self) -> dict:
+        """The options that were set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _option(name: str, setting) -> tuple:
+    kind = Literal[setting.allowed] if setting.type is str else setting.type
+    return name, kind | None, field(default=None, metadata={"help": f"Diffusion: {setting.help}"})
+
+
+DecodingArguments = make_dataclass(
+    "DecodingArguments",
+    [_option(name, setting) for name, setting in OWN_SETTINGS.items()],
+    bases=(_DecodingArguments,),
+    namespace={
+        "__doc__": "How tokens are chosen. What is not given is the checkpoint's `generation_config.json`'s to say.",
+        "__module__": __name__,
+    },
+)
+
+
+def split_options(decoding: dict) -> dict[str, dict]:
+    """The options for each model: those that only diffusion knows go to the diffusion model alone."""
+    shared = {name: value for name, value in decoding.items() if name not in DIFFUSION_ONLY}
+    return {"ar": shared, "diffusion": decoding}
+
+
+def generation_settings(model, **given) -> dict:
+    """
+    What `model.generate` gets for the options that were given (`None`: not given); the rest is left to the checkpoint.
+
+    An AR model gets `do_sample` to fit the temperature, and no truncation to 50 tokens (transformers' default for
+    sampling) unless somebody asked for it: AR and diffusion shall draw from the same distribution.
+
+    Raises:
+        `ValueError`: for values out of range, options that an AR model has no use for, and `top_k` or `top_p` where
+            nothing is drawn.
+    """
+    from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    NanoLLaDAGenerationConfig(**settings)  # checks the values, for AR models, too
+    config = model.generation_config
+    if is_diffusion(model):
+        temperature = settings.get("temperature", config.get_temperature())
+    else:
+        for name in DIFFUSION_ONLY:
+            if name in settings:
+                raise ValueError(f"`{name}` is for diffusion models, got {settings[name]!r} for an autoregressive one")
+        temperature = settings.pop("temperature", None)
+        if temperature is None:
+            temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0
+        else:
+            settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        if temperature and config.top_k is None:
+            settings.setdefault("top_k", 0)
+    for name in ("top_k", "top_p"):
+        if given.get(name) and not temperature:
+            raise ValueError(f"`{name}` needs a `temperature` above 0, got {given[name]} and a greedy choice")
+    if config.max_new_tokens is None and config.max_length is None:
+        settings.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return settings
+
+
+def effective_settings(model, **given) -> dict:
+    """What decides the text, to be reported: the options that were given, and the checkpoint's own."""
+    names = [item.name for item in fields(DecodingArguments) if item.name != "use_cache"]  # changes no text
+    own = {name: getattr(model.generation_config, name, None) for name in names}
+    settings = {**own, **generation_settings(model, **given)}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def draws(model, **given) -> bool:
+    """Whether what `generate` writes with these options depends on a seed."""
+    from nanollada.modeling_nanollada.rules_nanollada import rule_of
+
+    settings, config = generation_settings(model, **given), model.generation_config
+    if not is_diffusion(model):
+        return bool(settings.get("do_sample", config.do_sample))
+    own = SimpleNamespace(**{name: settings.get(name, getattr(config, name, None)) for name in OWN_SETTINGS})
+    random = own.remasking == "random" or rule_of(own).draws
+    return bool(settings.get("temperature", config.get_temperature()) or random)
+
+
+@contextlib.contextmanager
+def default_decoding(model):
+    """Within it `model.generate` knows the special tokens of the checkpoint's generation config, and nothing else."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    plain = type(own)(**{name: getattr(own, name) for name in names})
+    if not is_diffusion(model):  # one that samples excludes the mask by itself
+        plain.suppress_tokens = [model.config.mask_token_id]
+    model.generation_config = plain
+    try:
+        yield
+    finally:
+        model.generation_config = own
