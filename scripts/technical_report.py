@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanollada.scripts.reporting.tables import as_markdown, markdown
+
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "technical_report_template.md"
 
@@ -77,16 +79,6 @@ def kind_of(found: dict, path: Path) -> str:
 
 
 # ---- the parts
-
-
-def markdown(table) -> str:
-    """A `rich` table as Markdown."""
-    from nanollada.scripts.studies.report import table as of_rows
-
-    header = [str(column.header) for column in table.columns]
-    return of_rows(
-        header, [list(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
-    )
 
 
 PARTS = {
@@ -158,7 +150,7 @@ def decoding(found: dict) -> tuple[str, str]:
         "Decoding",
         text
         + "± is binomial over the scored rows, whose answers are as long as they need.\n\n"
-        + markdown(table(found)),
+        + as_markdown(table(found)),
     )
 
 
@@ -166,7 +158,7 @@ def training(found: dict) -> tuple[str, str]:
     from nanollada.scripts.benchmarks.training import tables
 
     text = f"{found['parameters'] / 1e6:.0f}M parameters. Medians, in brackets the range over repeats.\n"
-    return "Training speed", text + "".join(f"\n{made.title}\n\n{markdown(made)}" for made in tables(found))
+    return "Training speed", text + "".join(f"\n{made.title}\n\n{as_markdown(made)}" for made in tables(found))
 
 
 def suite(found: dict) -> tuple[str, str]:
@@ -213,8 +205,6 @@ def report(results: Path) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    from nanollada.scripts.studies.report import table
-
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
     if not files:
         raise ValueError(f"`results` must hold JSON files, got none in {results}")
@@ -225,7 +215,7 @@ def report(results: Path) -> str:
         title, text = KINDS[kinds[path]][1](files[path])
         parts.append(f"### {title}\n\nFrom `results/{path.name}`. {text.rstrip()}")
     rows = [provenance(path.stem, files[path]) for path in order]
-    setup = table(["results", "hardware", "versions", "command"], rows).rstrip()
+    setup = markdown(["results", "hardware", "versions", "command"], rows).rstrip()
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(setup=setup, results="\n\n".join(parts))

@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> dict:
     from trl import TrlParser
 
     (args,) = TrlParser(TrainBenchmarkArguments).parse_args_and_config(argv)
-    from nanollada.scripts.tracing.recorder import require_rich
+    from nanollada.scripts.reporting.tables import require_rich
     from nanollada.trainers.records import provenance, write_json
 
     require_rich("the table of results")

@@ -13,6 +13,7 @@ from nanollada.scripts.decoding.settings import (
     split_options,
 )
 from nanollada.scripts.decoding.writing import generate
+from nanollada.scripts.reporting.tables import require_rich, rich_table
 
 
 @dataclass
@@ -160,26 +161,24 @@ def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict
 
 def comparison_table(records: list[dict]):
     """The records as a `rich.table.Table`."""
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column
 
-    table = Table(title=f"medians of {records[0]['repeats']} runs, one row at a time", show_lines=True)
-    for name in ("prompt", "model", "text"):
-        table.add_column(name, overflow="fold", ratio=3 if name == "text" else None)
-    for name in ("s", "tokens/s", "first token, s", "tokens/forward"):
-        table.add_column(name, justify="right")
-    for record in records:
-        prompt = record["prompt"] if isinstance(record["prompt"], str) else record["prompt"][-1]["content"]
-        table.add_row(
-            Text(prompt),  # never markup
+    header = ["prompt", "model", Column("text", overflow="fold", ratio=3)]
+    header += ["s", "tokens/s", "first token, s", "tokens/forward"]
+    rows = [
+        [
+            record["prompt"] if isinstance(record["prompt"], str) else record["prompt"][-1]["content"],
             record["model"],
-            Text(record["text"] if record["finished"] else record["text"] + " …"),
+            record["text"] if record["finished"] else record["text"] + " …",
             f"{record['seconds']:.3f}",
             f"{record['tokens_per_second']:.1f}",
             f"{record['first_token_seconds']:.3f}",
             f"{record['tokens_per_forward']:.2f}",
-        )
-    return table
+        ]
+        for record in records
+    ]
+    title = f"medians of {records[0]['repeats']} runs, one row at a time"
+    return rich_table(title, header, rows, left=2, show_lines=True)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -187,7 +186,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from trl import TrlParser
 
     args, decoding = TrlParser((CompareArguments, DecodingArguments)).parse_args_and_config(argv)
-    from nanollada.scripts.tracing.recorder import require_rich
     from nanollada.trainers.records import provenance, write_json
 
     require_rich("the table of results")

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
     if {"-h", "--help"} & set(words):
         print(_suite_help(), end="\n\nWithout --suite:\n\n")
     args, decoding = TrlParser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
-    from nanollada.scripts.tracing.recorder import require_rich
+    from nanollada.scripts.reporting.tables import require_rich
 
     require_rich("the table of results")
     options = {item.name: getattr(args, item.name) for item in fields(args) if item.name != "output"}

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from nanollada.scripts.first_run.expected import DISTRUST, NAMES, doubts, figures
+from nanollada.scripts.reporting.plots import panels, save_figure
+from nanollada.scripts.reporting.tables import NONE, percent, rich_table, with_error
 from nanollada.trainers.records import read_json
 
 COLUMNS = (
@@ -74,12 +76,10 @@ def shown_prompt(prompt) -> str:
 def result_cell(result: dict | None) -> str:
     """A result with its error: an exact number has none from masks, a bound is marked as one."""
     if result is None:
-        return "–"
+        return NONE
     if result["metric"] == "exact_match":
-        return f"{100 * result['value']:.1f} % ± {100 * result['standard_error']:.1f}"
-    if not result["bound"]:
-        return f"{result['value']:.3f}"
-    return f"≤ {result['value']:.3f} ± {result['mask_error']:.3f}"
+        return percent(result["value"], result["standard_error"])
+    return with_error(result["value"], result["mask_error"] if result["bound"] else None, bound=result["bound"])
 
 
 def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
@@ -96,14 +96,11 @@ def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
 def results_table(folder: Path, stages: list[str]):
     """The same for the terminal, a rich table that fits into 80 columns: the models and their results."""
     from rich.box import SIMPLE
-    from rich.table import Table
+    from rich.table import Column
 
-    table = Table(title="± one standard error; ≤ marks an upper bound", box=SIMPLE)
-    for name in ("model", *(title for _, title in COLUMNS)):
-        table.add_column(name, no_wrap=True)
-    for row in result_rows(folder, stages):
-        table.add_row(*row[: 1 + len(COLUMNS)])
-    return table
+    header = [Column(name, no_wrap=True) for name in ("model", *(title for _, title in COLUMNS))]
+    rows = [row[: len(header)] for row in result_rows(folder, stages)]
+    return rich_table("± one standard error; ≤ marks an upper bound", header, rows, box=SIMPLE)
 
 
 def loss_svg(folder: Path) -> str:
@@ -136,16 +133,13 @@ def draw_denoising(trace, path: Path) -> None:
         path (`Path`): A PNG file.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     from nanollada.scripts.tracing.pieces import TokenPieces
 
     pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
     decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
-    figure = Figure(figsize=(0.42 * len(columns) + 0.8, 0.27 * len(trace.steps) + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
+    figure, (axes,) = panels(size=(0.42 * len(columns) + 0.8, 0.27 * len(trace.steps) + 0.8))
+    axes.set(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
     axes.axis("off")
     palette = colormaps["viridis"].resampled(len(trace.steps) + 1)
     for step, ids in enumerate(trace.rows()):
@@ -157,7 +151,7 @@ def draw_denoising(trace, path: Path) -> None:
             box = {"boxstyle": "square,pad=0.25", "facecolor": colour, "edgecolor": "white"}
             ink = "black" if not undecided and decided_in[column] > 0.6 * len(trace.steps) else "white"
             axes.text(place, step, f"{text:^3}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def write_report(path: Path, folder: Path, stages: list[str], trace, title: str) -> None:

@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation.streamers import BaseStreamer
+
+from nanollada.scripts.reporting.tables import require_rich
 
 TEMPLATE = "trace_page.html"
 ABSENT = -1  # a place of an AR row that nothing was written to yet
@@ -207,12 +208,6 @@ def _single_row(value) -> list:
 
 
 # ---- the terminal
-
-
-def require_rich(what: str) -> None:
-    """Raises a ValueError that says how to get rich, if it is missing."""
-    if find_spec("rich") is None:
-        raise ValueError(f"{what} needs the package rich (pip install 'nanollada[demo]'), which is not installed")
 
 
 class TerminalWatcher(TraceRecorder):

@@ -10,10 +10,9 @@ import torch
 from rich.console import Console
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.tracing import recorder as trace_module
 from nanollada.scripts.tracing.page import trace_fragment, trace_page, trace_view
 from nanollada.scripts.tracing.pieces import UNDECIDED, Piece, TokenPieces, trace_cells
-from nanollada.scripts.tracing.recorder import ABSENT, StepRecorder, TraceRecorder, require_rich
+from nanollada.scripts.tracing.recorder import ABSENT, StepRecorder, TraceRecorder
 from nanollada.scripts.tracing.terminal import TerminalWatcher
 from nanollada.trainers.models import config_for
 
@@ -441,7 +440,7 @@ def test_watching_an_autoregressive_model_writes_its_text(tokenizer):
     assert recorder.ids[-1] == EOS
 
 
-def test_watching_needs_rich(monkeypatch):
-    monkeypatch.setattr(trace_module, "find_spec", lambda name: None)
+def test_watching_needs_rich(tokenizer, monkeypatch):
+    monkeypatch.setattr("nanollada.scripts.reporting.tables.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`watch` needs the package rich"):
-        require_rich("`watch`")
+        TerminalWatcher(tokenizer)
