@@ -47,7 +47,7 @@ class Writing(NamedTuple):
     Attributes:
         title (`str`): Its heading.
         settings (`dict`): What decides the text, to be shown.
-        recorder ([`~scripts.trace_live.LiveRecorder`]): Its steps so far.
+        recorder ([`~scripts.tracing.live.LiveRecorder`]): Its steps so far.
         write (`Callable`): The `generate` call.
     """
 

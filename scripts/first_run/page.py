@@ -113,7 +113,7 @@ def loss_svg(folder: Path) -> str:
 
 
 def record(checkpoint: Path, prompt, seed: int, **decoding):
-    """The denoising of one prompt, greedy and one token a step, as a [`~scripts.trace.TraceRecorder`]."""
+    """The denoising of one prompt, greedy and one token a step, as a [`~scripts.tracing.recorder.TraceRecorder`]."""
     from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
     from nanollada.scripts.decoding.writing import generate
     from nanollada.scripts.tracing.recorder import TraceRecorder
@@ -129,7 +129,7 @@ def draw_denoising(trace, path: Path) -> None:
     Draws a denoising: a line per step, a column per token of the answer, coloured by the step that decided it.
 
     Args:
-        trace ([`~scripts.trace.TraceRecorder`]): After its `generate` call.
+        trace ([`~scripts.tracing.recorder.TraceRecorder`]): After its `generate` call.
         path (`Path`): A PNG file.
     """
     from matplotlib import colormaps
@@ -162,7 +162,7 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
         path (`Path`): The page.
         folder (`Path`): The run: a folder per stage, `settings.json`, `results.json` and `comparison.json`.
         stages (`list[str]`): The stages to show.
-        trace ([`~scripts.trace.TraceRecorder`]): A denoising to show.
+        trace ([`~scripts.tracing.recorder.TraceRecorder`]): A denoising to show.
         title (`str`): What was denoised.
     """
     from jinja2 import Environment, StrictUndefined
