@@ -59,7 +59,8 @@ def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, 
         model, tokenizer: Of `load_checkpoint`.
         ids (`list[int]`): The prompt, of `prompt_ids`.
         seed (`int`, defaults to 0): Of whatever is drawn.
-        recorder ([`~scripts.tracing.recorder.StepRecorder`], *optional*): To keep or show the steps; made right before the call.
+        recorder ([`~scripts.tracing.recorder.StepRecorder`], *optional*): To keep or show the steps; made right
+            before the call.
         given: Options, see `generation_settings`.
 
     Raises:

@@ -40,8 +40,14 @@ def frames(path):
     return shown
 
 
+def picture(*recorders):
+    """Of one trace, or of several with titles."""
+    traces = {f"model {n}": item for n, item in enumerate(recorders)} if len(recorders) > 1 else {"": recorders[0]}
+    return trace_gif._Picture(Pen(), trace_gif._panels(Pen(), traces))
+
+
 def layout(recorder):
-    return trace_gif._layout(Pen(), trace_cells(recorder))
+    return picture(recorder).panels[0].places
 
 
 def colours(image, place):
@@ -59,8 +65,7 @@ def test_a_frame_per_step(tokenizer, tmp_path):
     assert len(shown) == len(order) and {image.size for image, _ in shown} == {shown[0][0].size}
     assert [time for _, time in shown] == [500] * (len(order) - 1) + [3000]
     places = layout(recorder)
-    picture = trace_gif._Picture(Pen(), places, shown[0][0].size, len(order), len(prompt))
-    shades = [picture.shade(step) for step in range(1, len(order) + 1)]
+    shades = [picture(recorder).shade(step) for step in range(1, len(order) + 1)]
     assert len(set(shades)) == len(order)
     for step, (image, _) in enumerate(shown, start=1):
         for column, place in enumerate(places):
@@ -75,6 +80,39 @@ def test_a_frame_per_step(tokenizer, tmp_path):
                 assert shades[decided - 1] in seen and BLOCK not in seen
             corner = image.getpixel((place.x, place.y + 2))
             assert (corner == INK) == (column >= len(prompt) and decided == step)  # the newest has a frame
+
+
+def test_two_traces_share_a_clock(tokenizer, tmp_path):
+    """Side by side: each panel holds its own row at every step, ends with its own text, and then waits."""
+    prompt, text = tokenizer("The cat").input_ids, tokenizer("sat on the mat").input_ids
+    quick = record(tokenizer, prompt, text, [range(0, len(text), 2), range(1, len(text), 2)])
+    slow = TraceRecorder(tokenizer)  # left to right, as an AR model
+    slow.put(torch.tensor(prompt))
+    for token in text[:-1]:
+        slow.put(torch.tensor([token]))
+    slow.end()
+    write_gif({"model 0": quick, "model 1": slow}, tmp_path / "out.gif")
+    shown, drawn = frames(tmp_path / "out.gif"), picture(quick, slow)
+    assert len(shown) == drawn.steps == len(text) - 1 and {image.size for image, _ in shown} == {drawn.size}
+    assert drawn.size[0] == trace_gif.WIDTH + 2 * trace_gif.MARGIN
+    left, right = drawn.panels
+    assert left.right + trace_gif.GAP == right.left and all(place.x >= right.left for place in right.places)
+    assert all(place.x + place.width <= left.right for place in left.places)
+    for panel, trace, count in ((left, quick, 2), (right, slow, len(text) - 1)):
+        assert len(panel.states) == count + 1
+        assert "".join(cell.piece.text for cell in panel.states[-1]) == tokenizer.decode(trace.ids)
+        for step, (image, _) in enumerate(shown, start=1):
+            for place, cell in zip(panel.places, panel.states[min(step, count)], strict=True):
+                if not place.width:
+                    continue
+                seen = colours(image, place)
+                assert BLOCK in seen if cell.piece.kind == "mask" else not cell.when or BLOCK not in seen
+                assert not cell.when or drawn.shade(cell.when) in seen
+                assert (image.getpixel((place.x, place.y + 2)) == INK) == (cell.when == step)
+    headings = [image.crop((0, trace_gif.MARGIN + LINE, drawn.size[0], left.places[0].y)) for image, _ in shown]
+    half = (0, 0, left.right, headings[0].height)
+    assert headings[1].crop(half).tobytes() == headings[-1].crop(half).tobytes()  # "2 of 2 forward passes"
+    assert len({heading.tobytes() for heading in headings}) == len(shown)
 
 
 def test_long_traces_take_ten_seconds(tokenizer, tmp_path):
@@ -105,7 +143,8 @@ def test_nothing_leaves_the_picture(tokenizer, tmp_path):
     assert ends and all(places[column + 1].y > places[column].y for column in ends)
     wide = Pen().width("W" * 80)
     cell = trace_cells(recorder)[-1][0]
-    (place,) = trace_gif._layout(Pen(), [[cell._replace(piece=cell.piece._replace(text="W" * 80))]])
+    cells = [[cell._replace(piece=cell.piece._replace(text="W" * 80))]]
+    (place,) = trace_gif._layout(Pen(), cells, trace_gif.MARGIN, trace_gif.WIDTH, 0)
     assert place.width == wide + 2 * PADDING > trace_gif.WIDTH
 
 
@@ -156,3 +195,5 @@ def test_fonts_that_draw_only_boxes_or_symbols_are_not_asked():
 def test_nothing_recorded_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="`trace` must have recorded a `generate` call"):
         write_gif(TraceRecorder(tokenizer), tmp_path / "out.gif")
+    with pytest.raises(ValueError, match="`trace` must have recorded a `generate` call"):
+        write_gif({"a": record(tokenizer, [5], [7], [[0]]), "b": TraceRecorder(tokenizer)}, tmp_path / "out.gif")
