@@ -300,12 +300,14 @@ class Quickstart:
 
     def compare(self) -> None:
         """Both models on the same prompts: text, seconds, tokens per second and per forward."""
-        from nanollada.scripts.decoding.comparison import compare, comparison_table
+        from nanollada.scripts.decoding.comparison import CompareArguments, compare, comparison_table
+        from nanollada.scripts.decoding.settings import DecodingArguments
 
         path = self.folder / "comparison.json"
         if not path.exists():
-            options = {"max_new_tokens": self.new_tokens(), "repeats": 2, "seed": self.args.seed}
-            write_json(path, compare(str(self.final("ar")), str(self.final("diffusion")), self.prompts(), **options))
+            pair = {kind: str(self.final(kind)) for kind in ("ar", "diffusion")}
+            args = CompareArguments(**pair, prompts=self.prompts(), repeats=2, seed=self.args.seed)
+            write_json(path, compare(args, DecodingArguments(max_new_tokens=self.new_tokens())))
         self.console.print(comparison_table(json.loads(path.read_text())))
 
     def export(self) -> None:

@@ -2,18 +2,19 @@
 
 import json
 import statistics
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
 from nanollada.scripts.decoding.settings import (
     DecodingArguments,
     effective_settings,
-    generation_settings,
     split_options,
 )
 from nanollada.scripts.decoding.writing import generate
 from nanollada.scripts.reporting.tables import require_rich, rich_table
+
+TITLES = {"diffusion": "Diffusion", "ar": "AR"}  # of a GIF's panels, from left to right
 
 
 @dataclass
@@ -31,18 +32,29 @@ class CompareArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the checkpoints."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    trace_gif: str | None = field(
+        default=None, metadata={"help": "A .gif file: both models write the prompt side by side, pass by pass."}
+    )
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"`repeats` must be at least 1, got {self.repeats}")
+        if self.trace_gif is not None and Path(self.trace_gif).suffix != ".gif":
+            raise ValueError(f"`trace_gif` must be a file that ends in .gif, got {self.trace_gif!r}")
 
 
-def read_prompts(prompts: list[str]) -> list[str | list[dict]]:
+def read_prompts(prompts: list[str | list[dict]]) -> list[str | list[dict]]:
     """
-    The prompts themselves, or those of a file if a single one names a `.txt` or `.jsonl` file.
+    The prompts themselves, texts or chats; or those of a file if a single one names a `.txt` or `.jsonl` file.
 
     In a `.jsonl` file a row's `prompt` may be a string or messages; of `messages` the last answer is left out.
 
     Raises:
-        `ValueError`: for a file that is not there or has no prompts, and for rows without one.
+        `ValueError`: for no prompts, for a file that is not there or has none, and for rows without one.
     """
-    path = Path(prompts[0]) if len(prompts) == 1 else None
+    if not prompts:
+        raise ValueError("`prompts` must hold at least one prompt, got none")
+    path = Path(prompts[0]) if len(prompts) == 1 and isinstance(prompts[0], str) else None
     if path is None or path.suffix not in (".txt", ".jsonl"):
         return prompts
     if not path.is_file():
@@ -70,20 +82,9 @@ def _prompt_of(line: str, place: str) -> str | list[dict]:
     return prompt
 
 
-def compare(
-    ar: str,
-    diffusion: str,
-    prompts: list[str | list[dict]],
-    *,
-    chat: bool = False,
-    repeats: int = 3,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    device: str | None = None,
-    **decoding,
-) -> list[dict]:
+def compare(args: CompareArguments, decoding: DecodingArguments | None = None) -> list[dict]:
     """
-    Lets both models go on from the same prompts.
+    Lets both models go on from the same prompts, and writes the files that the arguments name.
 
     Each prompt runs `repeats` times, one row at a time, after one run of the model that does not count. `seconds` is
     the median wall time of the `generate` call (each step's copy of the ids to the host included),
@@ -91,13 +92,8 @@ def compare(
     the row). `tokens_per_second` is the tokens that were kept, an end of text included, by `seconds`.
 
     Args:
-        ar, diffusion (`str`): Checkpoints, with the same tokenizer.
-        prompts (`list[str | list[dict]]`): Plain texts, or chats as messages.
-        chat (`bool`, defaults to `False`): Take texts for user messages.
-        repeats (`int`, defaults to 3): Timed runs per prompt and model, all with the same seed.
-        seed (`int`, defaults to 0): Of whatever is drawn.
-        trust_remote_code, device: As for `load_checkpoint`.
-        decoding: Options of `generate`; those that only diffusion knows go to the diffusion model alone.
+        args ([`CompareArguments`]): Checkpoints with the same tokenizer, and prompts: texts, or chats as messages.
+        decoding ([`DecodingArguments`], *optional*): What only diffusion knows goes to the diffusion model alone.
 
     Returns:
         `list[dict]`: For each prompt a record of each model: `prompt`, `model` ("ar", "diffusion"), `checkpoint`,
@@ -105,39 +101,52 @@ def compare(
             `repeats`, `seed`, `settings`.
 
     Raises:
-        `ValueError`: for a checkpoint of the other kind, tokenizers that differ, `repeats` below 1, no prompt; and as
-            `generate`.
+        `ValueError`: for a checkpoint of the other kind, tokenizers that differ, no prompt, and several ones of which
+            a GIF is wanted; and as `generate`.
     """
     from tqdm.auto import tqdm
 
-    _check(prompts, repeats)
-    pair = load_pair(ar, diffusion, trust_remote_code, device)
-    options = split_options(decoding)
-    for name, (model, _) in pair.items():
-        generation_settings(model, **options[name])  # before anything takes long
+    from nanollada.trainers.records import provenance, write_json
+
+    prompts = read_prompts(args.prompts)
+    if args.trace_gif is not None and len(prompts) > 1:
+        raise ValueError(f"`trace_gif` shows one prompt: `prompts` must hold one, got {len(prompts)}")
+    pair = load_pair(args.ar, args.diffusion, args.trust_remote_code, args.device)
+    options = split_options({} if decoding is None else decoding.given())
+    settings = {name: effective_settings(model, **options[name]) for name, (model, _) in pair.items()}
     tokenizer = pair["ar"][1]
-    rendered = [prompt_ids(tokenizer, _message(item) if chat else item) for item in prompts]
+    rendered = [prompt_ids(tokenizer, _message(item) if args.chat else item) for item in prompts]
     records = {}
-    bar = tqdm(total=2 * (len(prompts) * repeats + 1), desc="Comparing", unit=" runs")
+    bar = tqdm(total=2 * (len(prompts) * args.repeats + 1), desc="Comparing", unit=" runs")
     for name, (model, _) in pair.items():
+        origin = {"model": name, "checkpoint": getattr(args, name), "repeats": args.repeats, "seed": args.seed}
         for number, ids in enumerate(rendered):
-            measured = measure(model, tokenizer, ids, repeats, seed, number == 0, bar, options[name])
-            facts = {"prompt": prompts[number], "model": name, "checkpoint": ar if name == "ar" else diffusion}
-            how = {"repeats": repeats, "seed": seed, "settings": effective_settings(model, **options[name])}
-            records[number, name] = {**facts, **measured, **how}
+            measured = measure(model, tokenizer, ids, args.repeats, args.seed, number == 0, bar, options[name])
+            records[number, name] = {"prompt": prompts[number], **origin, **measured, "settings": settings[name]}
     bar.close()
-    return [records[number, name] for number in range(len(prompts)) for name in pair]
-
-
-def _check(prompts: list, repeats: int) -> None:
-    if repeats < 1:
-        raise ValueError(f"`repeats` must be at least 1, got {repeats}")
-    if not prompts:
-        raise ValueError("`prompts` must hold at least one prompt, got none")
+    results = [records[number, name] for number in range(len(prompts)) for name in pair]
+    if args.output is not None:
+        write_json(args.output, {**provenance(), "results": results})
+    if args.trace_gif is not None:
+        _write_gif(pair, rendered[0], args, options)
+    return results
 
 
 def _message(prompt: str | list[dict]) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _write_gif(pair: dict, ids: list[int], args: CompareArguments, options: dict[str, dict]) -> None:
+    """Both write the prompt once more, as the runs that were timed did, and not at the price of their times."""
+    from nanollada.scripts.tracing.gif import write_gif
+    from nanollada.scripts.tracing.recorder import StepRecorder
+
+    traces = {}
+    for name, title in TITLES.items():
+        model, tokenizer = pair[name]
+        traces[title] = StepRecorder(tokenizer)
+        generate(model, tokenizer, ids, seed=args.seed, recorder=traces[title], **options[name])
+    write_gif(traces, args.trace_gif)
 
 
 def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict:
@@ -182,19 +191,16 @@ def comparison_table(records: list[dict]):
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Parses arguments (or `--config file.yaml`), compares, prints, saves, and returns the records."""
+    """Parses arguments (or `--config file.yaml`), compares, prints, and returns the records."""
     from trl import TrlParser
 
     args, decoding = TrlParser((CompareArguments, DecodingArguments)).parse_args_and_config(argv)
-    from nanollada.trainers.records import provenance, write_json
-
     require_rich("the table of results")
-    options = {item.name: getattr(args, item.name) for item in fields(args) if item.name not in ("prompts", "output")}
-    records = compare(prompts=read_prompts(args.prompts), **options, **decoding.given())
+    records = compare(args, decoding)
     from rich.console import Console
 
     Console().print(comparison_table(records))
-    if args.output is not None:
-        write_json(args.output, {**provenance(), "results": records})
-        print(f"results: {args.output}")
+    for name in ("output", "trace_gif"):
+        if getattr(args, name) is not None:
+            print(f"{name}: {getattr(args, name)}")
     return records

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollada.scripts.decoding.checkpoint import CheckpointArguments, load_checkpoint, prompt_ids
-from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings, generation_settings
+from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings
 from nanollada.scripts.decoding.writing import Generated, generate
 from nanollada.trainers.scoring.kind import is_diffusion
 
@@ -84,54 +84,33 @@ def chat(
             turn += 1
 
 
-def _recorder(args: GenerateArguments, tokenizer):
-    from nanollada.scripts.tracing.recorder import StepRecorder, TraceRecorder
-    from nanollada.scripts.tracing.terminal import TerminalWatcher
-
-    if args.watch:
-        return TerminalWatcher(tokenizer, delay=args.watch_delay)
-    return StepRecorder(tokenizer) if args.trace is None else TraceRecorder(tokenizer)
-
-
-def _write_and_show(args, model, tokenizer, ids, seed, **options) -> tuple[Generated, object]:
-    """Generates and prints the text, and counts on the error stream."""
-    recorder = _recorder(args, tokenizer)
-    try:
-        made = generate(model, tokenizer, ids, seed=seed, recorder=recorder, **options)
-    finally:
-        if args.watch:
-            recorder.close()
-    if recorder.is_diffusion or not args.watch:  # a watched AR text stands there already
-        print(made.text)
-    end = "" if made.finished or args.infill else ", cut off at `max_new_tokens`"
-    print(
-        f"[{made.tokens} tokens in {made.seconds:.2f} s, {made.tokens_per_forward:.2f} per forward pass{end}]",
-        file=sys.stderr,
-    )
-    return made, recorder
-
-
-def run(args: GenerateArguments, decoding: DecodingArguments) -> None:
+def run(args: GenerateArguments, decoding: DecodingArguments | None = None) -> Generated | list[dict]:
     """
-    One prompt or a chat, as the arguments say.
+    Writes and prints what the arguments say: the text that one prompt gives, or a chat with who sits there.
+
+    Args:
+        args ([`GenerateArguments`]): Checkpoint and prompt.
+        decoding ([`DecodingArguments`], *optional*): What is not given is the checkpoint's to say.
+
+    Returns:
+        `Generated` or `list[dict]`: What was written, or the chat's messages.
 
     Raises:
         `ValueError`: as `generate`; if `infill` and the prompt's mask tokens don't go together.
     """
     model, tokenizer = load_checkpoint(args.checkpoint, args.trust_remote_code, args.device)
-    options = decoding.given()
-    generation_settings(model, **options)  # before anybody types a word
+    options = {} if decoding is None else decoding.given()
+    settings = {"model": args.checkpoint, "seed": args.seed, **effective_settings(model, **options)}  # or refuses them
     if args.prompt is None:
-        prompt_ids(tokenizer, [{"role": "user", "content": "?"}])
+        prompt_ids(tokenizer, [{"role": "user", "content": "?"}])  # before anybody types a word
 
         def answer(messages, turn):
             ids = _checked_prompt(args, model, tokenizer, messages)
-            return _write_and_show(args, model, tokenizer, ids, args.seed + turn, **options)[0].text
+            return _write_and_show(args, model, tokenizer, ids, args.seed + turn, options)[0].text
 
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, line editing for `input`, where Python has it
-        chat(answer, system=args.system, read=input)
-        return
+        return chat(answer, system=args.system, read=input)
     prompt = args.prompt
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -139,21 +118,11 @@ def run(args: GenerateArguments, decoding: DecodingArguments) -> None:
     ids = _checked_prompt(args, model, tokenizer, prompt)
     if args.infill:
         options.setdefault("max_new_tokens", 0)
-    _, recorder = _write_and_show(args, model, tokenizer, ids, args.seed, **options)
+        settings.update(effective_settings(model, **options))
+    written, recorder = _write_and_show(args, model, tokenizer, ids, args.seed, options)
     if args.trace is not None:
-        settings = {"model": args.checkpoint, "seed": args.seed, **effective_settings(model, **options)}
         _write_trace(recorder, Path(args.trace), args.prompt, settings)
-
-
-def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
-    from nanollada.scripts.tracing.gif import write_gif
-    from nanollada.scripts.tracing.page import trace_page
-
-    if path.suffix == ".gif":
-        write_gif(recorder, path)
-    else:
-        path.write_text(trace_page(recorder, title, settings), encoding="utf-8")
-    print(f"[{path}]", file=sys.stderr)
+    return written
 
 
 def _checked_prompt(args, model, tokenizer, prompt) -> list[int]:
@@ -165,6 +134,39 @@ def _checked_prompt(args, model, tokenizer, prompt) -> list[int]:
             f"`infill` must be set for a `prompt` with {tokenizer.mask_token}, and only then, got {args.infill}"
         )
     return ids
+
+
+def _write_and_show(args, model, tokenizer, ids, seed, options) -> tuple[Generated, object]:
+    """Generates and prints the text, and counts on the error stream."""
+    from nanollada.scripts.tracing.recorder import StepRecorder, TraceRecorder
+    from nanollada.scripts.tracing.terminal import TerminalWatcher
+
+    if args.watch:
+        recorder = TerminalWatcher(tokenizer, delay=args.watch_delay)
+    else:
+        recorder = StepRecorder(tokenizer) if args.trace is None else TraceRecorder(tokenizer)
+    try:
+        written = generate(model, tokenizer, ids, seed=seed, recorder=recorder, **options)
+    finally:
+        if args.watch:
+            recorder.close()
+    if recorder.is_diffusion or not args.watch:  # a watched AR text stands there already
+        print(written.text)
+    end = "" if written.finished or args.infill else ", cut off at `max_new_tokens`"
+    counts = f"{written.tokens} tokens in {written.seconds:.2f} s, {written.tokens_per_forward:.2f} per forward pass"
+    print(f"[{counts}{end}]", file=sys.stderr)
+    return written, recorder
+
+
+def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
+    from nanollada.scripts.tracing.gif import write_gif
+    from nanollada.scripts.tracing.page import trace_page
+
+    if path.suffix == ".gif":
+        write_gif(recorder, path)
+    else:
+        path.write_text(trace_page(recorder, title, settings), encoding="utf-8")
+    print(f"[{path}]", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

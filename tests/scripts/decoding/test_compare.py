@@ -5,13 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding import comparison
 from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
-from nanollada.scripts.decoding.comparison import compare, comparison_table, main, read_prompts
+from nanollada.scripts.decoding.comparison import (
+    CompareArguments,
+    compare,
+    comparison_table,
+    main,
+    read_prompts,
+)
+from nanollada.scripts.decoding.settings import DecodingArguments
 from nanollada.scripts.decoding.writing import Generated, generate
+from nanollada.scripts.tracing.pieces import TokenPieces, trace_cells
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -35,10 +44,14 @@ def pair(folder):
     return str(folder / "ar"), str(folder / "diffusion")
 
 
+def compared(pair, prompts, repeats=1, seed=0, chat=False, **decoding):
+    return compare(CompareArguments(*pair, prompts, chat, repeats, seed), DecodingArguments(**decoding))
+
+
 def test_both_models_go_on_from_the_same_prompts(folder, tokenizer):
     prompts = ["The cat", [{"role": "user", "content": "Why?"}]]
     decoding = {"max_new_tokens": 8, "temperature": 0.7, "steps": 2, "block_length": None}
-    records = compare(*pair(folder), prompts, repeats=2, seed=3, **decoding)
+    records = compared(pair(folder), prompts, repeats=2, seed=3, **decoding)
     assert [(record["prompt"], record["model"]) for record in records] == [
         (prompt, model) for prompt in prompts for model in CLASSES
     ]
@@ -59,8 +72,8 @@ def test_both_models_go_on_from_the_same_prompts(folder, tokenizer):
 
 
 def test_texts_may_be_messages(folder):
-    asked = compare(*pair(folder), ["Why?"], chat=True, repeats=1, max_new_tokens=4)
-    written = compare(*pair(folder), [[{"role": "user", "content": "Why?"}]], repeats=1, max_new_tokens=4)
+    asked = compared(pair(folder), ["Why?"], chat=True, repeats=1, max_new_tokens=4)
+    written = compared(pair(folder), [[{"role": "user", "content": "Why?"}]], repeats=1, max_new_tokens=4)
     assert [record["text"] for record in asked] == [record["text"] for record in written]
     assert asked[0]["prompt"] == "Why?"
 
@@ -73,7 +86,7 @@ def test_times_are_medians_without_the_warm_up(folder, monkeypatch):
         return Generated("text", 10, True, seconds, first, 2.0)
 
     monkeypatch.setattr(comparison, "generate", fake)
-    records = compare(*pair(folder), ["a", "b"], repeats=3)
+    records = compared(pair(folder), ["a", "b"], repeats=3)
     times = [(record["seconds"], record["first_token_seconds"], record["tokens_per_second"]) for record in records]
     assert times == [(2.0, 2.0, 5.0)] * 2 + [(7.0, 2.0, 10 / 7)] * 2
     assert next(clock, None) is None  # one warm-up run per model, none per prompt
@@ -81,16 +94,42 @@ def test_times_are_medians_without_the_warm_up(folder, monkeypatch):
 
 def test_what_cannot_be_compared(folder):
     ar, diffusion = pair(folder)
-    for arguments, options, message in (
-        ((ar, ar, ["a"]), {}, "`diffusion` must be a diffusion checkpoint, got NanoLLaDAForCausalLM"),
-        ((diffusion, diffusion, ["a"]), {}, "`ar` must be an autoregressive checkpoint, got NanoLLaDAForMaskedLM"),
-        ((str(folder / "other"), diffusion, ["a"]), {}, "`ar` and `diffusion` must have the same tokenizer"),
-        ((ar, diffusion, []), {}, "`prompts` must hold at least one prompt, got none"),
-        ((ar, diffusion, ["a"]), {"repeats": 0}, "`repeats` must be at least 1, got 0"),
-        ((ar, diffusion, ["a"]), {"steps": 0}, "`steps` must be an integer >= 1, got 0"),
+    for checkpoints, prompts, options, message in (
+        ((ar, ar), ["a"], {}, "`diffusion` must be a diffusion checkpoint, got NanoLLaDAForCausalLM"),
+        ((diffusion, diffusion), ["a"], {}, "`ar` must be an autoregressive checkpoint, got NanoLLaDAForMaskedLM"),
+        ((str(folder / "other"), diffusion), ["a"], {}, "`ar` and `diffusion` must have the same tokenizer"),
+        ((ar, diffusion), [], {}, "`prompts` must hold at least one prompt, got none"),
+        ((ar, diffusion), ["a"], {"repeats": 0}, "`repeats` must be at least 1, got 0"),
+        ((ar, diffusion), ["a"], {"steps": 0}, "`steps` must be an integer >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            compare(*arguments, **options)
+            compared(checkpoints, prompts, **options)
+    with pytest.raises(ValueError, match=r"`trace_gif` must be a file that ends in \.gif, got 'a.html'"):
+        CompareArguments(ar, diffusion, ["a"], trace_gif="a.html")
+    with pytest.raises(ValueError, match="`trace_gif` shows one prompt: `prompts` must hold one, got 2"):
+        compare(CompareArguments(ar, diffusion, ["a", "b"], trace_gif="a.gif"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no font of this system")
+def test_a_picture_of_both(folder, tokenizer, tmp_path, monkeypatch, capsys):
+    """Left diffusion and right AR write what was compared, a frame per forward pass of the slower one."""
+    from nanollada.scripts.tracing import gif
+
+    drawn, original = [], gif.write_gif
+    monkeypatch.setattr(gif, "write_gif", lambda traces, path: (drawn.append(traces), original(traces, path)))
+    words = ["--ar", pair(folder)[0], "--diffusion", pair(folder)[1], "--prompts", "The cat", "--repeats", "1"]
+    words += ["--max_new_tokens", "8", "--steps", "2", "--temperature", "0.7", "--seed", "3"]
+    records = main([*words, "--trace_gif", str(tmp_path / "out.gif")])
+    assert f"trace_gif: {tmp_path / 'out.gif'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "out.gif") as animation:
+        assert animation.n_frames == 8  # the AR model's passes
+    (traces,) = drawn
+    assert list(traces) == ["Diffusion", "AR"] and [len(trace.steps) for trace in traces.values()] == [2, 8]
+    start = len(prompt_ids(tokenizer, "The cat"))
+    for record, trace in zip(records, [traces["AR"], traces["Diffusion"]], strict=True):
+        new = trace.ids[start : trace.kept]
+        assert tokenizer.decode(new, skip_special_tokens=True) == record["text"] and len(new) == record["tokens"]
+        assert [cell.piece for cell in trace_cells(trace)[-1][start:]] == TokenPieces(tokenizer)(new)
 
 
 def test_prompts_from_files(tmp_path):
