@@ -7,11 +7,11 @@ import torch
 from test_report import recorded
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts import quickstart
 from nanollada.scripts.evaluation.checkpoint import main as evaluate
+from nanollada.scripts.first_run import stages
 from nanollada.scripts.first_run.expected import DISTRUST, EXPECTED, NAMES, RECORDED_WITH, doubts
 from nanollada.scripts.first_run.page import result_rows, write_report
-from nanollada.scripts.quickstart import Quickstart, QuickstartArguments
+from nanollada.scripts.first_run.stages import Quickstart, QuickstartArguments
 from nanollada.trainers.models import config_for
 
 # README's table.
@@ -108,7 +108,7 @@ def test_the_end_says_so(finished, capsys, monkeypatch, solved, status):
     folder = finished({"ar_sft": {"exact_match": solved}}, {"on_bad_rows": "stop", "digests": {}, "seed": 42})
     for name in ("make_corpus", "make_tokenizer", "evaluate", "compare", "export", "report"):
         monkeypatch.setattr(Quickstart, name, lambda self: None)
-    assert quickstart.main(["--output", str(folder)]) == status
+    assert stages.main(["--output", str(folder)]) == status
     shown = capsys.readouterr().out
     assert (DISTRUST in shown) == ("share of sudokus solved 0.000" in shown) == (status == 3)
     assert "Next: python scripts/generate.py" in shown
@@ -142,7 +142,7 @@ def trained(tmp_path, tokenizer):
 def measure_suite(run, tmp_path):
     """README's suite command, its tasks with the names of the quickstart's data and metrics."""
     checkpoints = [str(run.folder / stage) for stage in ("ar_sft", "diffusion_sft")]
-    words = ["--suite", str(quickstart.RECIPES.parent / "suites" / "quickstart.yaml"), "--checkpoints", *checkpoints]
+    words = ["--suite", str(stages.RECIPES.parent / "suites" / "quickstart.yaml"), "--checkpoints", *checkpoints]
     words += ["--suite_data", str(run.corpus), "--output", str(tmp_path / "suite"), "--samples", "2"]
     evaluate([*words, "--tasks", "text", "answers", "sudoku"])
 

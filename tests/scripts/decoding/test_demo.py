@@ -14,8 +14,7 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
-from nanollada.scripts.decoding.writing import generate
-from nanollada.scripts.demo import (
+from nanollada.scripts.decoding.demo_page import (
     LARGEST_SEED,
     DemoArguments,
     build_page,
@@ -24,13 +23,14 @@ from nanollada.scripts.demo import (
     read_fields,
     write_all,
 )
+from nanollada.scripts.decoding.writing import generate
 from nanollada.scripts.tracing.pieces import trace_cells
 from nanollada.scripts.tracing.recorder import TraceRecorder
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EOS = 2
 PROMPT = "The {{cat}} ${1 + 1} <b>&amp;"  # markup of pages and templates is text
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nanollada.scripts.quickstart import STAGES, Quickstart, QuickstartArguments, read_rows, split_rows
+from nanollada.scripts.first_run.stages import STAGES, Quickstart, QuickstartArguments, read_rows, split_rows
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "quickstart.py"
 
 
 def test_test_rows_are_never_training_rows(tmp_path):
