@@ -1,4 +1,4 @@
-"""The README: its first two commands are the main job and the tests, and every other one runs (slow)."""
+"""The READMEs: the first two commands are the main job and the tests, and every other one runs (slow)."""
 
 import json
 import os
@@ -13,51 +13,68 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("bash", "python")}
+README = ROOT / "README.md"
+ROOMS = ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload")
+PAGES = [README, *sorted(path for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("README.md"))]
+TEXT = README.read_text(encoding="utf-8")
 INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -c tests/constraints.txt -e ".[{}]" && '
-COMMANDS = [line for block in BLOCKS["bash"][2:] for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def blocks(text, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.S)
+
+
+def commands(page):
+    """The lines of a page's commands, but for the two that install."""
+    lines = [line for block in blocks(page.read_text(encoding="utf-8"), "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "python3 -m venv"))]
 
 
 def test_it_opens_with_the_main_job_and_the_tests():
-    main_job, tests = BLOCKS["bash"][:2]
+    main_job, tests = (
+        re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", TEXT, re.S)[1] for name in ("main job", "tests")
+    )
     assert main_job == INSTALL.format("quickstart") + ".venv/bin/python scripts/quickstart.py\n"
     assert tests == INSTALL.format("dev") + ".venv/bin/python -m pytest\n"
-    assert TEXT.index("![") < TEXT.index("\n## ")
+    assert blocks(TEXT, "bash")[:2] == [main_job, tests] and TEXT.index("![") < TEXT.index("```bash")
+    assert len(TEXT.splitlines()) <= 150 and len(TEXT.encode()) < 8500
 
 
-def test_every_file_it_names_exists():
-    for name in re.findall(r"[\w./-]+\.(?:py|yaml|md|png)\b", TEXT):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_it_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"[\w./-]+\.(?:py|yaml|md|png|gif)\b", text):
         made = name.startswith(("runs/", "my")) or "/" not in name
-        assert made or (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert name.startswith("https://") or (ROOT / name).exists(), name
+        assert made or any((folder / name).exists() for folder in (ROOT, page.parent)), name
+    for name, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text):
+        assert name.startswith("https://") or (page.parent / name).exists(), name
+        titles = re.findall(r"^#+ (.*)$", (page.parent / name).read_text(encoding="utf-8"), re.M) if anchor else ()
+        assert not anchor or anchor[1:] in {
+            re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles
+        }
 
 
-def test_every_source_file_is_in_its_map():
-    for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
-        for path in (ROOT / room).glob("*.py"):
-            assert path.name == "__init__.py" or f"`{path.name}`" in TEXT, path
+def test_every_folder_has_a_page_or_a_line():
+    """The rooms of trainers/ and scripts/ are named where their folder's page says what is where."""
+    for room in ("trainers", "scripts"):
+        page = (ROOT / room / "README.md").read_text(encoding="utf-8")
+        for folder in (ROOT / room).iterdir():
+            if (folder / "__init__.py").exists():
+                assert f"`{folder.name}/`" in page, folder
 
 
-def test_the_chinese_one_says_the_same():
-    """Code, numbers and links are the English one's; the words are for a reader to check."""
+def test_the_chinese_one_has_the_same_commands_and_figures():
+    """The words are for a reader to check."""
     chinese = (ROOT / "scripts" / "README_zh.md").read_text(encoding="utf-8")
-    blocks, number = r"```\w*\n.*?```", r"\d+(?:,\d{3})*(?:\.\d+)?"
-    assert re.findall(blocks, TEXT, re.S) == re.findall(blocks, chinese, re.S)
-    prose = [re.sub(blocks, "", text, flags=re.S) for text in (TEXT, chinese)]
-    english, other = (Counter(code.replace("\n", " ") for code in re.findall(r"`[^`]+`", text)) for text in prose)
-    assert english == other
-    prose = [re.sub(r"`[^`]+`", "", text) for text in prose]
-    links = [re.findall(r"\]\(([^)]+)\)", text) for text in prose]
-    assert len(links[0]) == len(links[1])
-    for name in links[1]:
+    fences, number = r"```\w*\n.*?```", r"\d+(?:,\d{3})*(?:\.\d+)?"
+    assert re.findall(fences, TEXT, re.S) == re.findall(fences, chinese, re.S)
+    figures = []
+    for text in (TEXT, chinese):
+        prose = re.sub(r"`[^`]+`|\]\([^)]+\)", "", re.sub(fences, "", text, flags=re.S))
+        figures.append(Counter(re.findall(number, prose)))
+    assert figures[0] == figures[1]
+    for name in re.findall(r"\]\(([^)#]+)", chinese):
         assert name.startswith("https://") or (ROOT / "scripts" / name).exists(), name
-    prose = [re.sub(r"\]\([^)]+\)", "]", text) for text in prose]
-    english, other = (Counter(re.findall(number, text)) for text in prose)
-    assert english == other
-    headings_and_rows = [len(re.findall(r"^(?:#+ |\|)", text, re.M)) for text in prose]
-    assert headings_and_rows[0] == headings_and_rows[1]
 
 
 def write_foreign_model(folder, tokenizer):
@@ -83,7 +100,7 @@ def write_task(folder):
 @pytest.mark.slow
 def test_every_command_and_snippet_runs(tmp_path):
     """In order, beside a quickstart run of a few steps; `--max_steps`, `--limit` and the Hub are kept small."""
-    for room in ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload"):
+    for room in ROOMS:
         shutil.copytree(ROOT / room, tmp_path / room)
     rows = [{"text": f"Number {i} comes before {i + 1}. " * 8} for i in range(300)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,12 +114,14 @@ def test_every_command_and_snippet_runs(tmp_path):
     run("python scripts/quickstart.py --steps_share 0.01")
     write_foreign_model(tmp_path / "models" / "Qwen3-0.6B", tmp_path / "runs" / "quickstart" / "tokenizer")
     write_task(tmp_path)
-    assert len(COMMANDS) >= 12
-    for line in COMMANDS:
+    lines = [line for page in PAGES for line in commands(page)]
+    assert len(lines) >= 20
+    for line in dict.fromkeys(lines):
         if "quickstart.py" in line or "minimind" in line:
             continue  # run above with few steps; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
         line += " --max_steps 6 --eval_steps 2" if line.startswith("accelerate") else ""
         run(line + (" --limit 3 --samples 4" if "--suite" in line else ""))
-    for number, snippet in enumerate(BLOCKS["python"]):
-        (tmp_path / f"snippet_{number}.py").write_text(snippet)
-        run(f"python snippet_{number}.py")
+    for page in PAGES:
+        for number, snippet in enumerate(blocks(page.read_text(encoding="utf-8"), "python")):
+            (tmp_path / f"snippet_{page.parent.name}_{number}.py").write_text(snippet)
+            run(f"python snippet_{page.parent.name}_{number}.py")

@@ -1,6 +1,6 @@
 """
 The law of every commit rule on a toy chain, by exact propagation: how far from the truth a rule ends that gets the
-exact conditionals. `python tests/toy_law.py` prints the table of scripts/DECODING.md.
+exact conditionals. `python tests/toy_law.py` prints the table of modeling_nanollada/DECODING.md.
 
 The chain has six tokens of three kinds. A state is a row with masks; every rule's choice comes from the sampler
 itself, once for all states together; the tokens' probabilities and the rule's own coins are summed out, not drawn.

@@ -12,7 +12,7 @@ from generation_models import PAD, Oracle, build, seeded
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig, commit_nanollada
 from nanollada.modeling_nanollada.rules_nanollada import RULES, rule_of
 
-DOCUMENT = Path(__file__).parents[2] / "scripts" / "DECODING.md"
+DOCUMENT = Path(__file__).parents[2] / "modeling_nanollada" / "DECODING.md"
 CLOSED = -math.inf
 
 

@@ -139,7 +139,7 @@ def test_the_rule_is_an_option(extended, program):
 
 
 def test_each_rule_is_documented():
-    document = (ROOT / "scripts" / "DECODING.md").read_text(encoding="utf-8")
+    document = (ROOT / "modeling_nanollada" / "DECODING.md").read_text(encoding="utf-8")
     for name, rule in RULES.items():
         base = RULES[rule.refines].settings if rule.refines else {}
         fields = ", ".join(f"`{field}`" for field in (*base, *rule.settings))

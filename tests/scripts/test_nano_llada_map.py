@@ -1,4 +1,4 @@
-"""scripts/SEED.md: every flag of Nano-LLaDA is on it, and every argument that it names as ours is what it says."""
+"""NANO_LLADA.md: every flag of Nano-LLaDA is on it, and every argument that it names as ours is what it says."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.models import ModelArguments
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "scripts" / "SEED.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "scripts" / "NANO_LLADA.md").read_text(encoding="utf-8")
 
 ARCHITECTURE = (
     "hidden-size num-hidden-layers num-attention-heads intermediate-size dropout hidden-act rms-norm-eps rope-theta "
@@ -259,7 +259,7 @@ def test_the_suites_tasks_are_tasks():
     for text in named:
         task = {"data": "my.jsonl", **yaml.safe_load(text)}
         kinds.add((task["kind"], task.get("verify") or str(task.get("presets"))))
-        presets = getattr(parse_task({"name": "t", **task}, "SEED.md"), "presets", {})
+        presets = getattr(parse_task({"name": "t", **task}, "NANO_LLADA.md"), "presets", {})
         assert all(isinstance(name, str) for name in presets)  # YAML's off and on are no names
     assert {("generation", "qa"), ("presets", "cfg"), ("presets", "llada_styles")} <= kinds
 
