@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
-from ranks import rank
+from ranks import allow_shards_without_a_gpu, rank
 from transformers import TrainerCallback
 
-from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.trainers.causal import CausalConfig, CausalTrainer
+from nanollada.modeling_nanollada import NanoLLaDAConfig
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.keyed import COUNTS, RowStream
-from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
 from nanollada.trainers.models import own_process_group
+from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import use_fork_server
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,21 +75,17 @@ def stream_of(rows):
 
 def build(kind, data, folder, streaming=False, ranks=1, accumulation=1, **settings):
     """A trainer whose steps have six rows."""
-    trainer_class, config_class, model_class = (
-        (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM)
-        if kind == "causal"
-        else (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM)
-    )
+    entry = TRAINERS["ar" if kind == "causal" else "diffusion"]
     torch.manual_seed(settings.pop("init", 0))
-    model = model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE))
+    model = entry.model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE))
     block = {"block_length": 4} if kind == "block" else {}
     batch = {"per_device_train_batch_size": ROWS_PER_STEP // accumulation // ranks}
     settings = {**SETTINGS, "max_steps": STEPS, "save_strategy": "no", **batch, **block, **settings}
-    args = config_class(output_dir=str(folder), gradient_accumulation_steps=accumulation, **settings)
+    args = entry.config_class(output_dir=str(folder), gradient_accumulation_steps=accumulation, **settings)
     use_fork_server(args)
     rows = make_rows(data)
     collator = Collator(0, 0.3 if kind == "diffusion" else 0.0, args.seed)
-    return trainer_class(model, args, stream_of(rows) if streaming else rows, collator)
+    return entry.trainer_class(model, args, stream_of(rows) if streaming else rows, collator)
 
 
 def weights_of(model):
@@ -182,8 +177,6 @@ def plain_run(kind, data, folder, streaming, **settings):
 
 def shards(folder):
     """FSDP2 with one row a rank and micro-batch, of which some fit into one block and some don't."""
-    from test_recipes import allow_shards_without_a_gpu
-
     allow_shards_without_a_gpu()
     found = {}
     for data in ("sft", "partial"):

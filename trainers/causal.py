@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
-from nanollada.trainers.run import main
+from nanollada.trainers.run import TrainerEntry, main
 from nanollada.trainers.scoring.likelihood import model_inputs
 
 
@@ -44,5 +44,7 @@ class CausalTrainer(NanoLLaDATrainer):
         return 0.0
 
 
+TRAINER = TrainerEntry("ar", CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, "Trains the autoregressive model.")
+
 if __name__ == "__main__":
-    main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM)
+    main(TRAINER)

@@ -25,7 +25,7 @@ from nanollada.trainers.noise.masking import (
     keyed_uniform,
 )
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
-from nanollada.trainers.run import main
+from nanollada.trainers.run import TrainerEntry, main
 from nanollada.trainers.scoring.likelihood import model_inputs
 
 EOS_PADDINGS = ("none", "block", "max_length")
@@ -307,5 +307,9 @@ class DiffusionTrainer(NanoLLaDATrainer):
         return args.variable_length_probability if format == "pretrain" else 0.0
 
 
+TRAINER = TrainerEntry(
+    "diffusion", DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM, "Trains the masked-diffusion model."
+)
+
 if __name__ == "__main__":
-    main(DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM)
+    main(TRAINER)

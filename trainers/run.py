@@ -1,6 +1,7 @@
 """A whole run: from the arguments to the files, and from the files of a run that was killed."""
 
 import difflib
+import inspect
 import json
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from nanollada.trainers import records
 from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
 from nanollada.trainers.models import (
     ModelArguments,
@@ -34,19 +36,54 @@ logger = logging.getLogger(__name__)
 LAST = ("last", "true", "True", True)
 
 
+@dataclass(frozen=True)
+class TrainerEntry:
+    """
+    What a program of `trainers/` trains, and how: its name in the registry, classes, and the first line of its help.
+
+    Attributes:
+        trainer_class, config_class: Of the program's own file.
+        model_class: Which model it builds or loads.
+    """
+
+    name: str
+    trainer_class: type
+    config_class: type
+    model_class: type
+    help: str
+
+    @property
+    def program(self) -> str | None:
+        """`trainers/<name>.py`, where trainer and config are from; `None` for classes that no program here runs."""
+        files = {Path(inspect.getfile(part)).resolve() for part in (self.trainer_class, self.config_class)}
+        file = files.pop()
+        here = Path(__file__).resolve().parent
+        return f"{here.name}/{file.name}" if not files and file.parent == here else None
+
+
 def train(
-    trainer_class, model_class, model_args: ModelArguments, data_args: DataArguments, args, command: str | None = None
+    trainer: TrainerEntry,
+    *,
+    data: DataArguments,
+    args,
+    model: ModelArguments | None = None,
+    command: str | None = None,
 ) -> dict:
     """
     A whole run: model, tokenizer and data from their arguments, training (or resuming), evaluation, and the files.
+
+    `train(TRAINERS["diffusion"], data=DataArguments(data=["my.jsonl"]), model=ModelArguments(…),
+    args=DiffusionConfig(output_dir="run", …))` does what `trainers/diffusion.py` does with the same options.
 
     `args.output_dir` then holds the model, the tokenizer, `run.json`, `trainer_state.json`, `metrics.jsonl` and
     `loss.png`. Resuming a run that is finished changes nothing, and says so.
 
     Args:
-        trainer_class, model_class: What is trained, and how.
-        model_args, data_args, args: Parsed arguments; `args` is the trainer's config.
-        command (`str`, *optional*): What `run.json` names as the command of the run.
+        trainer ([`TrainerEntry`]): What is trained, and how: one of `registry.TRAINERS`.
+        data ([`~trainers.data.prepare.DataArguments`]): The rows.
+        args: The trainer's config.
+        model ([`~trainers.models.ModelArguments`], *optional*): The model and its tokenizer.
+        command (`str`, *optional*): What `run.json` names as the command of the run. Defaults to this process's.
 
     Returns:
         `dict`: the facts in `run.json`; `sha256` (of its files) on the rank alone that writes them.
@@ -57,18 +94,19 @@ def train(
             `max_position_embeddings`.
         `FloatingPointError`: if the run diverges, naming the step.
     """
+    entry, chosen = trainer, model or ModelArguments()
     resume = checkpoint_to_resume(args)
     set_seed(args.seed)
-    model, tokenizer = load_model_and_tokenizer(model_class, model_args, args.seed)
-    check_length(data_args.max_length, model.config)
+    model, tokenizer = load_model_and_tokenizer(entry.model_class, chosen, args.seed)
+    check_length(data.max_length, model.config)
     with args.main_process_first(desc="preparing data"):
-        data = prepare_data(data_args, tokenizer, seed=args.seed, **trainer_class.data_settings(args))
-    trainer = trainer_class(
+        rows = prepare_data(data, tokenizer, seed=args.seed, **entry.trainer_class.data_settings(args))
+    trainer = entry.trainer_class(
         model,
         args,
-        data.train,
-        Collator(tokenizer.pad_token_id, trainer_class.variable_length(args, data.format), args.seed),
-        eval_dataset=data.eval,
+        rows.train,
+        Collator(tokenizer.pad_token_id, entry.trainer_class.variable_length(args, rows.format), args.seed),
+        eval_dataset=rows.eval,
         processing_class=tokenizer,
     )
     finished = finished_run(args, resume, trainer.planned_steps())
@@ -82,13 +120,13 @@ def train(
     trainer.check_weights()
     facts = {
         "nanollada_version": versions()["nanollada"],
-        "model_class": model_class.__name__,
-        "init": model_args.model_name_or_path,
+        "model_class": entry.model_class.__name__,
+        "init": chosen.model_name_or_path,
         "objective": trainer.objective(),
-        "command": command,
+        "command": command or records.command(),
         "seed": args.seed,
         "ema_decay": args.ema_decay,
-        "data": data.report,
+        "data": rows.report,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
@@ -96,7 +134,7 @@ def train(
         "seconds": round(time.perf_counter() - started, 1),
         "hardware": hardware(),
         "versions": versions(),
-        **trainer.final_evaluation(data.eval),
+        **trainer.final_evaluation(rows.eval),
     }
     _write_last_files(trainer, facts)
     return facts
@@ -311,15 +349,15 @@ def use_fork_server(args) -> None:
         server.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
 
 
-def main(trainer_class, config_class, model_class, argv: list[str] | None = None) -> dict:
+def main(trainer: TrainerEntry, argv: list[str] | None = None) -> dict:
     """Parses `--config recipe.yaml` and the command line over it, and runs `train`."""
     from trl import TrlParser
 
-    parser = TrlParser((ModelArguments, DataArguments, config_class))
+    parser = TrlParser((ModelArguments, DataArguments, trainer.config_class), description=trainer.help)
     argv = sys.argv[1:] if argv is None else argv
-    script = f"trainers/{trainer_class.__name__.removesuffix('Trainer').lower()}.py"
-    command = shlex.join(["accelerate", "launch", script, *map(str, argv)])
+    program = trainer.program  # none of somebody else's classes: `train` notes this process's command
+    command = program and shlex.join(["accelerate", "launch", program, *map(str, argv)])
     with own_process_group():  # which the arguments start
-        model_args, data_args, args = parser.parse_args_and_config(argv)
+        model, data, args = parser.parse_args_and_config(argv)
         use_fork_server(args)
-        return train(trainer_class, model_class, model_args, data_args, args, command)
+        return train(trainer, data=data, args=args, model=model, command=command)

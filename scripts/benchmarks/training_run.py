@@ -87,19 +87,16 @@ def build_trainer(folder, objective, gains, rows, shape, max_length, block_lengt
     import torch
     from transformers import AutoTokenizer
 
-    from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-    from nanollada.trainers.causal import CausalConfig, CausalTrainer
     from nanollada.trainers.data.collator import Collator
-    from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
     from nanollada.trainers.models import config_for
+    from nanollada.trainers.registry import TRAINERS
 
     causal = objective == "ar"
-    model_class = NanoLLaDAForCausalLM if causal else NanoLLaDAForMaskedLM
-    trainer_class, config_class = (CausalTrainer, CausalConfig) if causal else (DiffusionTrainer, DiffusionConfig)
+    entry = TRAINERS["ar" if causal else "diffusion"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(settings["seed"])
-    model = model_class(config_for(tokenizer, **shape))
-    args = config_class(
+    model = entry.model_class(config_for(tokenizer, **shape))
+    args = entry.config_class(
         learning_rate=LEARNING_RATE,
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
@@ -120,7 +117,7 @@ def build_trainer(folder, objective, gains, rows, shape, max_length, block_lengt
     )
     packed = "packing" in gains
     collator = Collator(tokenizer.pad_token_id) if packed else full_width(max_length, tokenizer.pad_token_id)
-    return measured(trainer_class, "head" in gains)(model, args, rows, collator, processing_class=tokenizer)
+    return measured(entry.trainer_class, "head" in gains)(model, args, rows, collator, processing_class=tokenizer)
 
 
 def measured(trainer_class, chunked_head: bool):

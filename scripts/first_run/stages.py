@@ -175,16 +175,11 @@ class Quickstart:
             return
         if (self.folder / stage / "run.json").exists():
             return
-        import nanollada.modeling_nanollada as models
-        from nanollada.trainers import causal, diffusion, run
+        from nanollada.trainers import run
+        from nanollada.trainers.registry import TRAINERS
 
-        trainer, config, model = {
-            "ar": (causal.CausalTrainer, causal.CausalConfig, models.NanoLLaDAForCausalLM),
-            "diffusion": (diffusion.DiffusionTrainer, diffusion.DiffusionConfig, models.NanoLLaDAForMaskedLM),
-        }[stage.removesuffix("_sft")]
-        run.main(
-            trainer, config, model, ["--config", str(RECIPES / f"quickstart_{stage}.yaml"), *self.overrides(stage)]
-        )
+        recipe = RECIPES / f"quickstart_{stage}.yaml"
+        run.main(TRAINERS[stage.removesuffix("_sft")], ["--config", str(recipe), *self.overrides(stage)])
 
     def overrides(self, stage: str) -> list[str]:
         """What this run changes in a recipe, as command-line arguments."""

@@ -61,22 +61,23 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
 
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
-    from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
+    from nanollada.trainers.registry import TRAINERS
 
     model, tokenizer = load_checkpoint(str(folder))
     rows = prepare_data(DataArguments(eval_data=files, max_length=max_length), tokenizer).eval
     rows = [rows[i] for i in range(min(batch_size, len(rows)))]
     collate = Collator(tokenizer.pad_token_id)
     found = {"block_length": model.config.block_length or 0, "tokens": 0}
+    entry = TRAINERS["diffusion"]
     for mask_count in ("exact", "bernoulli"):
-        args = DiffusionConfig(
+        args = entry.config_class(
             output_dir=os.path.join(folder, "noise"),
             mask_count=mask_count,
             seed=seed,
             plot_loss=False,
             use_cpu=model.device.type == "cpu",
         )
-        trainer = DiffusionTrainer(model, args, rows, collate)
+        trainer = entry.trainer_class(model, args, rows, collate)
         losses, gradients = [], []
         for draw in range(draws):
             batch = collate([{**row, "rank": rank, "epoch": draw} for rank, row in enumerate(rows)])

@@ -128,15 +128,11 @@ class Study:
         return {"command": command, "hardware": hardware(), "versions": versions()}
 
     def train(self, name: str, seed: int) -> None:
-        import nanollada.modeling_nanollada as models
-        from nanollada.trainers import causal, diffusion, run
+        from nanollada.trainers import run
+        from nanollada.trainers.registry import TRAINERS
 
-        trainer, config, model = {
-            "ar": (causal.CausalTrainer, causal.CausalConfig, models.NanoLLaDAForCausalLM),
-            "diffusion": (diffusion.DiffusionTrainer, diffusion.DiffusionConfig, models.NanoLLaDAForMaskedLM),
-        }[VARIANTS[name].kind]
-        recipe = RECIPES / f"study_{VARIANTS[name].kind}.yaml"
-        run.main(trainer, config, model, ["--config", str(recipe), *self.overrides(name, seed)])
+        kind = VARIANTS[name].kind
+        run.main(TRAINERS[kind], ["--config", str(RECIPES / f"study_{kind}.yaml"), *self.overrides(name, seed)])
 
     def setting(self, kind: str, name: str):
         """A number of the trainings: of the options, the size or the recipe, in this order."""

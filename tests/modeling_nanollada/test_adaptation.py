@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_trainers import SHAPE, assert_same_gradients, build_trainer, make_rows, one_step
+from training_cases import SHAPE, assert_same_gradients, build_trainer, make_rows, one_step
 from transformers import AutoModelForMaskedLM
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM

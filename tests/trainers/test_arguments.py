@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_trainers import build_trainer
+from training_cases import build_trainer
 from transformers import TrainingArguments
 
 from nanollada.trainers import arguments

@@ -1,5 +1,6 @@
 """Every recipe is parsed by the trainer that its head names, with nothing left over, and trains; launchers, too."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,24 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import allow_shards_without_a_gpu
 from trl import TrlParser
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, layers_nanollada
 from nanollada.trainers.callbacks import read_metrics
-from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.data.prepare import DataArguments
-from nanollada.trainers.diffusion import DiffusionConfig, DiffusionTrainer
+from nanollada.trainers.diffusion import DiffusionTrainer
 from nanollada.trainers.models import SHAPE, ModelArguments, config_for, load_model
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
+from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 LAUNCHERS = sorted((FOLDER / "accelerate").glob("*.yaml"))
-KINDS = {
-    "trainers/causal.py": (CausalTrainer, CausalConfig, NanoLLaDAForCausalLM),
-    "trainers/diffusion.py": (DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM),
-}
+KINDS = {entry.program: entry for entry in TRAINERS.values()}
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -53,7 +52,7 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_recipe_parses(recipe, tmp_path, tokenizer):
     settings = yaml.safe_load(recipe.read_text())
-    parser = TrlParser((ModelArguments, DataArguments, kind_of(recipe)[1]))
+    parser = TrlParser((ModelArguments, DataArguments, kind_of(recipe).config_class))
     machine = ["--bf16", "false"] if settings.get("bf16") else []  # the recipes for a GPU, on whatever runs the tests
     arguments = ["--config", str(recipe), "--output_dir", str(tmp_path), "--max_steps", "7000", *machine]
     model, data, training = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
@@ -155,7 +154,7 @@ def test_recipe_trains(recipe, stage, tmp_path, monkeypatch):
         DiffusionTrainer, "current_block_length", lambda *args: lengths.append(current(*args)) or lengths[-1]
     )
     folder = tmp_path / "run"
-    facts = main(*kind_of(recipe), ["--config", str(recipe), *on_this_machine(recipe, settings, stage, folder)])
+    facts = main(kind_of(recipe), ["--config", str(recipe), *on_this_machine(recipe, settings, stage, folder)])
     assert json.loads((folder / "run.json").read_text())["steps"] == facts["steps"] >= 2
     metrics = read_metrics(folder)
     losses = [line[name] for line in metrics for name in ("loss", "eval_loss") if name in line]
@@ -207,7 +206,7 @@ def test_shards_train_as_one_rank(bf16, tolerance, stage, tmp_path):
     command += ["--dataloader_num_workers", "0"]
     train_in_processes(2, sharded, command)
     facts = main(
-        *kind_of(recipe), [*command, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
+        kind_of(recipe), [*command, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
     )
     shards, one = tmp_path / "shards", tmp_path / "one"
     assert json.loads((shards / "run.json").read_text())["evaluation"]["rows"] % 2, "ranks must get unequal shares"
@@ -222,21 +221,6 @@ def test_shards_train_as_one_rank(bf16, tolerance, stage, tmp_path):
         assert all(torch.allclose(reference[name], value, atol=1e-4) for name, value in loaded.state_dict().items())
 
 
-def allow_shards_without_a_gpu():
-    """accelerate falls back to DDP, in silence, where the devices of a multi-process run are CPUs."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    make = AcceleratorState.__init__
-
-    def init(self, *args, **kwargs):
-        if not AcceleratorState._shared_state:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        make(self, *args, **kwargs)
-
-    AcceleratorState.__init__ = init
-
-
 def main_of_a_rank(arguments):
     from torch.distributed.tensor import DTensor
 
@@ -247,7 +231,7 @@ def main_of_a_rank(arguments):
             return loss
 
     allow_shards_without_a_gpu()
-    main(ShardedTrainer, DiffusionConfig, NanoLLaDAForMaskedLM, arguments)
+    main(dataclasses.replace(TRAINERS["diffusion"], trainer_class=ShardedTrainer), arguments)
 
 
 if __name__ == "__main__":

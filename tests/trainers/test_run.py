@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ranks import rank
-from test_trainers import build_trainer, fresh_model_and_rows, run, weights
+from training_cases import build_trainer, fresh_model_and_rows, run, weights
 
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer

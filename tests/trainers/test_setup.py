@@ -6,16 +6,15 @@ from safetensors.torch import load_file, save_file
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers import run
-from nanollada.trainers.causal import CausalConfig, CausalTrainer
 from nanollada.trainers.models import (
     ModelArguments,
     config_for,
-    hardware,
     load_model,
     load_model_and_tokenizer,
     own_process_group,
-    versions,
 )
+from nanollada.trainers.records import hardware, versions
+from nanollada.trainers.registry import TRAINERS
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -135,7 +134,7 @@ def test_rope_parameters_on_the_command_line():
     assert arguments.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
-def start_group(*args):
+def start_group(*args, **kwargs):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
@@ -144,7 +143,7 @@ def test_main_ends_the_process_group_that_it_started(tmp_path, monkeypatch):
     """Its threads too: test_trainers' and test_averaging's ranks."""
     monkeypatch.setattr(run, "train", start_group)
     command = ["--tokenizer_name_or_path", "t", "--data", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    run.main(CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, command)
+    run.main(TRAINERS["ar"], command)
     assert not torch.distributed.is_initialized()
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_report import recorded
+from recordings import recorded
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluation.checkpoint import main as evaluate

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from recordings import recorded
 
 from nanollada.scripts.first_run.page import draw_denoising, result_cell, result_rows, results_table, write_report
-from nanollada.scripts.tracing.recorder import TraceRecorder
 
 EXACT = {"data": "corpus/text_test.jsonl", "metric": "bits_per_byte", "bound": False, "value": 1.23456}
 BOUND = {**EXACT, "bound": True, "mask_error": 0.0123}
@@ -36,19 +36,6 @@ def run(tmp_path):
     chat = [{"role": "user", "content": "<script>alert(1)</script>"}]
     (tmp_path / "comparison.json").write_text(json.dumps([{**record, "prompt": chat, "text": "a & b"}]))
     return tmp_path
-
-
-def recorded(tokenizer):
-    import torch
-
-    trace = TraceRecorder(tokenizer)
-    ids, mask = tokenizer("the cat").input_ids, tokenizer.mask_token_id
-    trace.put(torch.tensor(ids))
-    trace.put_draft(torch.tensor([[mask, ids[0]]]))
-    trace.put_draft(torch.tensor([[ids[1], ids[0]]]))
-    trace.put(torch.tensor([ids[1], ids[0]]))
-    trace.end()
-    return trace
 
 
 def test_table_has_a_row_per_model(run):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_trainers import build_trainer, fresh_model_and_rows, run, weights
+from training_cases import build_trainer, fresh_model_and_rows, run, weights
 
 from nanollada.hub_upload.export import export
 from nanollada.trainers.resuming.checkpoints import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import rank
 from safetensors.torch import load_file, save_file
-from test_trainers import KINDS, SHAPE, command_line, fresh_model_and_rows, make_rows
+from training_cases import KINDS, SHAPE, command_line, fresh_model_and_rows, make_rows
 from transformers import TrainerCallback
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig
@@ -47,7 +47,7 @@ def copied(model):
 def small_model(dtype=torch.float32, tied=False, kind="causal"):
     torch.manual_seed(0)
     config = NanoLLaDAConfig(vocab_size=30, hidden_dropout=0.1, tie_word_embeddings=tied, **SHAPE)
-    return KINDS[kind][2](config).to(dtype)
+    return KINDS[kind].model_class(config).to(dtype)
 
 
 def build(folder, kind="causal", model=None, kill_at=None, **settings):
@@ -63,10 +63,9 @@ def build(folder, kind="causal", model=None, kill_at=None, **settings):
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-    trainer_class, config_class, _ = KINDS[kind]
-    args = config_class(output_dir=str(folder), **{**defaults, **settings})
+    args = KINDS[kind].config_class(output_dir=str(folder), **{**defaults, **settings})
     model = model or small_model(kind=kind)
-    trainer = trainer_class(model, args, make_rows(), Collator(0, 0.0, args.seed), eval_dataset=HELD_OUT)
+    trainer = KINDS[kind].trainer_class(model, args, make_rows(), Collator(0, 0.0, args.seed), eval_dataset=HELD_OUT)
     trainer.script = Script(kill_at)
     trainer.add_callback(trainer.script)
     return trainer
@@ -301,7 +300,7 @@ def test_a_run_from_the_command_line_merges(tmp_path, tokenizer):
         "plot_loss": False,
         "output_dir": tmp_path / "run",
     }
-    facts = main(*KINDS["diffusion"], command_line(settings))
+    facts = main(KINDS["diffusion"], command_line(settings))
     assert json.loads((tmp_path / "run/run.json").read_text()) == json.loads(json.dumps(facts))
     assert facts["merge"]["steps"] == [6, 4] and facts["ema_decay"] == 0.5
     merged = merge_files(tmp_path / "run/merge", facts["merge"]["steps"])
