@@ -14,27 +14,41 @@ from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
 from nanollada.trainers.noise.adaptation import noisy_embeddings, partly_causal_mask
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
-from nanollada.trainers.noise.masking import (
-    NOISE_SCHEDULES,
-    STREAM_ATTENTION,
-    STREAM_EMBEDDING,
-    Corruption,
-    block_ids_of,
-    check_settings,
-    corrupt,
-    keyed_uniform,
-)
+from nanollada.trainers.noise.blocks import block_ids_of
+from nanollada.trainers.noise.corruption import Corruption
+from nanollada.trainers.noise.keys import STREAM_ATTENTION, STREAM_EMBEDDING, keyed_uniform
+from nanollada.trainers.noise.registry import CORRUPTIONS
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
 from nanollada.trainers.run import TrainerEntry, main
 from nanollada.trainers.scoring.likelihood import model_inputs
 
 EOS_PADDINGS = ("none", "block", "max_length")
-BLOCK_CUTS = ("document", "row")
-NOISE = ("mask_count", "noise_schedule", "weighting", "time_epsilon", "mask_rate_band", "complementary")
+# What `run.json` says of the objective, beside the corruption's own settings.
+REPORTED = (
+    "corruption",
+    "confidence_weight",
+    "mask_embedding_noise",
+    "mask_embedding_noise_steps",
+    "attention_annealing_steps",
+    "variable_length_probability",
+    "eos_padding",
+    "repetition_penalty_weight",
+)
+LEAST = {
+    "block_length": 0,
+    "eval_block_length": 0,
+    "confidence_weight": 0,
+    "mask_embedding_noise": 0,
+    "mask_embedding_noise_steps": 0,
+    "attention_annealing_steps": 0,
+    "eos_padding_block": 1,
+    "repetition_penalty_weight": 0,
+    "repetition_penalty_min_run": 2,
+}
 
 
 @dataclass
-class DiffusionConfig(NanoLLaDATrainingArguments):
+class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.values()), NanoLLaDATrainingArguments):
     """
     Settings of masked-diffusion pretraining and SFT (the rows decide which). The defaults are LLaDA 1.0's objective
     with its low-variance estimator; `block_length` makes it BD3-LM's.
@@ -50,31 +64,12 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
         default=None,
         metadata={"help": "Pairs (share of the run's tokens, block length), e.g. [[0.2, 4], [0.5, 0], [0.3, 32]]."},
     )
-    block_cut: str = field(
-        default="document",
-        metadata={"help": "Where blocks begin: at each document's start, or on the packed row, whatever it holds."},
-    )
     eval_block_length: int | None = field(
         default=None, metadata={"help": "Block length of the evaluation; default: the one that the run ends with."}
     )
-    mask_count: str = field(
-        default="exact", metadata={"help": "exact: k of n masked, k uniform (less noise); bernoulli: the papers'."}
-    )
-    noise_schedule: str = field(
-        default="linear",
-        metadata={"help": "By formula: " + "; ".join(f"{k}: alpha = {v.formula}" for k, v in NOISE_SCHEDULES.items())},
-    )
-    weighting: str = field(
-        default="elbo",
-        metadata={"help": "elbo: the likelihood bound; unweighted: every masked token alike (a `random` mask rate)."},
-    )
-    time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest time of the bernoulli masks (LLaDA's eps)."})
-    mask_rate_band: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Lowest and highest mask rate of training (BD3-LM's clipped schedules); not of evaluation."},
-    )
-    complementary: bool = field(
-        default=False, metadata={"help": "Train each row twice, with a mask and its complement (LLaDA 2.0's SFT)."}
+    corruption: str = field(
+        default="masking",
+        metadata={"help": "; ".join(f"{name}: {kind.help}" for name, kind in CORRUPTIONS.items()) + "."},
     )
     confidence_weight: float = field(
         default=0.0, metadata={"help": "Weight of the entropy of right predictions (LLaDA 2.0's CAP, λ)."}
@@ -116,25 +111,16 @@ class DiffusionConfig(NanoLLaDATrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_settings(self.mask_count, self.noise_schedule, self.weighting, self.time_epsilon, self.mask_rate_band)
-        for name, allowed in (("eos_padding", EOS_PADDINGS), ("block_cut", BLOCK_CUTS)):
+        for kind in CORRUPTIONS.values():
+            kind.settings.check(self)
+        for name, allowed in (("eos_padding", EOS_PADDINGS), ("corruption", CORRUPTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.variable_length_probability <= 1:
             raise ValueError(
                 f"`variable_length_probability` must lie in [0, 1], got {self.variable_length_probability}"
             )
-        for name, least in (
-            ("block_length", 0),
-            ("eval_block_length", 0),
-            ("confidence_weight", 0),
-            ("mask_embedding_noise", 0),
-            ("mask_embedding_noise_steps", 0),
-            ("attention_annealing_steps", 0),
-            ("eos_padding_block", 1),
-            ("repetition_penalty_weight", 0),
-            ("repetition_penalty_min_run", 2),
-        ):
+        for name, least in LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
         if (self.mask_embedding_noise > 0) != (self.mask_embedding_noise_steps > 0):
@@ -176,70 +162,78 @@ class DiffusionTrainer(NanoLLaDATrainer):
                 f"`label_shift` is for whole rows: `eval_block_length` must be 0, got {args.eval_block_length}"
             )
         model.config.label_shift = shift
+        self.set_block_length()
 
     @property
     def eval_block_length(self) -> int:
         """The block length at which held-out rows are scored, the same in every phase; 0 is the whole row."""
         return self.schedule.last if self.args.eval_block_length is None else self.args.eval_block_length
 
-    def current_block_length(self, row_length: int) -> int:
-        """The phase's block length, noted in the model's config; 0 where it covers the rows."""
-        block_length = self.schedule.at(self.state.global_step, self.state.max_steps)
-        self.model.config.block_length = block_length or None
-        return block_length if block_length < row_length else 0
+    def set_block_length(self) -> None:
+        """Takes up the phase of the step to come; the model's config, which is saved after it, names it, too."""
+        self.block_length = self.schedule.at(self.state.global_step, self.state.max_steps)
+        self.model.config.block_length = self.block_length or None
+
+    def begin_step(self) -> None:
+        self.set_block_length()
 
     def micro_batch_loss(self, model, inputs, num_items_in_batch):
-        # 1. noise that belongs to the row, with its weights
-        clean, shape = inputs["input_ids"], inputs["input_ids"].shape
-        block_length = self.current_block_length(shape[1])
+        # 1. noise that belongs to the row, with its labels and weights
         context = model_inputs(inputs)
-        if self.args.block_cut == "row":
-            context.pop("position_ids", None)  # positions run over the row then, and blocks with them
-        noise = self.corruption(inputs, self.model.config.block_length, context)
-        copies = len(noise.masked_indices) // shape[0]  # 2 with complements
-        clean = clean.repeat(copies, 1)  # [B, L]
-        context = {name: value.repeat(copies, 1) for name, value in context.items()}
-        # 2. every block from itself and the clean ones before it; logits only where something is hidden
-        context |= {"block_length": block_length, "clean_input_ids": clean if block_length else None}
-        future, masked = self.visible_future(inputs, copies), noise.masked_indices
+        noise = self.corruption(inputs, context)
+        # 2. logits only where there is a label
+        context = {name: value.repeat(noise.copies, 1) for name, value in context.items()}
+        clean = inputs["input_ids"].repeat(noise.copies, 1)  # [B, L]
+        context |= self.block_inputs(clean)
+        future, supervised = self.visible_future(inputs, noise.copies), noise.supervised
         if future is not None:
             given = (context.get("attention_mask"), context.pop("document_ids", None))
             context["attention_mask"] = partly_causal_mask(future, self.model.config, self.model.dtype, *given)
             context.setdefault("position_ids", torch.arange(clean.shape[1], device=clean.device).expand_as(clean))
         only_bound = not (self.args.confidence_weight or self.args.repetition_penalty_weight)
-        weighted = {"loss_weights": noise.weights, "num_items_in_batch": num_items_in_batch}
-        weighted |= {"labels": clean.masked_fill(~masked, -100)}
-        with noisy_embeddings(self.model, self.embedding_noise(noise, inputs, copies)):
-            context |= weighted if only_bound else {"logits_to_keep": masked}
+        if only_bound:
+            context |= {
+                "labels": noise.labels,
+                "loss_weights": noise.weights,
+                "num_items_in_batch": num_items_in_batch,
+            }
+        else:
+            context |= {"logits_to_keep": supervised}
+        with noisy_embeddings(self.model, self.embedding_noise(noise, inputs)):
             outputs = model(noise.noisy_input_ids, **context)
         if only_bound:
-            return outputs.loss, masked.sum()
+            return outputs.loss, supervised.sum()
         # 3. the losses that need logits
         logits = outputs.logits  # [N, V]
-        loss = weighted_loss(logits, clean[masked], noise.weights[masked], num_items_in_batch)
-        extra = self.additional_loss(logits, clean, masked, (inputs["labels"] != -100).sum(-1))
-        return loss + extra / num_items_in_batch, masked.sum()
+        loss = weighted_loss(logits, clean[supervised], noise.weights[supervised], num_items_in_batch)
+        extra = self.additional_loss(logits, clean, supervised, (inputs["labels"] != -100).sum(-1))
+        return loss + extra / num_items_in_batch, supervised.sum()
 
-    def corruption(self, inputs: dict, block_length: int | None, context: dict) -> Corruption:
-        """What of a micro-batch is hidden, and with which weights."""
-        clean = inputs["input_ids"]
+    def block_inputs(self, clean: torch.LongTensor) -> dict:
+        """What the model needs to predict every block from itself and the clean ones before it."""
+        block_length = self.block_length if self.block_length < clean.shape[1] else 0  # covers the rows
+        return {"block_length": block_length, "clean_input_ids": clean if block_length else None}
+
+    def corruption(self, inputs: dict, context: dict) -> Corruption:
+        """What of a micro-batch is hidden or changed, and with which weights."""
+        kind, clean = CORRUPTIONS[self.args.corruption], inputs["input_ids"]
         blocks = block_ids_of(
-            block_length, context.get("position_ids"), context.get("document_ids"), clean.shape, clean.device
+            self.block_length, context.get("position_ids"), context.get("document_ids"), clean.shape, clean.device
         )
-        return corrupt(
+        return kind.corrupt(
             clean,
-            inputs["labels"] != -100,  # what may be masked: targets, never a prompt or padding
-            self.model.config.mask_token_id,
+            inputs["labels"] != -100,  # what may be hidden: targets, never a prompt or padding
+            self.model.config,
             seed=self.args.seed,
             index=inputs["index"],
             rank=inputs["rank"],
             epoch=inputs["epoch"],
             block_ids=blocks,
-            **{name: getattr(self.args, name) for name in NOISE},
+            **kind.settings_of(self.args),
         )
 
-    def embedding_noise(self, noise: Corruption, inputs: dict, copies: int) -> torch.Tensor | None:
-        """`[B, L, hidden]`: Gaussian noise at the masked places (LLaDA 2.0, §3.3), in the run's first steps."""
+    def embedding_noise(self, noise: Corruption, inputs: dict) -> torch.Tensor | None:
+        """`[B, L, hidden]`: Gaussian noise at the places of labels (LLaDA 2.0, §3.3), in the run's first steps."""
         steps = self.args.mask_embedding_noise_steps
         if self.state.global_step >= steps:
             return None
@@ -249,7 +243,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
             self.args.seed, inputs["index"], inputs["epoch"], STREAM_EMBEDDING, length * hidden_size
         )
         normal = torch.special.ndtri(uniform.clamp(min=2.0**-54)).float().view(-1, length, hidden_size)
-        return deviation * normal.repeat(copies, 1, 1) * noise.masked_indices[..., None]
+        return deviation * normal.repeat(noise.copies, 1, 1) * noise.supervised[..., None]
 
     def visible_future(self, inputs: dict, copies: int) -> torch.BoolTensor | None:
         """`[B, L, L]`: the later positions that a row sees while attention is annealed (DiffuLLaMA, §3.2)."""
@@ -265,35 +259,25 @@ class DiffusionTrainer(NanoLLaDATrainer):
         visible[:, query, key] = draws < rate
         return visible.repeat(copies, 1, 1)
 
-    def additional_loss(self, logits, clean, masked, row_targets) -> torch.Tensor:
+    def additional_loss(self, logits, clean, supervised, row_targets) -> torch.Tensor:
         """What the options add to the bound, as a sum over tokens."""
         extra = logits.new_zeros((), dtype=torch.float32)
         if self.args.confidence_weight:
             copies = len(clean) // len(row_targets)
-            rows = masked.nonzero()[:, 0]
-            entropy = confidence_entropy(logits, clean[masked], rows, row_targets.repeat(copies))
+            rows = supervised.nonzero()[:, 0]
+            entropy = confidence_entropy(logits, clean[supervised], rows, row_targets.repeat(copies))
             extra = extra + self.args.confidence_weight * entropy / copies
         if self.args.repetition_penalty_weight:
-            penalty = repetition_unlikelihood(logits, clean, masked, self.args.repetition_penalty_min_run)
+            penalty = repetition_unlikelihood(logits, clean, supervised, self.args.repetition_penalty_min_run)
             extra = extra + self.args.repetition_penalty_weight * penalty
         return extra
 
     def objective(self) -> dict:
         """What `run.json` says of the objective."""
-        names = (
-            *NOISE,
-            "block_cut",
-            "confidence_weight",
-            "mask_embedding_noise",
-            "mask_embedding_noise_steps",
-            "attention_annealing_steps",
-            "variable_length_probability",
-            "eos_padding",
-            "repetition_penalty_weight",
-        )
-        settings = {name: getattr(self.args, name) for name in names}
+        kind = CORRUPTIONS[self.args.corruption]
+        settings = kind.settings_of(self.args) | {name: getattr(self.args, name) for name in REPORTED}
         settings["label_shift"] = self.model.config.label_shift
-        return {"name": "masked diffusion bound", "block_lengths": self.schedule.phases, **settings}
+        return {"name": kind.objective, "block_lengths": self.schedule.phases, **settings}
 
     @staticmethod
     def data_settings(args) -> dict:

@@ -162,11 +162,9 @@ def full_logits_loss(trainer, model, inputs: dict, num_items_in_batch):
         logits = model(inputs["input_ids"], use_cache=False, **context).logits[:, :-1]
         labels, weights = labels[:, 1:], (labels[:, 1:] != -100).float()
     else:
-        block = trainer.current_block_length(labels.shape[1])
-        noise = trainer.corruption(inputs, block, context)
-        clean = inputs["input_ids"] if block else None
-        logits = model(noise.noisy_input_ids, block_length=block, clean_input_ids=clean, **context).logits
-        labels, weights = inputs["input_ids"].masked_fill(~noise.masked_indices, -100), noise.weights
+        noise = trainer.corruption(inputs, context)
+        logits = model(noise.noisy_input_ids, **trainer.block_inputs(inputs["input_ids"]), **context).logits
+        labels, weights = noise.labels, noise.weights
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")  # [B * L]
     weights = torch.where(labels != -100, weights, 0).flatten()
     return (losses * weights).sum() / num_items_in_batch, (weights != 0).sum()

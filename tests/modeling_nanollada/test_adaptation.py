@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.modeling_nanollada.modeling_nanollada import predicted_from_before
 from nanollada.trainers.noise.adaptation import partly_causal_mask
-from nanollada.trainers.noise.masking import STREAM_ATTENTION, keyed_uniform
+from nanollada.trainers.noise.keys import STREAM_ATTENTION, keyed_uniform
 from nanollada.trainers.scoring.likelihood import exact_nelbo
 
 MASK = 3

@@ -1,6 +1,7 @@
 """Losses: closed forms, and where the gradient may and may not go."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ def test_uniform_predictor_has_loss_ln_of_the_vocabulary_less_the_mask(mask_coun
     ids, targets, keys = batch(rows=20000)
     model = NanoLLaDAForMaskedLM(CONFIG)
     torch.nn.init.zeros_(model.lm_head.weight)
-    noise = corrupt(ids, targets, 3, mask_count=mask_count, **keys)
+    noise = corrupt(ids, targets, SimpleNamespace(mask_token_id=3), mask_count=mask_count, **keys)
     with torch.no_grad():
-        logits = model(noise.noisy_input_ids[:2], logits_to_keep=noise.masked_indices[:2]).logits
-    one = logits[:1].expand(int(noise.masked_indices.sum()), -1)  # the same for every token
-    masked = noise.masked_indices
+        logits = model(noise.noisy_input_ids[:2], logits_to_keep=noise.supervised[:2]).logits
+    one = logits[:1].expand(int(noise.supervised.sum()), -1)  # the same for every token
+    masked = noise.supervised
     loss = weighted_loss(one, ids[masked], noise.weights[masked], targets.sum())
     spread = (noise.weights.sum(-1) / targets.sum(-1)).std().item() / math.sqrt(20000)
     assert abs(loss.item() / math.log(VOCABULARY - 1) - 1) <= 3 * spread + 1e-6
@@ -47,10 +48,10 @@ def test_uniform_predictor_has_loss_ln_of_the_vocabulary_less_the_mask(mask_coun
 def test_gradient_is_zero_at_visible_and_prompt_positions():
     ids, targets, keys = batch(rows=8)
     model = NanoLLaDAForMaskedLM(CONFIG)
-    noise = corrupt(ids, targets, 3, **keys)
+    noise = corrupt(ids, targets, SimpleNamespace(mask_token_id=3), **keys)
     logits = model(noise.noisy_input_ids).logits
     logits.retain_grad()
-    masked = noise.masked_indices
+    masked = noise.supervised
     weighted_loss(logits[masked], ids[masked], noise.weights[masked], targets.sum()).backward()
     assert (logits.grad[~masked] == 0).all()
     assert (logits.grad[masked].abs().sum(-1) > 0).all()

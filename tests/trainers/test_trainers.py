@@ -259,7 +259,7 @@ def test_repetition_penalty_reaches_the_loss(tmp_path):
         ({"early_stopping_patience": 2}, "`early_stopping_patience` needs `load_best_model_at_end`"),
         ({"mask_count": "many"}, "`mask_count` must be one of"),
         ({"eos_padding": "some"}, "`eos_padding` must be one of none, block, max_length, got 'some'"),
-        ({"block_cut": "token"}, "`block_cut` must be one of document, row, got 'token'"),
+        ({"corruption": "some"}, "`corruption` must be one of masking, got 'some'"),
         ({"block_length": -1}, "`block_length` must be >= 0, got -1"),
         ({"eval_block_length": -1}, "`eval_block_length` must be >= 0, got -1"),
         ({"confidence_weight": -1.0}, "`confidence_weight` must be >= 0, got -1.0"),
@@ -323,21 +323,16 @@ def packed_batch(trainer, count=4):
     return batch
 
 
-@pytest.mark.parametrize("block_cut", ["document", "row"])
-def test_block_loss_is_that_of_the_definition(block_cut, tmp_path):
+def test_block_loss_is_that_of_the_definition(tmp_path):
     """Σ weight·CE / targets, with every block in a forward of its own behind its document's clean prefix."""
-    settings = {"block_length": 4, "block_length_schedule": None, "block_cut": block_cut}
-    trainer = build_trainer("block", tmp_path, **settings)
+    trainer = build_trainer("diffusion", tmp_path, block_length=4)
     batch = packed_batch(trainer)
     loss = trainer.compute_loss(trainer.model.eval(), batch)
     context = {name: batch[name] for name in ("position_ids", "document_ids")}
-    if block_cut == "row":
-        context.pop("position_ids")
-    noise = trainer.corruption(batch, 4, context)
+    noise = trainer.corruption(batch, context)
     total, model = 0.0, trainer.model
     for start, end in ((0, 6), (6, 15)):
-        first = start if block_cut == "row" else 0
-        positions = torch.arange(start, end) - start + first
+        positions = torch.arange(start, end) - start
         for block in (positions // 4).unique():
             inside = start + (positions // 4 == block).nonzero()[:, 0]
             before = slice(start, int(inside[0]))
@@ -351,7 +346,7 @@ def test_block_loss_is_that_of_the_definition(block_cut, tmp_path):
             )
             total = total + (losses * noise.weights[:, inside]).sum()
     assert loss.item() == pytest.approx(total.item() / (4 * 13), rel=1e-9)
-    assert noise.masked_indices.any(1).all()
+    assert noise.supervised.any(1).all()
 
 
 def test_complements_cost_a_second_copy_and_count_targets_once(tmp_path):
@@ -386,19 +381,19 @@ def test_mask_embedding_noise_fades(tmp_path):
     """Gaussian with the given deviation, at masked places only, and gone after the last of its steps."""
     trainer = build_trainer("diffusion", tmp_path, mask_embedding_noise=0.5, mask_embedding_noise_steps=4)
     batch = packed_batch(trainer, 300)
-    noise = trainer.corruption(batch, 0, {})
+    noise = trainer.corruption(batch, {})
     for step, deviation in ((0, 0.5), (2, 0.25)):
         trainer.state.global_step = step
-        added = trainer.embedding_noise(noise, batch, 1)
-        assert added.shape == (300, 15, 16) and not added[~noise.masked_indices].any()
-        values = added[noise.masked_indices]
+        added = trainer.embedding_noise(noise, batch)
+        assert added.shape == (300, 15, 16) and not added[~noise.supervised].any()
+        values = added[noise.supervised]
         assert values.std().item() == pytest.approx(deviation, rel=0.02) and abs(values.mean().item()) < 0.01
         assert (values.abs() > deviation).double().mean().item() == pytest.approx(0.3173, abs=0.01)
     single = {name: value[7:8] for name, value in batch.items()}
-    alone = trainer.embedding_noise(trainer.corruption(single, 0, {}), single, 1)
+    alone = trainer.embedding_noise(trainer.corruption(single, {}), single)
     assert torch.equal(alone[0], added[7])
     trainer.state.global_step = 4
-    assert trainer.embedding_noise(noise, batch, 1) is None
+    assert trainer.embedding_noise(noise, batch) is None
 
 
 if __name__ == "__main__":  # a rank of `test_ranks_do_not_change_the_gradient`

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from nanollada.trainers.data.encoding import IGNORE
-from nanollada.trainers.noise import masking as corruption
+from nanollada.trainers.noise import keys
 
 ROW_COLUMNS = ("input_ids", "labels", "document_ids", "position_ids")
 
@@ -60,7 +60,7 @@ class Collator:
     def _shortened(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         if "epoch" not in batch:
             raise ValueError("`variable_length_probability` needs rows with an `epoch`, got rows without")
-        draws = corruption.keyed_uniform(self.seed, batch["index"], batch["epoch"], corruption.STREAM_LENGTH, 2)
+        draws = keys.keyed_uniform(self.seed, batch["index"], batch["epoch"], keys.STREAM_LENGTH, 2)
         shortened = []
         for row, (coin, length) in zip(rows, draws.tolist(), strict=True):
             if coin < self.variable_length_probability:

@@ -1,207 +1,69 @@
 """The forward process of masked diffusion: which tokens are hidden, and with which weight they count.
 
-Everything is a pure function of `(seed, row index, epoch)`: no generator state is kept, so that resuming, ranks,
-gradient accumulation and the batch size do not change a row's noise. A corruption returns the noisy ids, the mask
-*and* the weights, drawn together (weight and mask can't disagree).
+Everything is a pure function of `(seed, row index, epoch)`, see `keys`.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-# One stream per use, so that draws made for different purposes are independent.
-STREAM_LENGTH, STREAM_RATE, STREAM_MASK, STREAM_BLOCK, STREAM_EMBEDDING, STREAM_ATTENTION = range(6)
+from nanollada.trainers.noise.blocks import block_positions, block_sums, choose_smallest
+from nanollada.trainers.noise.corruption import Corruption
+from nanollada.trainers.noise.keys import STREAM_MASK, keyed_uniform
+from nanollada.trainers.noise.schedules import NOISE_SCHEDULES
+
 MASK_COUNTS = ("exact", "bernoulli")
 WEIGHTINGS = ("elbo", "unweighted")
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_GOLDEN_RATIO = 0.6180339887498949
-
-
-def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014): a bijection of int64 with full avalanche."""
-    x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return x ^ _logical_shift(x, 31)
-
-
-def keyed_uniform(seed: int, index: torch.Tensor, epoch: torch.Tensor, stream: int, n: int) -> torch.Tensor:
-    """
-    Uniform numbers that depend on their key alone: counter-based, the same on every device and in every batch.
-
-    Args:
-        seed (`int`): The run's seed.
-        index (`torch.LongTensor` of shape `(batch,)`): The row's number in the data.
-        epoch (`torch.LongTensor` of shape `(batch,)`): The pass over the data.
-        stream (`int`): What the numbers are for (`STREAM_*`).
-        n (`int`): How many numbers a row gets.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(batch, n)` in [0, 1).
-    """
-    key = _mix(torch.full_like(index, seed) + _GOLDEN)
-    for part in (index, epoch, torch.full_like(index, stream)):
-        key = _mix((key ^ part) + _GOLDEN)
-    counter = torch.arange(1, n + 1, device=index.device) * _GOLDEN
-    bits = _mix(key[:, None] + counter)  # [B, n]
-    return _logical_shift(bits, 11).double() * 2.0**-53
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """
-    A noise schedule by its formula: `alpha(t)` is the probability that a token is still clean at time t in [0, 1].
-
-    Attributes:
-        formula (`str`): alpha(t), as printed in logs and model cards.
-        mask_rate (`Callable`): m(t) = 1 − alpha(t), rising from m(0) = 0 to m(1) = 1.
-        slope (`Callable`): m'(t) = −alpha'(t).
-        time (`Callable`): the inverse of m.
-        integral (`Callable`): the integral of m from 0 to t.
-    """
-
-    formula: str
-    mask_rate: Callable[[torch.Tensor], torch.Tensor]
-    slope: Callable[[torch.Tensor], torch.Tensor]
-    time: Callable[[torch.Tensor], torch.Tensor]
-    integral: Callable[[torch.Tensor], torch.Tensor]
-
-
-# Two different schedules are called "cosine" in the field, so each is named by its formula here.
-_HALF_PI = math.pi / 2
-NOISE_SCHEDULES = {
-    "linear": NoiseSchedule("1 - t", lambda t: t, torch.ones_like, lambda m: m, lambda t: t**2 / 2),
-    "cosine_squared": NoiseSchedule(
-        "cos(pi t / 2)^2",
-        lambda t: torch.sin(_HALF_PI * t) ** 2,
-        lambda t: _HALF_PI * torch.sin(math.pi * t),
-        lambda m: torch.asin(m.sqrt()) / _HALF_PI,
-        lambda t: t / 2 - torch.sin(math.pi * t) / (2 * math.pi),
-    ),
-    "one_minus_cosine": NoiseSchedule(
-        "1 - cos(pi (1 - t) / 2)",
-        lambda t: torch.sin(_HALF_PI * t),
-        lambda t: _HALF_PI * torch.cos(_HALF_PI * t),
-        lambda m: torch.asin(m) / _HALF_PI,
-        lambda t: (1 - torch.cos(_HALF_PI * t)) / _HALF_PI,
-    ),
-}
-
 
 @dataclass
-class Corruption:
-    """
-    A corrupted batch.
+class MaskingSettings:
+    """How many targets are masked, and what each counts; see `corrupt`."""
 
-    Attributes:
-        noisy_input_ids (`torch.LongTensor` of shape `(batch, length)`): The ids with the masked ones replaced.
-        masked_indices (`torch.BoolTensor` of shape `(batch, length)`): Where the mask token stands.
-        p_mask (`torch.DoubleTensor` of shape `(batch, length)`): The probability with which each target was masked.
-        weights (`torch.DoubleTensor` of shape `(batch, length)`): What each masked token's cross-entropy counts; zero
-            elsewhere. Their expectation is one per target, so that a sum over the masked tokens divided by the number
-            of *targets* estimates the loss per token.
-    """
+    mask_count: str = field(
+        default="exact", metadata={"help": "exact: k of n masked, k uniform (less noise); bernoulli: the papers'."}
+    )
+    noise_schedule: str = field(
+        default="linear",
+        metadata={"help": "By formula: " + "; ".join(f"{k}: alpha = {v.formula}" for k, v in NOISE_SCHEDULES.items())},
+    )
+    weighting: str = field(
+        default="elbo",
+        metadata={"help": "elbo: the likelihood bound; unweighted: every masked token alike (a `random` mask rate)."},
+    )
+    time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest time of the bernoulli masks (LLaDA's eps)."})
+    mask_rate_band: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Lowest and highest mask rate of training (BD3-LM's clipped schedules); not of evaluation."},
+    )
+    complementary: bool = field(
+        default=False, metadata={"help": "Train each row twice, with a mask and its complement (LLaDA 2.0's SFT)."}
+    )
 
-    noisy_input_ids: torch.Tensor
-    masked_indices: torch.Tensor
-    p_mask: torch.Tensor
-    weights: torch.Tensor
-
-
-def row_positions(seed: int, rank: torch.Tensor, epoch: torch.Tensor) -> torch.Tensor:
-    """
-    Stratified positions in [0, 1): frac(u₀(seed, epoch) + φ·rank), a low-discrepancy sequence over the epoch's order.
-
-    Any run of consecutive rows is spread evenly, without a row knowing its batch mates.
-
-    Args:
-        rank (`torch.LongTensor` of shape `(batch,)`): The rows' places in the epoch's order.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(batch,)`.
-    """
-    start = keyed_uniform(seed, torch.zeros_like(rank), epoch, STREAM_RATE, 1)[:, 0]
-    return torch.remainder(start + _GOLDEN_RATIO * rank.double(), 1.0)
-
-
-def choose_smallest(
-    keys: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor
-) -> torch.Tensor:
-    """
-    The `counts` candidates with the smallest keys of each block: a uniform subset of that size.
-
-    Args:
-        keys (`torch.Tensor` of shape `(batch, length)`): Uniform numbers in [0, 1).
-        candidates (`torch.BoolTensor` of shape `(batch, length)`): What may be chosen.
-        counts (`torch.LongTensor` of shape `(batch, length)`): At each place, how many its block gets.
-        blocks (`torch.LongTensor` of shape `(batch, length)`): The places' blocks, non-decreasing in a row.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, length)`.
-    """
-    order = (torch.where(candidates, keys, 1.5) + 2 * blocks).argsort(-1)  # blocks keep their order and their places
-    places = torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
-    start = torch.ones_like(candidates)
-    start[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
-    first = torch.where(start, places, 0).cummax(-1).values  # [B, L]
-    place = torch.empty_like(order).scatter_(-1, order, places)
-    return candidates & (place - first < counts)
-
-
-def block_ids_of(
-    block_length: int | None,
-    position_ids: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    shape: tuple[int, int],
-    device: torch.device | None = None,
-) -> torch.Tensor | None:
-    """
-    The blocks of a batch as attention cuts them: at multiples of `block_length` from each document's start.
-
-    Args:
-        block_length (`int`, *optional*): `None` or 0: a row is one block, whatever it packs. (A block that is longer
-            than the row still ends with its document; which of the two must not hang on the batch's padding.)
-        position_ids, document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Positions that restart
-            in each document, and documents. Without positions the cut is on the row, and a block may hold the end of
-            a document and the beginning of the next.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, length)`, rising by one from block to block, or `None` for whole rows.
-    """
-    if not block_length:
-        return None
-    if position_ids is None:
-        return (torch.arange(shape[1], device=device) // block_length).expand(shape)
-    new = torch.zeros(shape, dtype=torch.bool, device=position_ids.device)
-    block = position_ids // block_length
-    new[:, 1:] = block[:, 1:] != block[:, :-1]
-    if document_ids is not None:
-        new[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
-    return new.long().cumsum(-1)
+    def check(self) -> None:
+        """Raises `ValueError` for names that `corrupt` does not know, and for values out of range."""
+        choices = {"mask_count": MASK_COUNTS, "noise_schedule": NOISE_SCHEDULES, "weighting": WEIGHTINGS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 < self.time_epsilon < 0.5:
+            raise ValueError(f"`time_epsilon` must lie strictly between 0 and 0.5, got {self.time_epsilon}")
+        band = list(self.mask_rate_band)
+        if len(band) != 2 or not 0 <= band[0] < band[1] <= 1:
+            raise ValueError(f"`mask_rate_band` must be two rates 0 <= lo < hi <= 1, got {band}")
 
 
 def corrupt(
     input_ids: torch.Tensor,
     targets: torch.Tensor,
-    mask_token_id: int,
+    config,
     *,
     seed: int,
     index: torch.Tensor,
     rank: torch.Tensor,
     epoch: torch.Tensor,
     block_ids: torch.Tensor | None = None,
-    mask_count: str = "exact",
-    noise_schedule: str = "linear",
-    weighting: str = "elbo",
-    time_epsilon: float = 1e-3,
-    mask_rate_band: tuple[float, float] = (0.0, 1.0),
-    complementary: bool = False,
+    **settings,
 ) -> Corruption:
     """
     Masks targets at a rate drawn per block and weighs them so that the loss is the bound of BD3-LM (2503.09573, Eq. 8)
@@ -229,85 +91,48 @@ def corrupt(
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): The clean ids.
         targets (`torch.BoolTensor` of shape `(batch, length)`): What may be masked.
+        config ([`NanoLLaDAConfig`]): Of the model, for its `mask_token_id`.
         index, rank, epoch (`torch.LongTensor` of shape `(batch,)`): The rows' keys, see `keyed_uniform` and
             `row_positions`.
         block_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Blocks, see `block_ids_of`.
+        **settings: Those of `MaskingSettings`.
 
     Returns:
-        `Corruption`, of `2 * batch` rows if `complementary`: all first masks, then all complements.
+        `Corruption`, of two copies if `complementary`: all first masks, then all complements.
 
     Raises:
-        `ValueError`: as `check_settings`.
+        `ValueError`: as `MaskingSettings.check`.
     """
-    check_settings(mask_count, noise_schedule, weighting, time_epsilon, mask_rate_band)
-    schedule = NOISE_SCHEDULES[noise_schedule]
+    settings = MaskingSettings(**settings)
+    settings.check()
+    schedule, band, complementary = (
+        NOISE_SCHEDULES[settings.noise_schedule],
+        settings.mask_rate_band,
+        settings.complementary,
+    )
     blocks = block_ids if block_ids is not None else torch.zeros_like(input_ids)
-    sums = _block_sums(targets, blocks)  # [B, K]
-    position = _block_positions(seed, index, rank, epoch, sums, blocks)  # [B, L]
+    sums = block_sums(targets, blocks)  # [B, K]
+    position = block_positions(seed, index, rank, epoch, sums, blocks)  # [B, L]
     keys = keyed_uniform(seed, index, epoch, STREAM_MASK, input_ids.shape[-1])  # [B, L]
-    if mask_count == "exact":
+    if settings.mask_count == "exact":
         total = sums.gather(-1, blocks).clamp(min=1)  # [B, L]: n at each place
-        law = _CountLaw(schedule, total, mask_rate_band, complementary)
+        law = _CountLaw(schedule, total, band, complementary)
         counts = law.draw(position)
         masked = choose_smallest(keys, targets, counts, blocks)
-        rates = [counts / total, (total - counts) / total]
-        weights = law.weights(counts, weighting)
+        weights = law.weights(counts, settings.weighting)
     else:
-        law = _TimeLaw(schedule, time_epsilon, mask_rate_band, complementary)
+        law = _TimeLaw(schedule, settings.time_epsilon, band, complementary)
         time = law.draw(position)
         masked = targets & (keys < schedule.mask_rate(time))
-        rates = [schedule.mask_rate(time), 1 - schedule.mask_rate(time)]
-        weights = law.weights(time, weighting)
+        weights = law.weights(time, settings.weighting)
     masks = [masked, targets & ~masked] if complementary else [masked]
-    masked = torch.cat(masks)
+    masked, clean = torch.cat(masks), input_ids.repeat(len(masks), 1)
     return Corruption(
-        noisy_input_ids=input_ids.repeat(len(masks), 1).masked_fill(masked, mask_token_id),
-        masked_indices=masked,
-        p_mask=torch.cat([rate * targets for rate, _ in zip(rates, masks, strict=False)]),
+        noisy_input_ids=clean.masked_fill(masked, config.mask_token_id),
+        labels=clean.masked_fill(~masked, -100),
         weights=torch.cat([torch.where(mask, weight, 0.0) for weight, mask in zip(weights, masks, strict=False)]),
+        copies=len(masks),
     )
-
-
-def _block_sums(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """`[B, K]`: the sum over each block, K the row's length."""
-    return torch.zeros_like(blocks).scatter_add_(-1, blocks, values.long())
-
-
-def _block_positions(seed, index, rank, epoch, sums, blocks):
-    """
-    `[B, L]`: at each place its block's stratified position in [0, 1): frac(row position + j/K), with j the place of
-    the block in a random order of the row's K blocks that hold targets.
-    """
-    row = row_positions(seed, rank, epoch)[:, None]  # [B, 1]
-    used = sums > 0  # [B, K]
-    draws = keyed_uniform(seed, index, epoch, STREAM_BLOCK, blocks.shape[-1]).masked_fill(~used, 2.0)
-    order = draws.argsort(-1)
-    places = torch.arange(blocks.shape[-1], device=blocks.device).expand_as(order)
-    place = torch.empty_like(order).scatter_(-1, order, places)  # the blocks with targets come first
-    shift = place / used.sum(-1, keepdim=True).clamp(min=1).double()
-    return torch.remainder(row + shift.gather(-1, blocks), 1.0)
-
-
-def check_settings(
-    mask_count: str,
-    noise_schedule: str,
-    weighting: str,
-    time_epsilon: float,
-    mask_rate_band: tuple[float, float] = (0.0, 1.0),
-) -> None:
-    """Raises `ValueError` for names that `corrupt` does not know, and for values out of range."""
-    choices = {
-        "mask_count": (mask_count, MASK_COUNTS),
-        "noise_schedule": (noise_schedule, tuple(NOISE_SCHEDULES)),
-        "weighting": (weighting, WEIGHTINGS),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
-    if not 0 < time_epsilon < 0.5:
-        raise ValueError(f"`time_epsilon` must lie strictly between 0 and 0.5, got {time_epsilon}")
-    if len(mask_rate_band) != 2 or not 0 <= mask_rate_band[0] < mask_rate_band[1] <= 1:
-        raise ValueError(f"`mask_rate_band` must be two rates 0 <= lo < hi <= 1, got {list(mask_rate_band)}")
 
 
 class _CountLaw:

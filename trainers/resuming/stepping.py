@@ -78,6 +78,9 @@ class _StepCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.micro_batches.begin(state.global_step)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_step()
+
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step(args, state, control)
 
@@ -190,6 +193,9 @@ class SteppingTrainer(Trainer):
             dataset.start(anchor)
         if record.counts is not None:  # where no step follows, nothing else says them
             dataset.rows.set_counts(record.counts)
+
+    def begin_step(self) -> None:
+        """Once before the first micro-batch of an optimizer step; `state.global_step` steps are done."""
 
     def end_step(self, args, state, control) -> None:
         """Counts a finished step in, and of a stream its pass."""

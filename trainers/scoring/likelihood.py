@@ -10,14 +10,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from nanollada.trainers.noise.masking import (
-    STREAM_BLOCK,
-    STREAM_MASK,
-    STREAM_RATE,
-    block_ids_of,
-    choose_smallest,
-    keyed_uniform,
-)
+from nanollada.trainers.noise.blocks import block_ids_of, choose_smallest
+from nanollada.trainers.noise.keys import STREAM_BLOCK, STREAM_MASK, STREAM_RATE, keyed_uniform
 from nanollada.trainers.objectives import token_cross_entropy
 from nanollada.trainers.scoring.kind import is_diffusion
 

@@ -1,19 +1,16 @@
 """Noise by blocks: counts, weights, bands and complements, by their closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanollada.trainers.noise.masking import (
-    MASK_COUNTS,
-    NOISE_SCHEDULES,
-    WEIGHTINGS,
-    block_ids_of,
-    choose_smallest,
-    corrupt,
-)
+from nanollada.trainers.noise.blocks import block_ids_of, block_positions, block_sums, choose_smallest
+from nanollada.trainers.noise.masking import MASK_COUNTS, WEIGHTINGS, corrupt
+from nanollada.trainers.noise.schedules import NOISE_SCHEDULES
 
+MODEL = SimpleNamespace(mask_token_id=3)
 MASK, PROMPT, LENGTH = 3, 2, 13
 SIZES = (2, 4, 4, 3)  # targets of the blocks of four behind a prompt of two
 
@@ -25,7 +22,7 @@ def draw(rows, length=LENGTH, block_length=4, prompt=PROMPT, padding=0, **settin
     ids = torch.full(targets.shape, 7)
     blocks = block_ids_of(block_length, None, None, targets.shape)
     keys = {"index": index, "rank": index, "epoch": index * 0}
-    return corrupt(ids, targets, MASK, seed=1, block_ids=blocks, **keys, **settings), targets, blocks
+    return corrupt(ids, targets, MODEL, seed=1, block_ids=blocks, **keys, **settings), targets, blocks
 
 
 def by_block(values, blocks):
@@ -39,7 +36,7 @@ def mean_and_error(values):
 
 def test_each_block_has_its_own_uniform_count():
     noise, _, blocks = draw(4000)
-    counts = by_block(noise.masked_indices, blocks)
+    counts = by_block(noise.supervised, blocks)
     for block, size in enumerate(SIZES):
         frequency = torch.bincount(counts[:, block], minlength=size + 1)
         assert frequency[0] == 0
@@ -51,9 +48,9 @@ def test_each_block_has_its_own_uniform_count():
 def test_blocks_of_a_row_are_stratified():
     """With 64 blocks of 8 the counts of a single row are spread evenly: iid draws would scatter by ±2.6."""
     noise, _, blocks = draw(50, 512, 8, prompt=0)
-    for counts in by_block(noise.masked_indices, blocks):
+    for counts in by_block(noise.supervised, blocks):
         assert (torch.bincount(counts, minlength=9)[1:] - 8).abs().max() <= 1
-    first = by_block(noise.masked_indices, blocks)[:, 0]
+    first = by_block(noise.supervised, blocks)[:, 0]
     assert first.unique().numel() >= 6  # a block's rate does not hang on its place
 
 
@@ -65,7 +62,7 @@ def test_a_uniform_predictor_has_the_right_loss_in_every_block():
 
 def test_blocks_of_one_token_are_ar_training():
     noise, targets, _ = draw(30, block_length=1)
-    assert torch.equal(noise.masked_indices, targets)
+    assert torch.equal(noise.supervised, targets)
     assert torch.equal(noise.weights, targets.double())
 
 
@@ -96,7 +93,7 @@ def test_expected_subset_weight_is_the_closed_form(mask_count, schedule, complem
     copies = 1 + complementary
     for block in range(2):
         inside = blocks[0] == block
-        chosen = noise.masked_indices[:, inside]
+        chosen = noise.supervised[:, inside]
         code = (chosen * 2 ** torch.arange(size)).sum(-1)
         weight = noise.weights[:, inside].amax(-1)
         for subset in range(1, 2**size):
@@ -110,16 +107,16 @@ def test_expected_subset_weight_is_the_closed_form(mask_count, schedule, complem
 @pytest.mark.parametrize("block_length", [1, 4, None])
 def test_complements_mask_each_target_exactly_once(mask_count, block_length):
     noise, targets, _ = draw(200, block_length=block_length or 99, mask_count=mask_count, complementary=True)
-    first, second = noise.masked_indices.chunk(2)
+    first, second = noise.supervised.chunk(2)
     assert torch.equal(first ^ second, targets) and not (first & second).any()
     assert first.any() and second.any()
-    assert torch.equal(noise.noisy_input_ids == MASK, noise.masked_indices)
-    assert torch.isfinite(noise.weights).all() and torch.equal(noise.weights > 0, noise.masked_indices)
+    assert torch.equal(noise.noisy_input_ids == MASK, noise.supervised)
+    assert torch.isfinite(noise.weights).all() and torch.equal(noise.weights > 0, noise.supervised)
 
 
 def test_complements_have_their_own_weights():
     noise, _, _ = draw(400, 9, 99, prompt=0, complementary=True)
-    counts = noise.masked_indices.sum(-1)
+    counts = noise.supervised.sum(-1)
     weights = noise.weights.amax(-1)
     some = counts > 0
     torch.testing.assert_close(weights[some], 10 / 2 / counts[some].double())  # k is uniform on 0..9
@@ -134,7 +131,7 @@ def test_a_block_that_only_one_of_the_pair_can_mask_counts_whole():
 
 def test_band_of_counts():
     noise, _, blocks = draw(500, 40, 20, prompt=0, mask_rate_band=(0.3, 0.8))
-    counts = by_block(noise.masked_indices, blocks)
+    counts = by_block(noise.supervised, blocks)
     assert counts.min() == 6 and counts.max() == 16  # ⌈0.3 · 20⌉, ⌊0.8 · 20⌋
     assert (torch.bincount(counts.flatten())[6:] - 1000 / 11).abs().max() < 12
     torch.testing.assert_close(by_block(noise.weights, blocks), torch.full((500, 2), 20.0).double())
@@ -142,31 +139,32 @@ def test_band_of_counts():
 
 def test_band_of_rates():
     noise, _, _ = draw(500, mask_count="bernoulli", mask_rate_band=(0.3, 0.8))
-    rates = noise.p_mask[noise.p_mask > 0]
+    rates = 1 / noise.weights[noise.supervised]
     assert rates.min() >= 0.3 and rates.max() <= 0.8 and rates.min() < 0.31 and rates.max() > 0.79
-    torch.testing.assert_close(noise.weights[noise.masked_indices], (1 / noise.p_mask)[noise.masked_indices])
+    assert noise.supervised[:, PROMPT:].double().mean().item() == pytest.approx(0.55, abs=0.02)
 
 
 def test_unweighted_band_is_llada2s_sft_mean():
     """Every masked token counts the same: one over the mean rate, 0.55."""
     noise, _, _ = draw(500, mask_count="bernoulli", mask_rate_band=(0.3, 0.8), weighting="unweighted")
-    weights = noise.weights[noise.masked_indices]
+    weights = noise.weights[noise.supervised]
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 0.55))
 
 
 def test_the_time_weighted_loss_has_the_weight_of_its_own_mask():
     """cos² noise: π·cot(πt/2) at the t whose rate sin²(πt/2) drew the mask (up to the ε of the smallest time)."""
-    noise, _, _ = draw(500, mask_count="bernoulli", noise_schedule="cosine_squared", time_epsilon=1e-6)
-    rate = noise.p_mask[noise.masked_indices]
-    time = torch.asin(rate.sqrt()) * 2 / math.pi
+    noise, targets, blocks = draw(500, mask_count="bernoulli", noise_schedule="cosine_squared", time_epsilon=1e-6)
+    index = torch.arange(500)
+    position = block_positions(1, index, index, index * 0, block_sums(targets, blocks), blocks)[noise.supervised]
+    time = 1e-6 + (1 - 1e-6) * position
     expected = math.pi / torch.tan(math.pi * time / 2)
-    torch.testing.assert_close(noise.weights[noise.masked_indices], expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(noise.weights[noise.supervised], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_padding_does_not_change_a_rows_masks():
     short, *_ = draw(40)
     padded, *_ = draw(40, padding=9)
-    assert torch.equal(padded.masked_indices[:, : PROMPT + LENGTH], short.masked_indices)
+    assert torch.equal(padded.supervised[:, : PROMPT + LENGTH], short.supervised)
     assert torch.equal(padded.weights[:, : PROMPT + LENGTH], short.weights)
 
 
@@ -174,9 +172,9 @@ def test_one_block_is_the_whole_row():
     index = torch.arange(20)
     ids = torch.full((20, 9), 7)
     keys = {"seed": 1, "index": index, "rank": index, "epoch": index * 0}
-    one = corrupt(ids, ids == 7, MASK, **keys)
-    other = corrupt(ids, ids == 7, MASK, block_ids=torch.zeros_like(ids), **keys)
-    assert torch.equal(one.weights, other.weights) and torch.equal(one.masked_indices, other.masked_indices)
+    one = corrupt(ids, ids == 7, MODEL, **keys)
+    other = corrupt(ids, ids == 7, MODEL, block_ids=torch.zeros_like(ids), **keys)
+    assert torch.equal(one.weights, other.weights) and torch.equal(one.supervised, other.supervised)
 
 
 def test_blocks_are_cut_at_document_starts_or_on_the_row():

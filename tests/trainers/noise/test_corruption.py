@@ -2,21 +2,17 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanollada.trainers.noise import masking as corruption
-from nanollada.trainers.noise.masking import (
-    MASK_COUNTS,
-    NOISE_SCHEDULES,
-    WEIGHTINGS,
-    corrupt,
-    keyed_uniform,
-    row_positions,
-)
+from nanollada.trainers.noise.keys import keyed_uniform, row_positions
+from nanollada.trainers.noise.masking import MASK_COUNTS, WEIGHTINGS, corrupt
+from nanollada.trainers.noise.schedules import NOISE_SCHEDULES
 
 MASK = 3
+MODEL = SimpleNamespace(mask_token_id=MASK)
 FORMULA = {"t": 0.3, "cos": math.cos, "pi": math.pi}
 
 
@@ -27,7 +23,7 @@ def draw(rows, length=9, prompt=2, seed=1, epoch=0, **settings):
     targets[:, :prompt] = False
     ids = torch.full(targets.shape, 7)
     keys = {"index": index, "rank": index, "epoch": torch.full_like(index, epoch)}
-    return corrupt(ids, targets, MASK, seed=seed, **keys, **settings), targets
+    return corrupt(ids, targets, MODEL, seed=seed, **keys, **settings), targets
 
 
 def mean_and_error(values):
@@ -66,7 +62,7 @@ def test_noise_belongs_to_the_row():
     assert torch.equal(whole.noisy_input_ids, again.noisy_input_ids)
     index = torch.tensor([7, 2])
     ids, targets = torch.full((2, 11), 7), torch.arange(11).expand(2, -1) >= 2
-    part = corrupt(ids, targets, MASK, seed=1, index=index, rank=index, epoch=torch.zeros_like(index))
+    part = corrupt(ids, targets, MODEL, seed=1, index=index, rank=index, epoch=torch.zeros_like(index))
     assert torch.equal(part.noisy_input_ids, whole.noisy_input_ids[index])
     assert torch.equal(part.weights, whole.weights[index])
     other_epoch, _ = draw(12, epoch=1)
@@ -79,17 +75,16 @@ def test_padding_does_not_change_a_rows_masks():
     targets = torch.zeros(40, 30, dtype=torch.bool)
     targets[:, 2:11] = True
     ids = torch.full(targets.shape, 7)
-    padded = corrupt(ids, targets, MASK, seed=1, index=index, rank=index, epoch=torch.zeros_like(index))
-    assert torch.equal(padded.masked_indices[:, :11], short.masked_indices)
+    padded = corrupt(ids, targets, MODEL, seed=1, index=index, rank=index, epoch=torch.zeros_like(index))
+    assert torch.equal(padded.supervised[:, :11], short.supervised)
 
 
 @pytest.mark.parametrize("mask_count", MASK_COUNTS)
 def test_prompts_stay_and_the_parts_agree(mask_count):
     noise, targets = draw(500, mask_count=mask_count)
-    assert not noise.masked_indices[~targets].any()
-    assert torch.equal(noise.noisy_input_ids == MASK, noise.masked_indices)
-    assert torch.equal(noise.weights > 0, noise.masked_indices)
-    assert ((noise.p_mask > 0) == targets).all()
+    assert not noise.supervised[~targets].any()
+    assert torch.equal(noise.noisy_input_ids == MASK, noise.supervised)
+    assert torch.equal(noise.weights > 0, noise.supervised)
 
 
 @pytest.mark.parametrize("mask_count", MASK_COUNTS)
@@ -113,7 +108,7 @@ def test_expected_subset_weight_is_the_closed_form(mask_count, schedule):
     """E[weight · 1(mask = S)] = 1 / (k·C(L, k)) for every subset S, up to ε: the bound by its definition."""
     rows, length = 60000, 4
     noise, targets = draw(rows, length, mask_count=mask_count, noise_schedule=schedule, time_epsilon=1e-6)
-    chosen = noise.masked_indices[:, 2:]
+    chosen = noise.supervised[:, 2:]
     code = (chosen * 2 ** torch.arange(length)).sum(-1)
     weight = noise.weights.amax(-1)
     for subset in range(1, 2**length):
@@ -124,7 +119,7 @@ def test_expected_subset_weight_is_the_closed_form(mask_count, schedule):
 
 def test_counts_are_uniform_and_stratified():
     noise, _ = draw(900)
-    counts = noise.masked_indices.sum(-1)
+    counts = noise.supervised.sum(-1)
     assert counts.min() == 1 and counts.max() == 9
     frequency = torch.bincount(counts, minlength=10)[1:]
     assert (frequency - 100).abs().max() <= 3  # iid draws would scatter by ±10
@@ -134,10 +129,11 @@ def test_counts_are_uniform_and_stratified():
 
 def test_bernoulli_rate_is_the_papers():
     noise, _ = draw(4000, time_epsilon=0.25, mask_count="bernoulli")
-    rate = noise.p_mask[:, 2]
-    assert rate.min() >= 0.25 and rate.max() <= 1  # p = (1 − ε)t + ε
-    torch.testing.assert_close(noise.weights[noise.masked_indices], (1 / noise.p_mask)[noise.masked_indices])
-    mean, error = mean_and_error(noise.masked_indices[:, 2:].double().mean(-1) - rate)
+    index = torch.arange(4000)
+    rate = 0.25 + 0.75 * row_positions(1, index, index * 0)  # p = (1 − ε)t + ε
+    expected = (1 / rate)[:, None].expand_as(noise.weights)
+    torch.testing.assert_close(noise.weights[noise.supervised], expected[noise.supervised])
+    mean, error = mean_and_error(noise.supervised[:, 2:].double().mean(-1) - rate)
     assert abs(mean) <= 3 * error
 
 
@@ -170,7 +166,7 @@ def test_rows_without_targets_are_left_alone():
     index = torch.arange(2)
     ids = torch.full((2, 5), 7)
     for mask_count in MASK_COUNTS:
-        noise = corrupt(ids, ids == 0, MASK, seed=0, index=index, rank=index, epoch=index * 0, mask_count=mask_count)
+        noise = corrupt(ids, ids == 0, MODEL, seed=0, index=index, rank=index, epoch=index * 0, mask_count=mask_count)
         assert torch.equal(noise.noisy_input_ids, ids) and noise.weights.sum() == 0
 
 
@@ -178,7 +174,7 @@ def test_row_positions_start_elsewhere_in_each_epoch():
     rank = torch.arange(5)
     first, second = (row_positions(0, rank, torch.full_like(rank, epoch)) for epoch in (0, 1))
     assert (first - second).abs().min() > 1e-6
-    assert corruption.row_positions(0, rank[3:], torch.zeros(2, dtype=torch.long)).tolist() == first[3:].tolist()
+    assert row_positions(0, rank[3:], torch.zeros(2, dtype=torch.long)).tolist() == first[3:].tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
-from nanollada.trainers.noise.masking import MASK_COUNTS, NOISE_SCHEDULES, block_ids_of, corrupt
+from nanollada.trainers.noise.blocks import block_ids_of
+from nanollada.trainers.noise.masking import MASK_COUNTS, corrupt
+from nanollada.trainers.noise.schedules import NOISE_SCHEDULES
 from nanollada.trainers.objectives import token_cross_entropy
 from nanollada.trainers.scoring.likelihood import exact_nelbo, model_inputs
 
@@ -42,7 +44,7 @@ def losses(model, batch, block_length, draws=DRAWS, **settings):
     noise = corrupt(
         batch["input_ids"],
         batch["labels"] != -100,
-        MASK,
+        model.config,
         seed=5,
         index=index,
         rank=index,
@@ -54,9 +56,9 @@ def losses(model, batch, block_length, draws=DRAWS, **settings):
     nats = cross_entropies(model, noise, batch, block_length)
     losses = (nats * noise.weights).view(-1, draws, nats.shape[1])  # [copies, draws, L]
     some = slice(0, min(draws, 100))  # the trainers' own forward
-    ids, labels = batch["input_ids"][some], batch["input_ids"][some].masked_fill(~noise.masked_indices[some], -100)
+    ids = batch["input_ids"][some]
     inputs = {name: value[some] for name, value in model_inputs(batch).items()}
-    inputs |= {"labels": labels, "loss_weights": noise.weights[some], "num_items_in_batch": 1}
+    inputs |= {"labels": noise.labels[some], "loss_weights": noise.weights[some], "num_items_in_batch": 1}
     fast = model(noise.noisy_input_ids[some], clean_input_ids=ids, block_length=block_length, **inputs).loss
     torch.testing.assert_close(fast.double(), losses[0, some].sum(), rtol=1e-9, atol=0)
     return losses.sum((0, 2))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.trainers.noise.masking import MASK_COUNTS, NOISE_SCHEDULES, corrupt
+from nanollada.trainers.noise.masking import MASK_COUNTS, corrupt
+from nanollada.trainers.noise.schedules import NOISE_SCHEDULES
 from nanollada.trainers.scoring import likelihood
 from nanollada.trainers.scoring.continuations import conditional_rows
 from nanollada.trainers.scoring.likelihood import (
@@ -93,9 +94,17 @@ def test_training_estimators_have_the_exact_bound_as_expectation(mask_count):
     inputs = torch.tensor(ids).expand(draws, -1)
     targets = torch.arange(6).expand(draws, -1) > 0
     noise = corrupt(
-        inputs, targets, 3, seed=0, index=index, rank=index, epoch=index * 0, mask_count=mask_count, time_epsilon=1e-5
+        inputs,
+        targets,
+        model.config,
+        seed=0,
+        index=index,
+        rank=index,
+        epoch=index * 0,
+        mask_count=mask_count,
+        time_epsilon=1e-5,
     )
-    nats = [table.get(tuple(row.nonzero()[:, 0].tolist()), 0.0) for row in noise.masked_indices]
+    nats = [table.get(tuple(row.nonzero()[:, 0].tolist()), 0.0) for row in noise.supervised]
     losses = torch.tensor(nats, dtype=torch.double) * noise.weights.amax(-1)
     error = losses.std().item() / math.sqrt(draws)
     assert abs(losses.mean().item() - exact_nelbo(model, rows([ids])).item()) <= 3 * error
