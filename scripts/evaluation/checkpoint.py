@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -20,6 +19,7 @@ from nanollada.scripts.evaluation.runner import SuiteArguments, run_suite
 from nanollada.scripts.evaluation.suite_file import parse_task
 from nanollada.scripts.evaluation.tasks.text import score_text
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
+from nanollada.trainers.records import command
 
 METRICS = ("likelihood", "exact_match")
 
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
         check_length(max_length, model.config)
     blocks = scored_block_length(model, eval_block_length)
     bench = Bench(model, tokenizer, samples, seed, batch_size)
-    run = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed}
+    run = {"command": command(), "seed": seed}
     scoring = {"max_length": max_length, "rolling_context": rolling_context, "eval_block_length": eval_block_length}
     results = []
     arguments = SourceArguments(data=[data] if isinstance(data, str) else data, **source_options)

@@ -6,6 +6,8 @@ from pathlib import Path
 from nanollada.scripts.evaluation.bench import Bench
 from nanollada.scripts.evaluation.kinds import KINDS
 from nanollada.scripts.evaluation.rows import limited
+from nanollada.scripts.evaluation.runner import Runner, plan
+from nanollada.trainers.records import command, write_json
 
 
 def short_pairs(bench: Bench, planned: list, samples: int) -> list[tuple[list[int], list[int]]]:
@@ -78,8 +80,6 @@ def check_suite(args) -> dict:
     """`check_errors` of each diffusion checkpoint on the suite's rows; writes `errors.json` and prints a line each."""
     from tqdm.auto import tqdm
 
-    from nanollada.scripts.evaluation.runner import Runner, _json, plan, write
-
     _, planned = plan(args)
     runner, found = Runner(args, planned), {}
     for name, checkpoint in zip(args.names, args.checkpoints, strict=True):
@@ -95,12 +95,13 @@ def check_suite(args) -> dict:
         with tqdm(total=len(pairs), desc=f"{name}: errors", unit=" answers") as bar:
             bench.progress = bar.update
             found[name] = check_errors(bench, pairs)
-    facts = {"command": runner.command, "suite": Path(args.suite).name, "models": found}
-    write(Path(args.output) / "errors.json", _json(facts))
+    content = {"command": command(), "suite": Path(args.suite).name, "models": found}
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    write_json(Path(args.output) / "errors.json", content)
     for name, figures in found.items():
         print(
             f"{name}: of {figures['pairs']} bounds with {figures['samples']} masks {figures['within_2']:.1%} lie "
             f"within two standard errors of the enumerated one; mean z² {figures['mean_squared_z']:.2f}, mean z "
             f"{figures['mean_z']:+.2f}; r.m.s. error {figures['rms_error']:.3f} nats"
         )
-    return facts
+    return content

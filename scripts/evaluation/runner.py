@@ -9,11 +9,8 @@ Every (model, task) leaves a result and a record of each row behind; a run that 
 
 import hashlib
 import json
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from nanollada.hub_upload.evaluation_file import (
     EVALUATION,
@@ -27,6 +24,7 @@ from nanollada.scripts.evaluation.kinds import KINDS, definitions, results_of
 from nanollada.scripts.evaluation.rows import rows_of
 from nanollada.scripts.evaluation.suite_file import read_suite
 from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.records import command, file_digest, read_json, write_json, write_whole
 
 PROTOCOL = 2  # raised whenever the same arguments would give other numbers
 # What of a checkpoint decides its numbers beside the weights.
@@ -113,11 +111,6 @@ def digest_files(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def model_facts(name: str, folder: str) -> dict:
-    """What is known of a model without loading it; `kind` and `parameters` follow."""
-    return {"name": name, "checkpoint": folder, **model_digests(folder)}
-
-
 def machine(device: str | None) -> dict:
     """What the speed of a model depends on beside the model."""
     import torch
@@ -166,18 +159,15 @@ class Runner:
     def __init__(self, args: SuiteArguments, planned: list[Planned]):
         self.args, self.planned, self.judge = args, planned, None
         self.folder = Path(args.output)
-        self.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        self.command_and_seed = {"command": self.command, "seed": args.seed}
-        self.judge_digest = None
-        if args.judge is not None:
-            self.judge_digest = [weights_digest(args.judge), digest_files(args.judge)]
+        self.command_and_seed = {"command": command(), "seed": args.seed}
+        self.judge_digest = args.judge and [weights_digest(args.judge), digest_files(args.judge)]
 
     def run(self) -> tuple[list[dict], list[dict]]:
-        """The models' facts, and all results."""
+        """What is known of the models, and all results."""
         models, results = [], []
         for name, checkpoint in zip(self.args.names, self.args.checkpoints, strict=True):
-            facts, own = self.run_model(model_facts(name, checkpoint))
-            models.append(facts)
+            model, own = self.run_model({"name": name, "checkpoint": checkpoint, **model_digests(checkpoint)})
+            models.append(model)
             results += [{"model": name, **result} for result in own]
         return models, results
 
@@ -191,20 +181,19 @@ class Runner:
                 {**digests, **self.command_and_seed, "results": own}, Path(model["checkpoint"]) / EVALUATION
             )
 
-    def run_model(self, facts: dict) -> tuple[dict, list[dict]]:
+    def run_model(self, model: dict) -> tuple[dict, list[dict]]:
         """Everything of one model, which is loaded only if something is left to do."""
-        loaded, results = None, []
-        files = digest_files(facts["checkpoint"])
-        kind, parameters = None, None
+        bench, results, files = None, [], digest_files(model["checkpoint"])
+        model |= {"kind": None, "parameters": None}
         for item in self.planned:
-            identity = self.identity(item, facts["weights_sha256"], files)
-            found = self.finished(facts["name"], item.task, identity)
-            if found is None:
-                loaded = loaded or self.load(facts["checkpoint"])
-                found = self.measure(facts["name"], item, identity, loaded)
-            kind, parameters = found["kind"], found["parameters"]
-            results += found["results"]
-        return {**facts, "kind": kind, "parameters": parameters}, results
+            identity = self.identity(item, model["weights_sha256"], files)
+            content = self.finished(model["name"], item.task, identity)
+            if content is None:
+                bench = bench or self.load(model["checkpoint"])
+                content = self.measure(model["name"], item, identity, bench)
+            model |= {name: content[name] for name in ("kind", "parameters")}
+            results += content["results"]
+        return model, results
 
     def load(self, checkpoint: str):
         """A bench of the checkpoint, and of the judge, who is loaded once."""
@@ -218,17 +207,13 @@ class Runner:
 
     def identity(self, item: Planned, weights: str, files: str) -> dict:
         """All that a result depends on. AR takes no samples, but is asked before that is known."""
-        task = item.task
+        task, kind = item.task, KINDS[item.task.kind]
         identity = {"protocol": PROTOCOL, "weights_sha256": weights, "files_sha256": files, "seed": self.args.seed}
         identity |= {"kind": task.kind, "language": task.language, "data_sha256": item.digest}
         identity |= {"settings": task.settings(), "rows": len(item.rows)}
-        kind = KINDS[task.kind]
-        if kind.scored:
-            identity["samples"] = self.args.samples
-        if kind.judged:
-            identity["judge"] = self.judge_digest
-        if kind.timed:
-            identity |= machine(self.args.device)
+        identity |= {"samples": self.args.samples} if kind.scored else {}
+        identity |= {"judge": self.judge_digest} if kind.judged else {}
+        identity |= machine(self.args.device) if kind.timed else {}
         return json.loads(json.dumps(identity))  # as it will be read back
 
     def paths(self, model: str, task: str) -> tuple[Path, Path]:
@@ -239,10 +224,10 @@ class Runner:
         """An earlier result of the same identity, if its files are whole."""
         path, records = self.paths(model, task.name)
         try:
-            found = json.loads(path.read_bytes())
-            whole = hashlib.sha256(records.read_bytes()).hexdigest() == found["records_sha256"]
-            return found if whole and found["identity"] == identity else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # never finished, or not by this program
+            content = read_json(path)
+            complete = file_digest(records) == content["records_sha256"]
+            return content if complete and content["identity"] == identity else None
+        except (FileNotFoundError, ValueError, KeyError):  # never finished, or not by this program
             return None
 
     def measure(self, model: str, item: Planned, identity: dict, bench) -> dict:
@@ -262,29 +247,17 @@ class Runner:
         settings = machine(self.args.device) if kind.timed else {}
         settings |= {"judge": Path(self.args.judge).name} if kind.judged and self.args.judge is not None else {}
         path, records = self.paths(model, item.task.name)
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records)
-        write(records, text)
-        found = {
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(records, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in outcome.records))
+        content = {
             "identity": identity,
-            "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "records_sha256": file_digest(records),
             "kind": "diffusion" if bench.is_diffusion else "ar",
             "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
             "results": results_of(item, bench, outcome, self.command_and_seed, **settings),
         }
-        write(path, _json(found))
-        return found
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a killed run leaves no half file under the final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+        write_json(path, content)
+        return content
 
 
 # ---- the program
@@ -302,25 +275,25 @@ def run_suite(args: SuiteArguments) -> dict:
             row.
     """
     from nanollada.scripts.evaluation.report import draw, tables
-    from nanollada.trainers.records import hardware, versions
+    from nanollada.trainers.records import provenance
 
     description, planned = plan(args)
     runner = Runner(args, planned)
     for checkpoint in args.checkpoints:
         old_evaluation(Path(checkpoint) / EVALUATION)
     models, results = runner.run()
-    told = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
-    told |= {"samples": args.samples, "definitions": definitions(results)}
-    told["tasks"] = [
-        {**{"name": item.task.name, "kind": item.task.kind, "data": item.source, "data_sha256": item.digest},
-         "rows": len(item.rows), "language": item.task.language, "settings": item.task.settings()}
+    tasks = [
+        {"name": item.task.name, "kind": item.task.kind, "language": item.task.language, "data": item.source}
+        | {"data_sha256": item.digest, "rows": len(item.rows), "settings": item.task.settings()}
         for item in planned
-    ]  # fmt: skip
-    found = {"protocol": told, "command": runner.command, "seed": args.seed, "hardware": hardware()}
-    found |= {"versions": versions(), "models": models, "results": results}
+    ]
+    protocol = {"suite": Path(args.suite).name, "description": description, "version": PROTOCOL, "limit": args.limit}
+    protocol |= {"samples": args.samples, "definitions": definitions(results), "tasks": tasks}
+    content = {"protocol": protocol, **provenance(), "seed": args.seed, "models": models, "results": results}
     folder = Path(args.output)
-    write(folder / "suite.json", _json(found))
-    write(folder / "suite.md", tables(found))
-    draw(folder / "suite.png", found)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "suite.json", content)
+    write_whole(folder / "suite.md", tables(content))
+    draw(folder / "suite.png", content)
     runner.save(models, results)
-    return found
+    return content
