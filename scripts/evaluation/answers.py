@@ -5,6 +5,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from tqdm.auto import tqdm
+
+from nanollada.scripts.decoding.checkpoint import eos_ids
+from nanollada.scripts.decoding.settings import default_decoding, effective_settings, generation_settings
+from nanollada.scripts.decoding.writing import seeded_generate
+from nanollada.trainers.data.encoding import IGNORE, RowEncoder
+from nanollada.trainers.data.sources import BadRow, Example, RowPolicy, parse_row
+from nanollada.trainers.scoring.kind import is_diffusion
+
 
 def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed: int = 0, **generation) -> dict:
     """
@@ -29,10 +38,6 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
     Raises:
         `ValueError`: for rows without an answer or that cannot be read, and if there are none.
     """
-    from tqdm.auto import tqdm
-
-    from nanollada.scripts.decoding.settings import effective_settings, generation_settings
-
     questions = questions_of(tokenizer, rows)
     longest = max(len(answer) for _, answer in questions)
     block_length = generation.get("block_length") or 1
@@ -64,8 +69,6 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
 
 def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, answer), split where training splits them."""
-    from nanollada.trainers.data.encoding import IGNORE, RowEncoder
-    from nanollada.trainers.data.sources import BadRow, Example, RowPolicy, parse_row
 
     def examples():
         for number, row in enumerate(rows, start=1):
@@ -92,8 +95,6 @@ def new_tokens(model, prompts: list[list[int]], pad_token_id: int, seed: int, se
     """What `generate` writes behind each prompt, to the end of the row."""
     import torch
 
-    from nanollada.scripts.decoding.writing import seeded_generate
-
     width = max(map(len, prompts))
     padded = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     visible = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -103,8 +104,6 @@ def new_tokens(model, prompts: list[list[int]], pad_token_id: int, seed: int, se
 
 def until_end(model, ids: list[int]) -> tuple[list[int], bool]:
     """Token ids up to the first EOS, and whether there was one."""
-    from nanollada.scripts.decoding.checkpoint import eos_ids
-
     ends = eos_ids(model)
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     return ids[:end], end is not None
@@ -122,9 +121,6 @@ def greedy_answers(
     For each (context, answer) the greedy tokens in the answer's place, as many as it has, whatever the checkpoint's
     generation config says. A diffusion model without blocks fills the whole answer, its surest position first.
     """
-    from nanollada.scripts.decoding.settings import default_decoding, generation_settings
-    from nanollada.trainers.scoring.kind import is_diffusion
-
     written: dict[int, list[int]] = {}
     for places in batches_of_length(pairs, batch_size):
         length = len(pairs[places[0]][1])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict, validated_field
 
 from nanollada.trainers.data.sources import BadRow, DataError, _checked_text
+from nanollada.trainers.scoring.kind import is_diffusion
 
 # ---- settings: a dataclass whose types and rules are checked, in words and by tests
 
@@ -68,32 +69,24 @@ def _is_pattern(text: str) -> bool:
 OF_DATA = ("data_split", "data_config", "columns", "match", "template")
 
 
-@strict
-@dataclass
+def settings(cls: type) -> type:
+    """A dataclass whose fields are checked by type and rule whenever they are set: what a kind of task may say."""
+    return strict(dataclass(cls))
+
+
+@settings
 class Task:
-    """
-    One entry of a suite's `tasks`; a kind of task adds its own settings.
+    """One entry of a suite's `tasks`; a kind of task adds its own settings."""
 
-    Attributes:
-        name (`str`): Of letters, digits, `_`, `-`, `.`; a file's name, too.
-        kind (`str`): What is measured, see `KINDS`.
-        language (`str`, *optional*): "en" or "zh": how contexts and answers are joined and compared.
-        data (`str`, *optional*): File, glob, folder or name of a dataset; none where the rows are made.
-        data_split, data_config (`str`, *optional*): Of a dataset; by default "train", and its only configuration.
-        columns (`dict`): This protocol's column names to the data's.
-        match (`str`, *optional*): Only rows whose JSON has this regular expression.
-        limit (`int`, *optional*): At most so many rows, evenly spread over all of them.
-    """
-
-    name: str
+    name: str  # of letters, digits, `_`, `-`, `.`; a file's name, too
     kind: str
-    language: Literal["en", "zh"] | None = None
-    data: str | None = None
-    data_split: str | None = None
-    data_config: str | None = None
-    columns: dict[str, str] | None = None
-    match: str | None = setting(None, "a regular expression", _is_pattern)
-    limit: int | None = whole(1)
+    language: Literal["en", "zh"] | None = None  # how contexts and answers are joined and compared
+    data: str | None = None  # file, glob, folder or name of a dataset; none where the rows are made
+    data_split: str | None = None  # by default "train"
+    data_config: str | None = None  # by default the dataset's only one
+    columns: dict[str, str] | None = None  # this protocol's names to the data's
+    match: str | None = setting(None, "a regular expression", _is_pattern)  # of the JSON of the rows that are used
+    limit: int | None = whole(1)  # at most so many rows, evenly spread over all of them
 
     needs_data: ClassVar[bool] = True
 
@@ -182,30 +175,18 @@ class Planned:
 
 @dataclass
 class Bench:
-    """
-    A model under test, and how it is tested.
-
-    Attributes:
-        model, tokenizer: Of `load_checkpoint`.
-        samples (`int`): Monte Carlo masks per scored text of a diffusion model, even.
-        seed (`int`): Of the masks, and of whatever is drawn.
-        batch_size (`int`): Rows per forward.
-        judge (`tuple`, *optional*): A causal model and its tokenizer.
-        progress (`Callable[[int], None]`): Is told how many rows were done.
-    """
+    """A model under test, of `load_checkpoint`, and how it is tested."""
 
     model: Any
     tokenizer: Any
-    samples: int = 128
-    seed: int = 0
+    samples: int = 128  # Monte Carlo masks per scored text of a diffusion model, even
+    seed: int = 0  # of the masks, and of whatever is drawn
     batch_size: int = 16
-    judge: tuple | None = None
-    progress: Callable[[int], Any] = field(default=lambda count: None)
+    judge: tuple | None = None  # a causal model and its tokenizer
+    progress: Callable[[int], Any] = field(default=lambda count: None)  # is told how many rows were done
 
     @property
     def is_diffusion(self) -> bool:
-        from nanollada.trainers.scoring.kind import is_diffusion
-
         return is_diffusion(self.model)
 
     def noise(self, task: Task) -> dict:
@@ -234,44 +215,33 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a kind: its unit, what it means, its digits in a table, and whether the plot has it."""
+    """A figure of a kind: what it means, its unit, and whether the plot has it."""
 
-    unit: str
     definition: str
-    digits: int = 2
-    drawn: bool = False
+    unit: str = "share"
+    drawn: bool = True
+
+    @property
+    def digits(self) -> int:
+        """Behind the point, in a table."""
+        return 3 if self.unit.startswith(("bits", "nats", "s/")) else 2
 
 
 @dataclass(frozen=True)
 class Kind:
-    """
-    All that the suite knows of a kind of task.
+    """All that the suite knows of a kind of task."""
 
-    Attributes:
-        title (`str`): Of its table.
-        task (`type[Task]`): A strict dataclass of its settings.
-        check_row (`Callable`): From a row as it was read to what `run` needs; a `DataError` names what is wrong.
-        run (`Callable`): Measures.
-        metrics (`dict[str, Metric]`): What it may give, by name.
-        make_rows (`Callable`, *optional*): The rows of a task without `data`, from task and seed.
-        steps (`Callable`): How many units of work a task has, from task and rows; `None`: unknown beforehand.
-        short (`Callable`, *optional*): (context, answer) of the rows, for the check of the bounds' errors.
-        scored (`bool`): Whether it scores by likelihoods, with masks for a diffusion model.
-        judged, timed (`bool`): Whether the judge and the machine have a part in its figures.
-        diffusion_only (`bool`): Whether AR models have no settings for it.
-        may_repeat (`bool`): Whether a row may be there twice.
-    """
-
-    title: str
-    task: type[Task]
-    check_row: Callable[[Row, Task], dict]
+    title: str  # of its table
+    task: type[Task]  # its settings
+    check_row: Callable[[Row, Task], dict]  # from a row as it was read to what `run` needs
     run: Callable[[Bench, Task, list[Row]], Outcome]
-    metrics: dict[str, Metric]
-    make_rows: Callable[[Task, int], list[dict]] | None = None
-    steps: Callable[[Task, list[Row]], int | None] = lambda task, rows: len(rows)
+    metrics: dict[str, Metric]  # what it may give
+    make_rows: Callable[[Task, int], list[dict]] | None = None  # of a task without `data`, from a seed
+    steps: Callable[[Task, list[Row]], int | None] = lambda task, rows: len(rows)  # units of work; None: unknown
+    # (context, answer) of the rows, for the check of the bounds' errors; answers of these sizes count
     short: Callable[[Bench, Task, list[Row], range], list[tuple[list[int], list[int]]]] | None = None
-    scored: bool = False
-    judged: bool = False
-    timed: bool = False
-    diffusion_only: bool = False
-    may_repeat: bool = False
+    scored: bool = False  # by likelihoods, with masks for a diffusion model
+    judged: bool = False  # the judge has a part in its figures
+    timed: bool = False  # the machine has a part in its figures
+    diffusion_only: bool = False  # AR models have no settings for it
+    may_repeat: bool = False  # a row may be there twice

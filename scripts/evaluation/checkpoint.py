@@ -82,17 +82,9 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint (`str`): Folder or name on the Hub; AR or diffusion.
-        data (`str` or `list[str]`): Sources, as for [`~trainers.data.DataArguments`]. Each is scored by itself.
-        metrics (`Iterable[str]`, defaults to `("likelihood",)`): "likelihood", "exact_match".
-        samples (`int`, defaults to 16): Monte Carlo masks per row of a diffusion model, even.
-        seed (`int`, defaults to 0): Of these masks, and of whatever is drawn for exact match.
-        batch_size (`int`, defaults to 16): Rows per forward pass.
-        max_length (`int`, defaults to 512): Tokens of a scored row. Longer answer rows are truncated, and counted.
-        eval_block_length (`int`, *optional*): Blocks in which a diffusion model's likelihood is scored; by default
-            the checkpoint's, 0 for whole rows. (Exact match decodes in `decoding`'s own `block_length`.)
-        rolling_context (`int`, *optional*): Scores each text by itself, in rows of `max_length` tokens that roll over
-            it with at least so many tokens of context, see [`~trainers.rolling.rolling_rows`]. By default texts are
-            packed into rows.
+        data (`str` or `list[str]`): Sources. Each is scored by itself.
+        metrics, samples, seed, batch_size, max_length, eval_block_length, rolling_context: As in
+            [`EvaluateArguments`]. Longer answer rows are truncated, and counted; rows roll as by `rolling_rows`.
         decoding (`dict`, *optional*): Options of exact match's `generate`, see [`exact_match`].
         trust_remote_code (`bool`, defaults to `False`), device (`str`, *optional*): As for `load_checkpoint`.
         source_options: `data_config`, `data_split`, `sample_by`, `on_bad_rows`, `streaming` of the sources.

@@ -8,11 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from tqdm.auto import tqdm
 
-from nanollada.scripts.decoding.settings import DecodingArguments
-from nanollada.scripts.decoding.writing import DRAWN_TOGETHER
+from nanollada.scripts.decoding.checkpoint import load_checkpoint
+from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings
+from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
+from nanollada.scripts.evaluation.answers import answers_to, batches_of_length, greedy_answers
+from nanollada.trainers.data.chats import placeholders, render_hidden
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.sources import BadRow
+from nanollada.trainers.scoring.continuations import (
+    conditional_rows,
+    context_ids,
+    encode_pair,
+    score_continuations,
+    split_ids,
+)
+from nanollada.trainers.scoring.kind import is_diffusion
+from nanollada.trainers.scoring.likelihood import score_rows, scored_block_length
+from nanollada.trainers.scoring.rolling import rolling_rows
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -115,13 +132,6 @@ class NanoLLaDALM(TemplateLM):
             self.rolling_context = _integer("rolling_context", rolling_context, 1, self.max_length - 1)
 
     def _load(self, trust_remote_code: bool, device: str | None, block_length: int | None) -> None:
-        import torch
-
-        from nanollada.scripts.decoding.checkpoint import load_checkpoint
-        from nanollada.scripts.decoding.settings import generation_settings
-        from nanollada.trainers.scoring.kind import is_diffusion
-        from nanollada.trainers.scoring.likelihood import scored_block_length
-
         if device == "cuda:0" and not torch.cuda.is_available():  # lm-eval's own default, on every machine
             logger.warning("there is no cuda:0: the model runs on the CPU")
             device = "cpu"
@@ -164,9 +174,6 @@ class NanoLLaDALM(TemplateLM):
         Raises:
             `ValueError`: without a template, and for messages that it refuses.
         """
-        from nanollada.trainers.data.chats import render_hidden
-        from nanollada.trainers.data.sources import BadRow
-
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template, which --apply_chat_template needs")
         how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
@@ -179,9 +186,6 @@ class NanoLLaDALM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids of a text alone, or (`add_special_tokens`) as the beginning of a document or chat."""
-        from nanollada.trainers.data.chats import placeholders
-        from nanollada.trainers.scoring.continuations import context_ids, split_ids
-
         if string.startswith(RENDERED):
             chat = placeholders(self.tokenizer).show(string.removeprefix(RENDERED))
             return split_ids(self.tokenizer, chat.text, 0, chat.literal)[1]
@@ -189,10 +193,6 @@ class NanoLLaDALM(TemplateLM):
         return ids if add_special_tokens else ids[1:]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        from nanollada.trainers.data.chats import placeholders
-        from nanollada.trainers.data.sources import BadRow
-        from nanollada.trainers.scoring.continuations import encode_pair, split_ids
-
         if not context.startswith(RENDERED):
             return encode_pair(self.tokenizer, context, continuation)
         context, hidden = context.removeprefix(RENDERED), placeholders(self.tokenizer)
@@ -239,10 +239,6 @@ class NanoLLaDALM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, numbers: list[int] | None = None
     ) -> list[tuple[float, bool]]:
-        from tqdm.auto import tqdm
-
-        from nanollada.trainers.scoring.continuations import score_continuations
-
         pairs, pad = [(context, continuation) for _, context, continuation in requests], self.tokenizer.pad_token_id
         bar = tqdm(total=len(pairs), desc="Scoring continuations", unit=" pairs", disable=disable_tqdm)
         options = {"pad_token_id": pad, "batch_size": self.batch_size, "progress": bar.update, **self._noise()}
@@ -279,8 +275,6 @@ class NanoLLaDALM(TemplateLM):
         return found
 
     def _rolled(self, ids: list[int], number: int) -> list[dict]:
-        from nanollada.trainers.scoring.rolling import rolling_rows
-
         unit = self.scored_block_length or 1
         if len(ids) < self.max_length:  # one row, wherever its blocks end
             return list(rolling_rows(ids, self.max_length, 1, self.prefix_token_id, index=number))
@@ -294,11 +288,6 @@ class NanoLLaDALM(TemplateLM):
 
     def _row_nats(self, rows: list[dict], disable_tqdm: bool) -> list[float]:
         """Nats of rows, in their order."""
-        from tqdm.auto import tqdm
-
-        from nanollada.trainers.data.collator import Collator
-        from nanollada.trainers.scoring.likelihood import score_rows
-
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))  # little padding
         collate, size = Collator(self.tokenizer.pad_token_id), self.batch_size
         starts = tqdm(range(0, len(rows), size), desc="Scoring texts", unit="batch", disable=disable_tqdm)
@@ -317,8 +306,6 @@ class NanoLLaDALM(TemplateLM):
         Raises:
             `ValueError`: for options that are none of `generate`'s, contradictory ones, and contexts without room.
         """
-        from tqdm.auto import tqdm
-
         groups: dict[str, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
             with _of(number, request):
@@ -350,9 +337,6 @@ class NanoLLaDALM(TemplateLM):
         (batch, seed) of requests of the same settings: greedy ones by length; drawn ones in fixed groups of a task's
         rows, a repeat of a request in another group. All settings are checked before anything is written.
         """
-        from nanollada.scripts.decoding.settings import draws
-        from nanollada.scripts.decoding.writing import keyed_seed
-
         number, _ = group[0]
         with _of(number, requests[number]):
             drawn = draws(self.model, **settings)
@@ -397,9 +381,6 @@ class NanoLLaDALM(TemplateLM):
         return {"temperature": 0.0, **self.decoding, **given, "max_new_tokens": room}, [text for text in until if text]
 
     def _answers(self, prompts: list[list[int]], settings: dict, until: list[str], seed: int) -> list[str]:
-        from nanollada.scripts.decoding.settings import generation_settings
-        from nanollada.scripts.evaluation.answers import answers_to
-
         texts, ends = [], {self.special_tokens[text] for text in until if text in self.special_tokens}
         settings = generation_settings(self.model, **settings)
         for ids, _ in answers_to(self.model, self.tokenizer, prompts, seed, settings):
@@ -439,9 +420,6 @@ def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id
     Whether greedy decoding writes each pair's continuation behind its context, in as many tokens; see
     [`NanoLLaDALM`].
     """
-    from nanollada.scripts.evaluation.answers import batches_of_length, greedy_answers
-    from nanollada.trainers.scoring.kind import is_diffusion
-
     if is_diffusion(model):
         rows = greedy_answers(model, pairs, pad_token_id, batch_size)
         return [row == continuation for row, (_, continuation) in zip(rows, pairs, strict=True)]
@@ -452,10 +430,6 @@ def greedy_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id
 
 
 def _causal_matches(model, pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> list[bool]:
-    import torch
-
-    from nanollada.trainers.scoring.continuations import conditional_rows
-
     (batch,) = conditional_rows(*zip(*pairs, strict=True), pad_token_id, len(pairs))
     labels = batch["labels"].to(model.device)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # position i predicts token i + 1

@@ -2,17 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass
 
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import decisions
 from nanollada.scripts.evaluation.tasks.scored import answer_pairs, score
 
 
-@strict
-@dataclass
+@settings
 class ChoiceTask(Task):
     """A context and choices; `suffix` goes behind the context, `delimiter` before a choice."""
 
@@ -88,18 +84,14 @@ def _over(values: list[float], lengths: list[float], power: int) -> list[float]:
 
 
 KIND = Kind(
-    title="Multiple choice",
+    "Multiple choice",
     task=ChoiceTask,
     check_row=check_choice,
     run=run_choice,
     metrics={
-        "acc": Metric(
-            "share",
-            "share of rows whose right choice has the least nats, or the least bound (lm-eval's acc).",
-            drawn=True,
-        ),
-        "acc_norm": Metric("share", "the same by nats per character of the choice (lm-eval's acc_norm).", drawn=True),
-        "acc_bytes": Metric("share", "the same by nats per UTF-8 byte of the choice (lm-eval's acc_bytes)."),
+        "acc": Metric("share of rows whose right choice has the least nats, or the least bound (lm-eval's acc)."),
+        "acc_norm": Metric("the same by nats per character of the choice (lm-eval's acc_norm)."),
+        "acc_bytes": Metric("the same by nats per UTF-8 byte of the choice (lm-eval's acc_bytes).", drawn=False),
     },
     steps=lambda task, rows: sum(len(row.values["choices"]) for row in rows),
     short=choice_pairs,

@@ -2,18 +2,15 @@
 
 import math
 import re
-from dataclasses import dataclass
 
-from huggingface_hub.dataclasses import strict
-
+from nanollada.scripts.decoding.settings import default_decoding, effective_settings
 from nanollada.scripts.evaluation.answers import greedy_answers, until_end
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import mean, share
 from nanollada.scripts.evaluation.tasks.scored import answer_pairs, score
 
 
-@strict
-@dataclass
+@settings
 class ClozeTask(Task):
     """A context and its one answer, `delimiter` between them."""
 
@@ -47,8 +44,6 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     of model write exactly as many tokens as the answer has; a diffusion model so learns its length from the canvas
     (its surest position first, one token a step), an AR model does not.
     """
-    from nanollada.scripts.decoding.settings import default_decoding, effective_settings
-
     pairs = cloze_pairs(bench, task, rows)
     scores = score(bench, task, pairs, rows)
     said = greedy_answers(bench.model, pairs, bench.tokenizer.pad_token_id, bench.batch_size)
@@ -72,21 +67,16 @@ def run_cloze(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 
 KIND = Kind(
-    title="Cloze",
+    "Cloze",
     task=ClozeTask,
     check_row=check_cloze,
     run=run_cloze,
     metrics={
         "nats_per_answer": Metric(
-            "nats/answer",
-            "nats of the answer given its context, mean over rows; in brackets the masks' error.",
-            digits=3,
-            drawn=True,
+            "nats of the answer given its context, mean over rows; in brackets the masks' error.", "nats/answer"
         ),
         "greedy_match": Metric(
-            "share",
-            "share of answers whose tokens are the greedy ones; diffusion sees how many there are.",
-            drawn=True,
+            "share of answers whose tokens are the greedy ones; diffusion sees how many there are."
         ),
     },
     short=cloze_pairs,

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, whole
+from nanollada.scripts.decoding.settings import effective_settings
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, settings, whole
 from nanollada.scripts.evaluation.metrics import distinct, mean, ratio, repetition, share, unigram_entropy
 from nanollada.scripts.evaluation.tasks.written import (
     check_decoding,
@@ -16,10 +14,11 @@ from nanollada.scripts.evaluation.tasks.written import (
     prompts_of,
     write_answers,
 )
+from nanollada.trainers.data.encoding import IGNORE, encode_spans
+from nanollada.trainers.data.sources import BadRow
 
 
-@strict
-@dataclass
+@settings
 class StatisticsTask(Task):
     """Texts that begin with nothing (`rows` of them), or with the prompts of `data`."""
 
@@ -46,8 +45,6 @@ def run_statistics(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     whose `rows` says so): distinct-1 to -3 and unigram entropy over the model's own tokens, the share of 4-grams that
     stand earlier in the text; and a judge's nats, over all texts.
     """
-    from nanollada.scripts.decoding.settings import effective_settings
-
     decoding = {"temperature": 1.0, **task.decoding, "max_new_tokens": task.max_new_tokens}
     decoding = own_settings(bench, decoding)
     said = write_answers(bench, task, prompts_of(bench, task, rows), decoding)
@@ -120,9 +117,6 @@ def judge_nats(model, tokenizer, text: str, context: str = "") -> tuple[float, i
     """
     import torch
 
-    from nanollada.trainers.data.encoding import IGNORE, encode_spans
-    from nanollada.trainers.data.sources import BadRow
-
     ours = model.config.model_type == "nanollada"
     names = ("pad_token_id",) if ours else ("bos_token_id", "eos_token_id")
     start = next((token for name in names if (token := getattr(tokenizer, name)) is not None), None)
@@ -145,33 +139,28 @@ def judge_nats(model, tokenizer, text: str, context: str = "") -> tuple[float, i
 
 
 KIND = Kind(
-    title="Free text",
+    "Free text",
     task=StatisticsTask,
     check_row=check_prompt,
     run=run_statistics,
     metrics={
-        "distinct_1": Metric("share", "different tokens by tokens of a drawn text, mean over texts.", drawn=True),
-        "distinct_2": Metric("share", "the same for pairs of tokens.", drawn=True),
-        "distinct_3": Metric("share", "the same for triples of tokens.", drawn=True),
-        "repetition_4": Metric(
-            "share", "share of 4-grams of tokens that stand earlier in the text, mean over texts.", drawn=True
-        ),
-        "unigram_entropy": Metric(
-            "nats", "entropy of a drawn text's token frequencies in nats, mean over texts.", digits=3, drawn=True
-        ),
-        "tokens": Metric("tokens/text", "tokens of a drawn text."),
-        "ended": Metric("share", "share of drawn texts that ended by themselves.", drawn=True),
+        "distinct_1": Metric("different tokens by tokens of a drawn text, mean over texts."),
+        "distinct_2": Metric("the same for pairs of tokens."),
+        "distinct_3": Metric("the same for triples of tokens."),
+        "repetition_4": Metric("share of 4-grams of tokens that stand earlier in the text, mean over texts."),
+        "unigram_entropy": Metric("entropy of a drawn text's token frequencies in nats, mean over texts.", "nats"),
+        "tokens": Metric("tokens of a drawn text.", "tokens/text", drawn=False),
+        "ended": Metric("share of drawn texts that ended by themselves."),
         "judge_nats_per_token": Metric(
+            "nats of the drawn texts under the judge given their prompts (answers in a chat: alone), by its tokens.",
             "nats/judge token",
-            "nats of the drawn texts under the judge given their prompts (answers in a chat: by themselves), by its "
-            "tokens.",
-            digits=3,
+            drawn=False,
         ),
-        "judge_bits_per_byte": Metric(
-            "bits/byte", "the same in bits by UTF-8 bytes; ± over the drawn texts.", digits=3, drawn=True
-        ),
+        "judge_bits_per_byte": Metric("the same in bits by UTF-8 bytes; ± over the drawn texts.", "bits/byte"),
         "judge_perplexity": Metric(
-            "perplexity", "exp of the judge's nats per token; read it beside the entropy: repetition is cheap."
+            "exp of the judge's nats per token; read it beside the entropy: repetition is cheap.",
+            "perplexity",
+            drawn=False,
         ),
     },
     make_rows=lambda task, seed: [{"prompt": ""}] * task.rows,

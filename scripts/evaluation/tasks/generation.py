@@ -2,11 +2,9 @@
 
 import math
 import re
-from dataclasses import dataclass
 from typing import ClassVar
 
-from huggingface_hub.dataclasses import strict
-
+from nanollada.scripts.decoding.settings import effective_settings
 from nanollada.scripts.evaluation.answers import questions_of
 from nanollada.scripts.evaluation.bench import (
     Bench,
@@ -18,6 +16,7 @@ from nanollada.scripts.evaluation.bench import (
     mapping,
     one_of,
     setting,
+    settings,
     whole,
 )
 from nanollada.scripts.evaluation.metrics import answer_f1, answer_match, mean, share
@@ -34,8 +33,7 @@ def _asks(template: str) -> bool:
     return "question" in names and set(names) <= {"context", "question"}
 
 
-@strict
-@dataclass
+@settings
 class GenerationTask(Task):
     """Rows of `data`, or those of a `puzzle`; `verify` says what a right answer is."""
 
@@ -155,8 +153,6 @@ def scored(records: list[dict]) -> list[dict]:
 
 def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
-    from nanollada.scripts.decoding.settings import effective_settings
-
     decoding = own_settings(bench, {**GREEDY, **task.decoding})
     asked = questions(bench, task, rows)
     decoding["max_new_tokens"] = length_for(bench, task, rows, asked, [task.decoding])
@@ -172,23 +168,19 @@ def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 
 METRICS = {
-    "accuracy": Metric("share", "share of answers that the verifier accepts.", drawn=True),
+    "accuracy": Metric("share of answers that the verifier accepts."),
     "exact_match": Metric(
-        "share",
         "share of answers that equal a reference; of questions on a context without case, punctuation and articles "
-        "(SQuAD), in Chinese without case, spaces and what CMRC's script deletes.",
-        drawn=True,
+        "(SQuAD), in Chinese without case, spaces and what CMRC's script deletes."
     ),
     "f1": Metric(
-        "share",
         "mean of 2·common / (units of answer and reference); SQuAD's common words, in Chinese CMRC's longest common "
-        "run of characters.",
-        drawn=True,
+        "run of characters."
     ),
 }
 
 KIND = Kind(
-    title="Checked answers",
+    "Checked answers",
     task=GenerationTask,
     check_row=check_question,
     run=run_generation,

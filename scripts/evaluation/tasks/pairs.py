@@ -1,16 +1,11 @@
 """Minimal pairs: which of two texts is the likelier one."""
 
-from dataclasses import dataclass
-
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import decisions, share
 from nanollada.scripts.evaluation.tasks.scored import require_room, score, text_ids
 
 
-@strict
-@dataclass
+@settings
 class PairsTask(Task):
     """A good and a bad text."""
 
@@ -66,11 +61,11 @@ def run_pairs(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 
 KIND = Kind(
-    title="Minimal pairs",
+    "Minimal pairs",
     task=PairsTask,
     check_row=check_pairs,
     run=run_pairs,
-    metrics={"accuracy": Metric("share", "share of pairs whose good text has fewer nats.", drawn=True)},
+    metrics={"accuracy": Metric("share of pairs whose good text has fewer nats.")},
     steps=lambda task, rows: 2 * len(rows),
     short=text_pairs,
     scored=True,

@@ -1,10 +1,8 @@
 """The same questions under several decoding settings."""
 
-from dataclasses import dataclass
-
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, setting
+from nanollada.scripts.decoding.settings import effective_settings
+from nanollada.scripts.decoding.writing import generate, keyed_seed
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, setting, settings
 from nanollada.scripts.evaluation.metrics import mean, ratio
 from nanollada.scripts.evaluation.tasks.generation import (
     GREEDY,
@@ -27,8 +25,7 @@ PRESETS = {
 RULE = f"two or more mappings by name, or {' or '.join(PRESETS)}"
 
 
-@strict
-@dataclass
+@settings
 class PresetsTask(GenerationTask):
     """As a generation task, with the decoding settings that are compared."""
 
@@ -50,8 +47,6 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     The same questions under several decoding settings, one row at a time: each one's score and tokens per forward
     pass, and the paired differences from the first.
     """
-    from nanollada.scripts.decoding.settings import effective_settings
-
     presets = {name: {**GREEDY, **task.decoding, **part} for name, part in task.presets.items()}
     asked = questions(bench, task, rows)
     length = length_for(bench, task, rows, asked, list(presets.values()))
@@ -77,8 +72,6 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 def _one(bench: Bench, task: Task, place: int, row: Row, prompt: list[int], options: dict) -> dict:
     """One prompt's answer and verdict, and what it took; a forward pass with guidance counts once."""
-    from nanollada.scripts.decoding.writing import generate, keyed_seed
-
     seed = keyed_seed(bench.seed, task.name, place)
     said = generate(bench.model, bench.tokenizer, prompt, seed=seed, **options)
     bench.progress(1)
@@ -89,11 +82,11 @@ def _one(bench: Bench, task: Task, place: int, row: Row, prompt: list[int], opti
 PER_FORWARD = "tokens kept by forward passes; a pass with guidance reads the row twice and counts once."
 
 KIND = Kind(
-    title="Decoding presets",
+    "Decoding presets",
     task=PresetsTask,
     check_row=check_question,
     run=run_presets,
-    metrics={**METRICS, "tokens_per_forward": Metric("tokens/forward", PER_FORWARD, drawn=True)},
+    metrics={**METRICS, "tokens_per_forward": Metric(PER_FORWARD, "tokens/forward")},
     make_rows=puzzle_rows,
     steps=lambda task, rows: len(rows) * len(task.presets),
     short=questions,

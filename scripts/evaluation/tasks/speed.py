@@ -1,11 +1,12 @@
 """Speed, one row at a time."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from huggingface_hub.dataclasses import strict
+from tqdm.auto import tqdm
 
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, whole
+from nanollada.scripts.decoding.comparison import measure
+from nanollada.scripts.decoding.settings import effective_settings, generation_settings
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, settings, whole
 from nanollada.scripts.evaluation.metrics import mean, ratio
 from nanollada.scripts.evaluation.tasks.presets import GREEDY, PER_FORWARD
 from nanollada.scripts.evaluation.tasks.written import check_decoding, check_prompt, own_settings, prompts_of
@@ -13,8 +14,7 @@ from nanollada.scripts.evaluation.tasks.written import check_decoding, check_pro
 PROMPTS = {None: "What is it?", "en": "What is it?", "zh": "这是什么？"}
 
 
-@strict
-@dataclass
+@settings
 class SpeedTask(Task):
     """Prompts of `data`, or one question."""
 
@@ -36,11 +36,6 @@ def run_speed(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     One row at a time, as `compare.py` measures it: of each prompt the median of `repeats` runs, after one run that
     does not count. Tokens per second are all tokens by all seconds; errors are over prompts.
     """
-    from tqdm.auto import tqdm
-
-    from nanollada.scripts.decoding.comparison import measure
-    from nanollada.scripts.decoding.settings import effective_settings, generation_settings
-
     options = {**GREEDY, **task.decoding, "max_new_tokens": task.max_new_tokens}
     options = own_settings(bench, options)
     generation_settings(bench.model, **options)
@@ -63,19 +58,17 @@ def run_speed(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
 
 
 KIND = Kind(
-    title="Speed, one row at a time",
+    "Speed, one row at a time",
     task=SpeedTask,
     check_row=check_prompt,
     run=run_speed,
     metrics={
-        "tokens_per_second": Metric(
-            "tokens/s", "tokens kept by the seconds of `generate`, medians of repeats.", drawn=True
-        ),
-        "seconds": Metric("s/text", "seconds of a `generate` call, medians of repeats.", digits=3),
+        "tokens_per_second": Metric("tokens kept by the seconds of `generate`, medians of repeats.", "tokens/s"),
+        "seconds": Metric("seconds of a `generate` call, medians of repeats.", "s/text", drawn=False),
         "first_token_seconds": Metric(
-            "s/text", "seconds until the first pass has decided something, medians of repeats.", digits=3
+            "seconds until the first pass has decided something, medians of repeats.", "s/text", drawn=False
         ),
-        "tokens_per_forward": Metric("tokens/forward", PER_FORWARD),
+        "tokens_per_forward": Metric(PER_FORWARD, "tokens/forward", drawn=False),
     },
     make_rows=lambda task, seed: [{"prompt": PROMPTS[task.language]}],
     timed=True,

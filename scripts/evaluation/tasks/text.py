@@ -3,20 +3,18 @@
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import ratio
 from nanollada.scripts.evaluation.tasks.scored import text_ids
+from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
 from nanollada.trainers.data.sources import BadRow, DataError, Example, RowPolicy, parse_row
+from nanollada.trainers.scoring.rolling import rolling_rows
 
 CONTEXT = 16  # tokens before an answer that is cut out of a text
 
 
-@strict
-@dataclass
+@settings
 class TextTask(Task):
     """Texts, packed into rows of `max_length` tokens or rolled over, or answers, one a row."""
 
@@ -97,7 +95,6 @@ def token_rows(
     Rows to score, as training evaluates them (packed, or an answer a row) or rolling; whose each is, if it has one
     owner; and how many texts there are, and how many were cut and skipped.
     """
-    from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
     from nanollada.trainers.scoring.likelihood import scored_block_length
 
     length, pad = task.max_length, bench.tokenizer.pad_token_id
@@ -152,8 +149,6 @@ def _error(example: Example, reason: str) -> DataError:
 
 def rolled(documents: list[dict], max_length: int, context: int, pad_token_id: int, block_length: int | None) -> list:
     """Rows that roll over each of the encoded documents, the longest first (little padding)."""
-    from nanollada.trainers.scoring.rolling import rolling_rows
-
     rows = []
     for document in documents:
         place = {"num_bytes": document["num_bytes"], "index": len(rows), "block_length": block_length}
@@ -173,19 +168,17 @@ def pieces(bench: Bench, task: Task, rows: list[Row], sizes: range) -> list[tupl
 
 
 KIND = Kind(
-    title="Text: bits per byte",
+    "Text: bits per byte",
     task=TextTask,
     check_row=check_text,
     run=run_text,
     metrics={
         "bits_per_byte": Metric(
-            "bits/byte",
             "nats of all scored tokens by UTF-8 bytes, in bits; ± over scored rows, in brackets of the masks alone.",
-            digits=3,
-            drawn=True,
+            "bits/byte",
         ),
         "nats_per_token": Metric(
-            "nats/token", "nats of all scored tokens, ends of text included, by their number.", digits=3
+            "nats of all scored tokens, ends of text included, by their number.", "nats/token", drawn=False
         ),
     },
     steps=lambda task, rows: None,  # texts are packed first

@@ -1,5 +1,8 @@
 """What the kinds share that let a model write."""
 
+from nanollada.scripts.decoding.checkpoint import prompt_ids
+from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, split_options
+from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to
 from nanollada.scripts.evaluation.bench import Bench, Row, Task
 from nanollada.trainers.data.sources import BadRow, parse_row
@@ -16,7 +19,6 @@ def check_decoding(task: Task, wrong, greedy: dict, presets: dict[str, dict] | N
         presets (`dict[str, dict]`, *optional*): By the setting's name.
     """
     from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
-    from nanollada.scripts.decoding.settings import DecodingArguments
 
     known = [name for name in DecodingArguments.__dataclass_fields__ if name != "max_new_tokens"]
     for place, part in {"decoding": task.decoding, **(presets or {})}.items():
@@ -39,8 +41,6 @@ def check_decoding(task: Task, wrong, greedy: dict, presets: dict[str, dict] | N
 
 def own_settings(bench: Bench, decoding: dict) -> dict:
     """The options that this kind of model has; those of diffusion go to diffusion models alone."""
-    from nanollada.scripts.decoding.settings import split_options
-
     return split_options(decoding)["diffusion" if bench.is_diffusion else "ar"]
 
 
@@ -49,9 +49,6 @@ def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: 
     The new token ids of each prompt up to the first EOS, and whether there was one. Greedy answers come in batches of
     prompts of like length; drawn ones in fixed groups in order, each with a seed of its own.
     """
-    from nanollada.scripts.decoding.settings import draws, generation_settings
-    from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
-
     settings, drawn = generation_settings(bench.model, **decoding), draws(bench.model, **decoding)
     order = range(len(prompts)) if drawn else sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     size, said = DRAWN_TOGETHER if drawn else bench.batch_size, {}
@@ -95,8 +92,6 @@ def check_prompt(row: Row, task: Task) -> dict:
 
 def prompts_of(bench: Bench, task: Task, rows: list[Row]) -> list[list[int]]:
     """Token ids of the prompts, checked; with `chat` a text is a user's message."""
-    from nanollada.scripts.decoding.checkpoint import prompt_ids
-
     prompts = []
     for row in rows:
         prompt = row.values["prompt"]

@@ -17,17 +17,13 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "nu
 VOWELS = '''
 """How many of a text's letters are vowels; a kind that no release has."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
-
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import share
 
 
-@strict
-@dataclass
+@settings
 class VowelTask(Task):
     """Texts, of which the first letters are looked at."""
 
@@ -51,7 +47,7 @@ KIND = Kind(
     task=VowelTask,
     check_row=check_row,
     run=run,
-    metrics={"vowels": Metric("share", "share of letters that are vowels.", drawn=True)},
+    metrics={"vowels": Metric("share of letters that are vowels.")},
 )
 '''
 

@@ -215,7 +215,7 @@ def written_text(lm, text, room, **decoding):
 def test_a_special_token_stops(folder, monkeypatch):
     lm = load(folder, "ar")
     ids = lm.tokenizer("cat<|im_start|>dog", add_special_tokens=False).input_ids
-    monkeypatch.setattr("nanollada.scripts.evaluation.answers.answers_to", lambda *args: [(ids, True)])
+    monkeypatch.setattr("nanollada.scripts.evaluation.lm_eval_model.answers_to", lambda *args: [(ids, True)])
     answer = {until: lm._answers([[0]], {"max_new_tokens": 4}, [until], 0) for until in ("<|im_start|>", "o")}
     assert answer == {"<|im_start|>": ["cat"], "o": ["catd"]}
 

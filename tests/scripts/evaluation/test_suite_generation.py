@@ -144,7 +144,7 @@ def test_presets_are_paired(tokenizer, monkeypatch):
 
         return Generated(text, 2, True, 0.1, 0.1, 2.0 if which == "one" else 1.0)
 
-    monkeypatch.setattr("nanollada.scripts.decoding.writing.generate", write)
+    monkeypatch.setattr("nanollada.scripts.evaluation.tasks.presets.generate", write)
     outcome = run_presets(bench("diffusion", tokenizer, seed=5), settings, asked)
     found = {result["metric"]: result for result in outcome.results}
     assert found["exact_match/one"]["value"] == 0.5 and found["exact_match/all"]["value"] == 0.25
