@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from boards import brute_force
 
-from nanollada.scripts.first_run import corpus
+from nanollada.scripts.first_run import corpus, documentation, questions
 
 SMALL = {"max_bytes": 60_000, "sudoku_train": 60, "sudoku_test": 20, "qa_rows": 40, "sudoku_text_share": 0.5}
 
@@ -52,7 +52,7 @@ def test_prose_is_kept_and_code_tables_and_special_tokens_are_not():
     Args:
         size (`int`): The number of the fixed-
             size things that are to be in the box."""
-    assert corpus.prose_paragraphs(docstring) == [
+    assert documentation.prose_paragraphs(docstring) == [
         "Return the `a.b.Thing` that is used for the `name` which you have given to it.",
         "See the guide for all of the things that you can do with it.",
         "Args:\nsize (`int`): The number of the fixed-size things that are to be in the box.",
@@ -61,10 +61,11 @@ def test_prose_is_kept_and_code_tables_and_special_tokens_are_not():
 
 def test_lone_surrogates_and_control_characters_are_left_out():
     sentence = "This is a sentence with a {} in it that is long enough to be kept."
-    assert corpus.prose_paragraphs(sentence.format("word"))
-    assert corpus.prose_paragraphs(sentence.format("\ud800")) == []
-    assert corpus.prose_paragraphs(sentence.format("\x00")) == []
-    assert "\u2028" not in corpus.prose_paragraphs(sentence.format("\u2028"))[0]  # would break jsonl for splitlines
+    assert documentation.prose_paragraphs(sentence.format("word"))
+    assert documentation.prose_paragraphs(sentence.format("\ud800")) == []
+    assert documentation.prose_paragraphs(sentence.format("\x00")) == []
+    (separated,) = documentation.prose_paragraphs(sentence.format("\u2028"))
+    assert "\u2028" not in separated  # would break jsonl for splitlines
 
 
 def test_documents_are_well_formed_unique_and_within_the_budget(built):
@@ -86,17 +87,18 @@ def test_documents_are_well_formed_unique_and_within_the_budget(built):
 
 def test_copied_docstrings_that_differ_in_names_only_are_kept_once():
     seen = set()
-    assert corpus._new_paragraphs("This is the `BertModel` that is used to be the first of the 12 models.", seen)
-    assert not corpus._new_paragraphs("This is the `LlamaModel` that is used to be the first of the 48 models.", seen)
-    assert corpus._new_paragraphs("This is the `LlamaModel` that is used to be the last of the 48 models.", seen)
+    text = "This is the `{}` that is used to be the {} of the {} models."
+    assert documentation._new_paragraphs(text.format("BertModel", "first", 12), seen)
+    assert not documentation._new_paragraphs(text.format("LlamaModel", "first", 48), seen)
+    assert documentation._new_paragraphs(text.format("LlamaModel", "last", 48), seen)
 
 
 def test_unreadable_files_are_named_and_the_rest_is_read(tmp_path):
     sentence = "This is the text that is to be read from the file of the module, which is long enough to be kept. "
     (tmp_path / "good.py").write_text(f'"""{sentence * 5}"""\n')
     (tmp_path / "bad.py").write_text(f'"""{sentence * 5}"""\nprint "no"\n')
-    found = corpus.Documentation([], [], {"python": {"documents": 0, "bytes": 0}}, [])
-    corpus._collect(corpus._library_units(tmp_path), 10_000, found)
+    found = documentation.Documentation([], [], {"python": {"documents": 0, "bytes": 0}}, [])
+    documentation._collect(documentation._library_units(tmp_path), 10_000, found)
     assert found.unreadable_files == ["python: bad.py"]
     assert [row["source"] for row in found.documents] == ["python: good.py"]
     assert found.documents[0]["text"] == "good\n\n" + (sentence * 5).strip()
@@ -104,15 +106,15 @@ def test_unreadable_files_are_named_and_the_rest_is_read(tmp_path):
 
 def test_long_documents_are_split_and_short_entries_share_one():
     paragraph = "a" * 1500
-    texts = list(corpus._texts([("m.long", [paragraph] * 3), ("m.f", ["b" * 120]), ("m.g", ["c" * 120])]))
+    texts = list(documentation._texts([("m.long", [paragraph] * 3), ("m.f", ["b" * 120]), ("m.g", ["c" * 120])]))
     assert [len(text) for text in texts] == [len("m.long") + 2 * 1502, 1500, 2 * 120 + 2 * len("`m.f`: ") + 2]
     assert texts[2].startswith("`m.f`: b") and "\n\n`m.g`: c" in texts[2]
 
 
-def test_documentation_texts_refuses_a_negative_budget_and_gives_nothing_for_none():
-    assert corpus.documentation_texts(0) == []
+def test_documentation_refuses_a_negative_budget_and_gives_nothing_for_none():
+    assert documentation.read_documentation(0).documents == []
     with pytest.raises(ValueError, match="`max_bytes` must not be negative, got -1"):
-        corpus.documentation_texts(-1)
+        documentation.read_documentation(-1)
 
 
 # Questions
@@ -120,11 +122,11 @@ def test_documentation_texts_refuses_a_negative_budget_and_gives_nothing_for_non
 
 def item(kind, name, docstring, arguments=None):
     module = name.rsplit(".", 1)[0] if kind != "module" else name
-    return corpus.DocumentedObject(kind, name, module, docstring, arguments)
+    return documentation.DocumentedObject(kind, name, module, docstring, arguments)
 
 
 def pairs(objects, count=1000):
-    rows = corpus.question_answer_rows(objects, count)
+    rows = questions.question_answer_rows(objects, count)
     return {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
 
 
@@ -163,14 +165,14 @@ def test_ambiguous_leaking_and_private_questions_are_not_asked():
     ],
 )
 def test_first_sentence(docstring, sentence):
-    assert corpus.first_sentence(docstring) == sentence
+    assert questions.first_sentence(docstring) == sentence
 
 
 def test_question_count_is_a_limit_and_negative_is_refused():
     objects = [item("function", f"m.f{number}", f"Does the thing {number}.", ()) for number in range(10)]
-    assert len(corpus.question_answer_rows(objects, 7)) == 7
+    assert len(questions.question_answer_rows(objects, 7)) == 7
     with pytest.raises(ValueError, match="`count` must not be negative, got -2"):
-        corpus.question_answer_rows(objects, -2)
+        questions.question_answer_rows(objects, -2)
 
 
 # The folder
@@ -230,7 +232,7 @@ def test_a_finished_folder_is_left_alone_and_a_changed_one_is_built_anew(tmp_pat
     settings = {"max_bytes": 0, "sudoku_train": 10, "sudoku_test": 5, "qa_rows": 0}
     reads = []
     monkeypatch.setattr(
-        corpus, "read_documentation", lambda *_: reads.append(1) or corpus.Documentation([], [], {}, [])
+        corpus, "read_documentation", lambda *_: reads.append(1) or documentation.Documentation([], [], {}, [])
     )
     facts = corpus.build_corpus(tmp_path, **settings)
     assert corpus.build_corpus(tmp_path, **settings) == facts and len(reads) == 1
@@ -246,7 +248,7 @@ def test_a_finished_folder_is_left_alone_and_a_changed_one_is_built_anew(tmp_pat
 
 def test_a_build_that_dies_half_way_is_not_taken_for_finished(tmp_path, monkeypatch):
     settings = {"max_bytes": 0, "sudoku_train": 10, "sudoku_test": 5, "qa_rows": 0}
-    monkeypatch.setattr(corpus, "read_documentation", lambda *_: corpus.Documentation([], [], {}, []))
+    monkeypatch.setattr(corpus, "read_documentation", lambda *_: documentation.Documentation([], [], {}, []))
     facts = corpus.build_corpus(tmp_path, **settings)
     with monkeypatch.context() as patch:
         write = corpus._write
