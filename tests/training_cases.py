@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig
-from nanollada.trainers.data.prepare import Collator
+from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main
 
@@ -30,7 +30,7 @@ def make_rows(count=8):
     return rows
 
 
-def build_trainer(kind, folder, model=None, rows=None, **settings):
+def build_trainer(kind, folder, model=None, rows=None, held_out=None, **settings):
     entry = KINDS[kind]
     if model is None:
         torch.manual_seed(0)
@@ -38,7 +38,8 @@ def build_trainer(kind, folder, model=None, rows=None, **settings):
     defaults = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "plot_loss": False, "disable_tqdm": True}
     args = entry.config_class(output_dir=str(folder), **{**defaults, **SETTINGS.get(kind, {}), **settings})
     probability = settings.get("variable_length_probability", 0.0)
-    return entry.trainer_class(model, args, rows or make_rows(), Collator(0, probability, args.seed))
+    collator = Collator(0, probability, args.seed)
+    return entry.trainer_class(model, args, rows or make_rows(), collator, eval_dataset=held_out)
 
 
 def one_step(kind, folder, batch, accumulation, **settings):
@@ -98,3 +99,17 @@ def run(kind, settings, **overrides):
 
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
+
+
+def packed_batch(trainer, count=4):
+    """Rows of two documents, six and nine tokens, each behind its context token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(count):
+        ids = torch.randint(4, 30, (15,), generator=generator).tolist()
+        labels = [-100, *ids[1:6], -100, *ids[7:]]
+        places = {"document_ids": [0] * 6 + [1] * 9, "position_ids": [*range(6), *range(9)]}
+        rows.append({"input_ids": ids, "labels": labels, **places, "index": index, "num_bytes": 1})
+    batch = trainer.data_collator([{**row, "rank": row["index"], "epoch": 0} for row in rows])
+    trainer.state.max_steps = 10
+    return batch

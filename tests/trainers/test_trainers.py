@@ -22,11 +22,12 @@ from training_cases import (
     fresh_model_and_rows,
     make_rows,
     one_step,
+    packed_batch,
     run,
     weights,
 )
 
-from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
+from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
 from nanollada.trainers.diffusion import DiffusionConfig
@@ -288,39 +289,6 @@ def test_evaluation_needs_rows(tmp_path):
     trainer = build_trainer("diffusion", tmp_path)
     with pytest.raises(ValueError, match="`eval_dataset` must have a row for each of 1 ranks, got None"):
         trainer.evaluate()
-
-
-def test_an_optimizer_step_has_the_phase_of_its_number(tmp_path):
-    """And the model's config, which each checkpoint carries, has it too."""
-    trainer, seen = build_trainer("block", tmp_path, max_steps=10, per_device_train_batch_size=4), []
-    trainer.model.register_forward_pre_hook(
-        lambda model, args, kwargs: seen.append((kwargs["block_length"], model.config.block_length)), with_kwargs=True
-    )
-    trainer.train()
-    assert seen == [(1, 1)] * 2 + [(4, 4)] * 3 + [(0, None)] * 3 + [(4, 4)] * 2
-    assert trainer.eval_block_length == 4
-
-
-def test_the_checkpoint_decides_the_block(tmp_path):
-    model = NanoLLaDAForMaskedLM(NanoLLaDAConfig(vocab_size=30, block_length=5, **SHAPE))
-    trainer = build_trainer("diffusion", tmp_path, model=model)
-    assert trainer.schedule.phases == [(1.0, 5)] and trainer.eval_block_length == 5
-    trainer = build_trainer("diffusion", tmp_path, model=model, block_length=0, eval_block_length=3)
-    assert trainer.schedule.phases == [(1.0, 0)] and trainer.eval_block_length == 3
-
-
-def packed_batch(trainer, count=4):
-    """Rows of two documents, six and nine tokens, each behind its context token."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for index in range(count):
-        ids = torch.randint(4, 30, (15,), generator=generator).tolist()
-        labels = [-100, *ids[1:6], -100, *ids[7:]]
-        places = {"document_ids": [0] * 6 + [1] * 9, "position_ids": [*range(6), *range(9)]}
-        rows.append({"input_ids": ids, "labels": labels, **places, "index": index, "num_bytes": 1})
-    batch = trainer.data_collator([{**row, "rank": row["index"], "epoch": 0} for row in rows])
-    trainer.state.max_steps = 10
-    return batch
 
 
 def test_block_loss_is_that_of_the_definition(tmp_path):

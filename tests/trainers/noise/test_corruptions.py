@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from test_trainers import command_line, fresh_model_and_rows
+from training_cases import command_line, fresh_model_and_rows
 
 from nanollada.trainers.noise.registry import CORRUPTIONS
 from nanollada.trainers.registry import TRAINERS
@@ -49,7 +49,7 @@ CORRUPTIONS["shuffle"] = CorruptionKind(shuffle, ShuffleSettings, "reordering", 
 from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main
 
-main(*TRAINERS["diffusion"].classes(), sys.argv[1:])
+main(TRAINERS["diffusion"], sys.argv[1:])
 """
 
 
@@ -85,7 +85,7 @@ def test_settings_have_names_of_their_own():
     """They become options of one program."""
     classes = dict.fromkeys(kind.settings for kind in CORRUPTIONS.values())
     names = [field.name for settings in classes for field in fields(settings)]
-    config_class = TRAINERS["diffusion"].classes()[1]
+    config_class = TRAINERS["diffusion"].config_class
     inherited = {field.name for base in config_class.__mro__[len(classes) + 1 :] for field in fields_of(base)}
     assert len(set(names)) == len(names) and not inherited & set(names)
     assert set(names) <= {field.name for field in fields(config_class)}
