@@ -111,11 +111,17 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
 
     def __post_init__(self):
         super().__post_init__()
-        for kind in CORRUPTIONS.values():
-            kind.settings.check(self)
         for name, allowed in (("eos_padding", EOS_PADDINGS), ("corruption", CORRUPTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        chosen = CORRUPTIONS[self.corruption].settings_of(self)
+        for corruption, kind in CORRUPTIONS.items():
+            kind.settings.check(self)
+            defaults = vars(kind.settings())
+            odd = [name for name in defaults.keys() - chosen.keys() if getattr(self, name) != defaults[name]]
+            if odd:
+                value = getattr(self, odd[0])
+                raise ValueError(f"`{odd[0]}` is for `corruption` {corruption}, got {value!r} with {self.corruption}")
         if not 0 <= self.variable_length_probability <= 1:
             raise ValueError(
                 f"`variable_length_probability` must lie in [0, 1], got {self.variable_length_probability}"

@@ -136,8 +136,10 @@ def test_an_adapters_model_is_scored_decoded_and_carded_as_what_it_wraps(name, t
 def test_a_foreign_model_that_writes_is_ar_and_others_are_refused():
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     assert is_diffusion(LlamaForCausalLM(LlamaConfig(vocab_size=8, **shape))) is False
+    older = type("NanoLLaDAForMaskedLM", (LlamaForCausalLM,), {})(LlamaConfig(vocab_size=8, **shape))
+    older.config.model_type = "nanollada"  # remote code of before heads said what they are
     bert, backbone = BertForMaskedLM(BertConfig(vocab_size=8, **shape)), build("diffusion").model
-    for neither in (bert, backbone, torch.nn.Linear(1, 1)):
+    for neither in (bert, backbone, older, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match=f"`model` must be a causal.*got {type(neither).__name__}"):
             is_diffusion(neither)
 

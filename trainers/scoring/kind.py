@@ -10,6 +10,8 @@ def is_diffusion(model) -> bool:
     """
     if hasattr(model, "is_diffusion"):
         return model.is_diffusion
-    if not getattr(model, "can_generate", bool)() or model.config.is_encoder_decoder:
+    config = getattr(model, "config", None)
+    unsaid = getattr(config, "model_type", None) == "nanollada"  # remote code of before heads said so
+    if unsaid or not getattr(model, "can_generate", bool)() or config.is_encoder_decoder:
         raise ValueError(f"`model` must be a causal language model or one that denoises, got {type(model).__name__}")
     return False
