@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 from nanollada.hub_upload import recompute, verify
+from nanollada.hub_upload.card_facts import Facts, read_facts
 from nanollada.hub_upload.evaluation_file import model_digests
 from nanollada.hub_upload.golden import write_golden
-from nanollada.hub_upload.model_card import Facts, build_card, read_facts
+from nanollada.hub_upload.model_card import build_card
 from nanollada.hub_upload.verify import check_files, check_results
 
 

@@ -4,6 +4,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -135,6 +136,14 @@ class Row:
     def error(self, reason: str) -> DataError:
         return DataError(f"{self.source}, row {self.number}: {reason}")
 
+    @contextmanager
+    def faults(self):
+        """Within it, what is wrong is of this row."""
+        try:
+            yield
+        except (ValueError, BadRow) as error:
+            raise self.error(str(error)) from error
+
     def text(self, name: str) -> str:
         """
         A column that must be a text.
@@ -148,10 +157,8 @@ class Row:
 
     def string(self, name: str, value: Any) -> str:
         """As `text`, of a value that stands deeper in the row."""
-        try:
+        with self.faults():
             return _checked_text(value, name, False)
-        except BadRow as error:
-            raise self.error(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
+from nanollada.hub_upload.card_facts import Facts, read_facts, without_paths
 from nanollada.hub_upload.evaluation_file import VERSION, model_digests, save_evaluation
 from nanollada.hub_upload.export import export
-from nanollada.hub_upload.model_card import Facts, build_card, choose_prompt, read_facts, without_paths
+from nanollada.hub_upload.model_card import build_card, choose_prompt
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers.run import _saved_digests
 
@@ -293,16 +294,6 @@ def test_snippets_follow_model_and_tokenizer(tokenizer, char_tokenizer):
     assert choose_prompt(char_tokenizer, ("Zebra~", "The")) == "The"
     odd = choose_prompt(char_tokenizer, ("~",))
     assert char_tokenizer.decode(char_tokenizer(odd).input_ids) == odd
-
-
-def test_a_model_in_peft_s_wrapper_is_carded_by_what_is_inside(tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    for model_class, told in ((NanoLLaDAForMaskedLM, True), (NanoLLaDAForCausalLM, False)):
-        model = model_class(NanoLLaDAConfig(vocab_size=len(tokenizer), **SHAPE))
-        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-        card = str(build_card(wrapped, tokenizer, Facts(), model_name="name"))
-        assert ("- masked-diffusion\n" in card) == ("masked-diffusion language model" in card) == told
 
 
 def test_card_options_and_cells(tokenizer):

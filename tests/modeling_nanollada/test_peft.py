@@ -7,7 +7,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from nanollada.hub_upload.model_card import Facts, build_card
+from nanollada.hub_upload.card_facts import Facts
+from nanollada.hub_upload.model_card import build_card
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.settings import generation_settings
 from nanollada.trainers.scoring.kind import is_diffusion

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nanollada.hub_upload.evaluation_file import results_of
 from nanollada.scripts.technical_report import collect, kind_of, main, portable, report
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -24,6 +25,13 @@ def test_every_kind_of_result_is_in_it():
     text = report(RESULTS)
     for path in RESULTS.glob("*.json"):
         assert f"From `results/{path.name}`" in text and f"| `results/{path.name}` |" in text
+
+
+@pytest.mark.parametrize("path", RESULTS.glob("suite_*.json"), ids=lambda path: path.name)
+def test_a_suite_s_results_are_those_of_evaluation_json(path):
+    """One schema: the suites that are kept here have its rows, and only the model's name besides."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert results_of({"results": content["results"]}) and all(row["model"] for row in content["results"])
 
 
 def test_numbers_come_from_the_files(tmp_path):

@@ -8,7 +8,7 @@ from nanollada.scripts.decoding.settings import effective_settings
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, settings, whole
 from nanollada.scripts.evaluation.metrics import distinct, mean, ratio, repetition, share, unigram_entropy
 from nanollada.scripts.evaluation.tasks.written import (
-    check_decoding,
+    WrittenTask,
     check_prompt,
     own_settings,
     prompts_of,
@@ -19,24 +19,22 @@ from nanollada.trainers.data.sources import BadRow
 
 
 @settings
-class StatisticsTask(Task):
+class StatisticsTask(WrittenTask):
     """Texts that begin with nothing (`rows` of them), or with the prompts of `data`."""
 
     rows: int | None = whole(1, 32)
     max_new_tokens: int = whole(1, 128)
-    chat: bool | None = None
     decoding: dict = mapping(temperature=1.0)
 
-    needs_data: ClassVar[bool] = False
+    greedy: ClassVar[dict] = {}
 
     def complete(self, given: dict, wrong) -> None:
         """Prompts are as many as there are."""
-        super().complete(given, wrong)
         if self.data is not None:
             if "rows" in given:
                 raise wrong("rows", "left out where `data` has the prompts", given["rows"])
             self.rows = None
-        check_decoding(self, wrong, {})
+        super().complete(given, wrong)
 
 
 def run_statistics(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
@@ -82,10 +80,8 @@ def _judged(bench: Bench, task: Task, rows: list[Row], records: list[dict]) -> l
     for row, record in zip(rows, records, strict=True):
         prompt = row.values["prompt"]
         context = prompt if isinstance(prompt, str) and not task.chat else ""
-        try:
+        with row.faults():
             judged.append(judge_nats(*bench.judge, record["text"], context))
-        except ValueError as error:
-            raise row.error(str(error)) from error
     for record, (nats, tokens) in zip(records, judged, strict=True):
         record |= {"judge_nats": nats, "judge_tokens": tokens}
     nats, tokens = zip(*judged, strict=True)

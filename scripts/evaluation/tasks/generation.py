@@ -2,7 +2,6 @@
 
 import math
 import re
-from typing import ClassVar
 
 from nanollada.scripts.decoding.settings import effective_settings
 from nanollada.scripts.evaluation.answers import questions_of
@@ -20,11 +19,10 @@ from nanollada.scripts.evaluation.bench import (
     whole,
 )
 from nanollada.scripts.evaluation.metrics import answer_f1, answer_match, mean, share
-from nanollada.scripts.evaluation.tasks.written import check_decoding, own_settings, training_row, write_answers
+from nanollada.scripts.evaluation.tasks.written import WrittenTask, own_settings, training_row, write_answers
 from nanollada.trainers.data.sources import Example
 from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
 
-GREEDY = {"temperature": 0.0}
 TEXTS = ("exact", "qa")  # how texts are compared; a puzzle has its own verifier
 
 
@@ -34,7 +32,7 @@ def _asks(template: str) -> bool:
 
 
 @settings
-class GenerationTask(Task):
+class GenerationTask(WrittenTask):
     """Rows of `data`, or those of a `puzzle`; `verify` says what a right answer is."""
 
     puzzle: str | None = one_of(PUZZLES)
@@ -43,14 +41,10 @@ class GenerationTask(Task):
     verify: str | None = setting(
         None, f"one of {', '.join([*TEXTS, *PUZZLES])}", lambda value: value in {*TEXTS, *PUZZLES}
     )
-    chat: bool | None = None  # a text of a question is a user's message; else as the row's format says
     template: str | None = setting(
         None, "a string that asks the {question}, with the {context} or without, and has no other {name}", _asks
     )
     max_new_tokens: int | None = whole(1)
-    decoding: dict = mapping()
-
-    needs_data: ClassVar[bool] = False
 
     def complete(self, given: dict, wrong) -> None:
         """The verifier may follow from the puzzle."""
@@ -64,11 +58,6 @@ class GenerationTask(Task):
         if self.puzzle is None:
             self.rows = None
         super().complete(given, wrong)
-        self.complete_decoding(wrong)
-
-    def complete_decoding(self, wrong) -> None:
-        """Checks how answers are decoded."""
-        check_decoding(self, wrong, GREEDY)
 
 
 def puzzle_rows(task: Task, seed: int) -> list[dict]:
@@ -105,10 +94,8 @@ def check_question(row: Row, task: Task) -> dict:
 
 def _puzzle(row: Row, task: Task) -> dict:
     """The columns that the verifier reads, checked."""
-    try:
+    with row.faults():
         return PUZZLES[task.verify].columns(row.values) if task.verify in PUZZLES else {}
-    except ValueError as error:
-        raise row.error(str(error)) from error
 
 
 def questions(bench: Bench, task: Task, rows: list[Row], sizes: range | None = None) -> list:
@@ -153,7 +140,7 @@ def scored(records: list[dict]) -> list[dict]:
 
 def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
-    decoding = own_settings(bench, {**GREEDY, **task.decoding})
+    decoding = own_settings(bench, {**task.greedy, **task.decoding})
     asked = questions(bench, task, rows)
     decoding["max_new_tokens"] = length_for(bench, task, rows, asked, [task.decoding])
     said = write_answers(bench, task, [prompt for prompt, _ in asked], decoding)

@@ -5,7 +5,6 @@ from nanollada.scripts.decoding.writing import generate, keyed_seed
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, setting, settings
 from nanollada.scripts.evaluation.metrics import mean, ratio
 from nanollada.scripts.evaluation.tasks.generation import (
-    GREEDY,
     METRICS,
     GenerationTask,
     check_question,
@@ -15,7 +14,6 @@ from nanollada.scripts.evaluation.tasks.generation import (
     scored,
     verdict,
 )
-from nanollada.scripts.evaluation.tasks.written import check_decoding
 
 PRESETS = {
     "cfg": {"off": {"cfg_scale": 0.0}, "on": {"cfg_scale": 1.5}},
@@ -31,15 +29,15 @@ class PresetsTask(GenerationTask):
 
     presets: str | dict = setting("cfg", RULE, lambda value: isinstance(value, dict) or value in PRESETS)
 
-    def complete_decoding(self, wrong) -> None:
-        """Presets by name."""
+    def check_decoding(self, wrong, presets: dict | None = None) -> None:
+        """Presets by name, and what each of them changes."""
         if isinstance(self.presets, str):
             self.presets = PRESETS[self.presets]
         if bare := [name for name in self.presets if not isinstance(name, str)]:  # YAML's off and on are no words
             raise wrong("presets", "mappings by name (in quotes, where YAML reads a name otherwise)", bare[0])
         if len(self.presets) < 2 or not all(isinstance(part, dict) for part in self.presets.values()):
             raise wrong("presets", RULE, self.presets)
-        check_decoding(self, wrong, GREEDY, {f"presets.{name}": part for name, part in self.presets.items()})
+        super().check_decoding(wrong, {f"presets.{name}": part for name, part in self.presets.items()})
 
 
 def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
@@ -47,7 +45,7 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     The same questions under several decoding settings, one row at a time: each one's score and tokens per forward
     pass, and the paired differences from the first.
     """
-    presets = {name: {**GREEDY, **task.decoding, **part} for name, part in task.presets.items()}
+    presets = {name: {**task.greedy, **task.decoding, **part} for name, part in task.presets.items()}
     asked = questions(bench, task, rows)
     length = length_for(bench, task, rows, asked, list(presets.values()))
     results, records, columns = [], [], {}

@@ -31,10 +31,8 @@ def answer_pairs(
     for row in rows:
         texts, gap = row.values[answers], row.values.get("gap", delimiter_of(task))
         for text in [texts] if isinstance(texts, str) else texts:
-            try:
+            with row.faults():
                 pairs.append(encode_pair(bench.tokenizer, row.values["ctx"] + suffix, gap + text))
-            except ValueError as error:
-                raise row.error(str(error)) from error
             require_room(bench, row, pairs[-1])
     return pairs
 
@@ -48,10 +46,8 @@ def text_ids(bench: Bench, row: Row, text: str) -> list[int]:
     """`context_ids`, whose errors here name the row."""
     from nanollada.trainers.scoring.continuations import context_ids
 
-    try:
+    with row.faults():
         return context_ids(bench.tokenizer, text)
-    except ValueError as error:
-        raise row.error(str(error)) from error
 
 
 def delimiter_of(task: Task) -> str:

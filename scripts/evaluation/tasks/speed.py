@@ -1,34 +1,24 @@
 """Speed, one row at a time."""
 
-from typing import ClassVar
-
 from tqdm.auto import tqdm
 
 from nanollada.scripts.decoding.comparison import measure
 from nanollada.scripts.decoding.settings import effective_settings, generation_settings
-from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, settings, whole
+from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.metrics import mean, ratio
-from nanollada.scripts.evaluation.tasks.presets import GREEDY, PER_FORWARD
-from nanollada.scripts.evaluation.tasks.written import check_decoding, check_prompt, own_settings, prompts_of
+from nanollada.scripts.evaluation.tasks.presets import PER_FORWARD
+from nanollada.scripts.evaluation.tasks.written import WrittenTask, check_prompt, own_settings, prompts_of
 
 PROMPTS = {None: "What is it?", "en": "What is it?", "zh": "这是什么？"}
 
 
 @settings
-class SpeedTask(Task):
+class SpeedTask(WrittenTask):
     """Prompts of `data`, or one question."""
 
     max_new_tokens: int = whole(1, 128)
     repeats: int = whole(1, 3)
     chat: bool | None = True
-    decoding: dict = mapping()
-
-    needs_data: ClassVar[bool] = False
-
-    def complete(self, given: dict, wrong) -> None:
-        """Checks how texts are decoded."""
-        super().complete(given, wrong)
-        check_decoding(self, wrong, GREEDY)
 
 
 def run_speed(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
@@ -36,7 +26,7 @@ def run_speed(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     One row at a time, as `compare.py` measures it: of each prompt the median of `repeats` runs, after one run that
     does not count. Tokens per second are all tokens by all seconds; errors are over prompts.
     """
-    options = {**GREEDY, **task.decoding, "max_new_tokens": task.max_new_tokens}
+    options = {**task.greedy, **task.decoding, "max_new_tokens": task.max_new_tokens}
     options = own_settings(bench, options)
     generation_settings(bench.model, **options)
     records, quiet, repeats = [], tqdm(disable=True), task.repeats

@@ -8,7 +8,7 @@ from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row
 from nanollada.scripts.evaluation.metrics import ratio
 from nanollada.scripts.evaluation.tasks.scored import text_ids
 from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
-from nanollada.trainers.data.sources import BadRow, DataError, Example, RowPolicy, parse_row
+from nanollada.trainers.data.sources import DataError, Example, RowPolicy, parse_row
 from nanollada.trainers.scoring.rolling import rolling_rows
 
 CONTEXT = 16  # tokens before an answer that is cut out of a text
@@ -25,10 +25,8 @@ class TextTask(Task):
 
 def check_text(row: Row, task: Task) -> dict:
     """Any row that training reads."""
-    try:
+    with row.faults():
         parse_row(row.values)
-    except BadRow as error:
-        raise row.error(str(error)) from error
     return row.values
 
 

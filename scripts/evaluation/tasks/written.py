@@ -1,42 +1,52 @@
 """What the kinds share that let a model write."""
 
+from typing import ClassVar
+
 from nanollada.scripts.decoding.checkpoint import prompt_ids
 from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, split_options
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to
-from nanollada.scripts.evaluation.bench import Bench, Row, Task
-from nanollada.trainers.data.sources import BadRow, parse_row
+from nanollada.scripts.evaluation.bench import Bench, Row, Task, mapping, settings
+from nanollada.trainers.data.sources import parse_row
 
 
-def check_decoding(task: Task, wrong, greedy: dict, presets: dict[str, dict] | None = None) -> None:
-    """
-    Names and values of decoding, alone or as each preset changes them, before any model is loaded.
+@settings
+class WrittenTask(Task):
+    """A task that lets a model write: greedily, unless `decoding` says otherwise."""
 
-    Args:
-        task ([`Task`]): With `decoding`.
-        wrong (`Callable`): Makes the error of a setting, a rule and a value.
-        greedy (`dict`): What the kind decodes with where nothing is said.
-        presets (`dict[str, dict]`, *optional*): By the setting's name.
-    """
-    from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
+    chat: bool | None = None  # a text is a user's message; by default as the row's format says
+    decoding: dict = mapping()
 
-    known = [name for name in DecodingArguments.__dataclass_fields__ if name != "max_new_tokens"]
-    for place, part in {"decoding": task.decoding, **(presets or {})}.items():
-        for name, value in part.items():
-            if name == "max_new_tokens":
-                raise wrong(f"{place}.{name}", "left out: it is a setting of the task itself", value)
-            if name not in known:
-                raise wrong(f"{place}.{name}", f"an option of decoding: {', '.join(known)}", value)
-            if value is None:
-                raise wrong(f"{place}.{name}", "left out or set", value)
-    for place, part in (presets or {"decoding": {}}).items():
-        options = {**greedy, **task.decoding, **part}
-        if options.get("temperature") == 0 and (drawn := [name for name in ("top_k", "top_p") if options.get(name)]):
-            raise wrong(place, f"valid (`{drawn[0]}` needs a `temperature` above 0)", options)
-        try:
-            NanoLLaDAGenerationConfig(**options)
-        except ValueError as error:
-            raise wrong(place, f"valid ({error})", options) from error
+    needs_data: ClassVar[bool] = False
+    greedy: ClassVar[dict] = {"temperature": 0.0}
+
+    def complete(self, given: dict, wrong) -> None:
+        """As every task's, and decoding is checked before any model is loaded."""
+        super().complete(given, wrong)
+        self.check_decoding(wrong)
+
+    def check_decoding(self, wrong, presets: dict[str, dict] | None = None) -> None:
+        """Names and values of decoding, alone or as each preset changes them (by the name of its setting)."""
+        from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
+
+        known = [name for name in DecodingArguments.__dataclass_fields__ if name != "max_new_tokens"]
+        for place, part in {"decoding": self.decoding, **(presets or {})}.items():
+            for name, value in part.items():
+                if name == "max_new_tokens":
+                    raise wrong(f"{place}.{name}", "left out: it is a setting of the task itself", value)
+                if name not in known:
+                    raise wrong(f"{place}.{name}", f"an option of decoding: {', '.join(known)}", value)
+                if value is None:
+                    raise wrong(f"{place}.{name}", "left out or set", value)
+        for place, part in (presets or {"decoding": {}}).items():
+            options = {**self.greedy, **self.decoding, **part}
+            drawn = [name for name in ("top_k", "top_p") if options.get(name)]
+            if options.get("temperature") == 0 and drawn:
+                raise wrong(place, f"valid (`{drawn[0]}` needs a `temperature` above 0)", options)
+            try:
+                NanoLLaDAGenerationConfig(**options)
+            except ValueError as error:
+                raise wrong(place, f"valid ({error})", options) from error
 
 
 def own_settings(bench: Bench, decoding: dict) -> dict:
@@ -63,10 +73,8 @@ def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: 
 
 def training_row(row: Row, task: Task, values: dict | None = None) -> dict:
     """A row with an answer in the training formats: `asked`, as the data room reads it, and the `answers`."""
-    try:
+    with row.faults():
         asked = parse_row(row.values if values is None else values)
-    except BadRow as error:
-        raise row.error(str(error)) from error
     if "text" in asked:
         raise row.error("it must have an answer to compare with, got a plain `text`")
     answer = asked["messages"][-1]["content"] if "messages" in asked else asked["completion"]
@@ -96,9 +104,7 @@ def prompts_of(bench: Bench, task: Task, rows: list[Row]) -> list[list[int]]:
     for row in rows:
         prompt = row.values["prompt"]
         prompt = [{"role": "user", "content": prompt}] if task.chat and isinstance(prompt, str) else prompt
-        try:
+        with row.faults():
             prompts.append(prompt_ids(bench.tokenizer, prompt))
-        except ValueError as error:
-            raise row.error(str(error)) from error
         bench.require_room(row, len(prompts[-1]) + task.max_new_tokens, "prompt and text")
     return prompts

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanollada.hub_upload.card_facts import read_facts
 from nanollada.hub_upload.evaluation_file import save_evaluation
-from nanollada.hub_upload.model_card import read_facts
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluation.answers import exact_match
 from nanollada.scripts.evaluation.checkpoint import (
