@@ -1,7 +1,8 @@
 """What the quickstart's recipes gave when they were recorded, and whether a run is far outside of that."""
 
-import json
 from pathlib import Path
+
+from nanollada.trainers.records import read_json
 
 NAMES = {"ar": "AR", "diffusion": "diffusion", "ar_sft": "AR + SFT", "diffusion_sft": "diffusion + SFT"}
 FIGURES = {"text": "bits/byte of text", "sft": "bits/byte of answers", "exact_match": "share of sudokus solved"}
@@ -43,32 +44,30 @@ def doubts(folder: Path) -> list[str]:
         `list[str]`: A sentence each; none for a run that is as expected, and for one with settings of its own (another
             size, other data, a share of the steps), of which nothing is known.
     """
-    settings, results = (json.loads((folder / name).read_text()) for name in ("settings.json", "results.json"))
+    settings, results = (read_json(folder / name) for name in ("settings.json", "results.json"))
     if settings["data"] or settings["steps_share"] != 1:
         return []
-    found = [
+    against = [
         doubt
         for stage, rules in EXPECTED.get(settings["size"], {}).items()
         for doubt in _doubts_of(stage, rules, figures(results.get(stage, {}).get("results", [])))
     ]
-    return [*found, *_causes(folder)] if found else []
+    return [*against, *_causes(folder)] if against else []
 
 
 def _doubts_of(stage: str, rules: dict[str, tuple[float, float]], found: dict[str, dict]) -> list[str]:
-    told = []
+    sentences = []
     for name, (lowest, highest) in rules.items():
         value = found.get(name, {}).get("value")
         if value is None or not lowest <= value <= highest:  # NaN, too
             got = "none" if value is None else f"{value:.3f}"
-            told.append(f"{NAMES[stage]}: {FIGURES[name]} {got}, expected {lowest} to {highest}.")
-    return told
+            sentences.append(f"{NAMES[stage]}: {FIGURES[name]} {got}, expected {lowest} to {highest}.")
+    return sentences
 
 
 def _causes(folder: Path) -> list[str]:
     """Likely causes; of versions, steps and interruptions what the stages' files say."""
-    runs = {
-        stage: json.loads((folder / stage / "run.json").read_text()) for stage in NAMES if (folder / stage).exists()
-    }
+    runs = {stage: read_json(folder / stage / "run.json") for stage in NAMES if (folder / stage).exists()}
     versions = []
     for name, recorded in RECORDED_WITH.items():
         here = sorted({run["versions"][name] for run in runs.values()})

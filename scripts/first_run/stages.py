@@ -1,14 +1,14 @@
 """The stages of a first run: from text to two models, their numbers, a page and Hub folders."""
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanollada.trainers.records import write_json
+from nanollada.scripts.first_run.rows import builtin_rows, read_rows, split_rows, texts_of, users_rows
+from nanollada.trainers.records import file_digest, read_json, write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STAGES = ("ar", "diffusion", "ar_sft", "diffusion_sft")
@@ -20,8 +20,6 @@ FULL_SIZE = {
     "tie_word_embeddings": False,
     "learning_rate": 1e-3,
 }
-TEST_SHARE, MOST_TEST_ROWS = 0.02, 200
-MOST_QA_CHARACTERS = 90  # longer ones would pad every sudoku of their batch
 PROMPTS = ("What does the function `os.path.join` do?", "In which module is the class `Counter` defined?")
 
 
@@ -70,10 +68,10 @@ class Quickstart:
     def _check_settings(self) -> None:
         settings = asdict(self.args)
         files = [Path(path) for path in self.args.data or [] if Path(path).is_file()]
-        digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        digests = {str(path): file_digest(path) for path in files}
         settings = {name: value for name, value in settings.items() if name != "output"} | {"digests": digests}
         path = self.folder / "settings.json"
-        if path.exists() and (earlier := json.loads(path.read_text())) != settings:
+        if path.exists() and (earlier := read_json(path)) != settings:
             changed = [name for name in settings if settings[name] != earlier.get(name)]
             raise ValueError(
                 f"`output` holds a run with another `{changed[0]}`: choose another folder, got {self.folder}"
@@ -96,10 +94,14 @@ class Quickstart:
             ("report", self.report),
         ]
         for number, (name, stage) in enumerate(stages, 1):
-            minutes, seconds = divmod(int(time.perf_counter() - self.started), 60)
-            self.console.rule(f"[bold]{number}/{len(stages)} {name}[/bold]  {minutes}:{seconds:02d}")
+            self.console.rule(f"[bold]{number}/{len(stages)} {name}[/bold]  {self.time()}")
             stage()
         return self.finish()
+
+    def time(self) -> str:
+        """Since this object was made, as minutes and seconds."""
+        minutes, seconds = divmod(int(time.perf_counter() - self.started), 60)
+        return f"{minutes}:{seconds:02d}"
 
     # 1: rows
 
@@ -107,40 +109,16 @@ class Quickstart:
         """`text_train.jsonl`, `text_test.jsonl` and the same for `sft`; a test row is never a training row."""
         if (self.corpus / "split.json").exists():
             return
-        texts, answers = self._builtin_rows() if not self.args.data else self._users_rows()
-        facts = {"text": split_rows(texts, self.corpus, "text")}
+        texts, answers = users_rows(self.args.data, self.args.on_bad_rows) if self.args.data else ([], [])
+        if not texts:  # then the built-in ones pretrain
+            texts, own = builtin_rows(self.corpus, self.args.size, self.args.seed)
+            answers = answers if self.args.data else own
+        split = {"text": split_rows(texts, self.corpus, "text")}
         if answers:
-            facts["sft"] = split_rows(answers, self.corpus, "sft")
-        write_json(self.corpus / "split.json", facts)
-        for kind, counts in facts.items():
+            split["sft"] = split_rows(answers, self.corpus, "sft")
+        write_json(self.corpus / "split.json", split)
+        for kind, counts in split.items():
             self.console.print(f"{kind}: {counts['train']:,} training rows, {counts['test']:,} test rows")
-
-    def _builtin_rows(self) -> tuple[list[dict], list[dict]]:
-        from nanollada.scripts.first_run.corpus import build_corpus
-
-        large = self.args.size == "32m"
-        sizes = {
-            "max_bytes": 6_000_000 if large else 1_200_000,
-            "sudoku_train": 20_000,
-            "sudoku_test": 200,
-            "qa_rows": 4_000,
-        }
-        build_corpus(self.corpus, seed=self.args.seed, **sizes)
-        texts = [{"text": row["text"]} for row in read_rows(self.corpus / "pretrain.jsonl")]
-        chats = [row["messages"] for row in read_rows(self.corpus / "sft.jsonl")]
-        short = [chat for chat in chats if sum(len(message["content"]) for message in chat) <= MOST_QA_CHARACTERS]
-        return texts, [{"messages": chat} for chat in short]
-
-    def _users_rows(self) -> tuple[list[dict], list[dict]]:
-        """The user's rows by kind, in the plainest format of each; without texts the built-in ones pretrain."""
-        from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_source
-
-        rows = {"pretrain": [], "sft": []}
-        options = SourceArguments(data=self.args.data, on_bad_rows=self.args.on_bad_rows)
-        for spec in self.args.data:
-            for example in read_examples(resolve_source(spec, options), RowPolicy(self.args.on_bad_rows)):
-                rows[example.format].append(plain_row(example))
-        return rows["pretrain"] or self._builtin_rows()[0], rows["sft"]
 
     @property
     def has_answers(self) -> bool:
@@ -173,7 +151,7 @@ class Quickstart:
         if stage.endswith("_sft") and not self.has_answers:
             self.console.print("no rows with answers: the pretrained model stays as it is")
             return
-        if (self.folder / stage / "run.json").exists():
+        if self.done(stage):
             return
         from nanollada.trainers import run
         from nanollada.trainers.registry import TRAINERS
@@ -217,9 +195,6 @@ class Quickstart:
 
     def evaluate(self) -> None:
         """Bits per byte of the test rows, before and after SFT, and exact match on the held-out sudokus."""
-        from transformers import AutoTokenizer
-
-        import nanollada.modeling_nanollada  # noqa: F401, registers the classes
         from nanollada.hub_upload.evaluation_file import EVALUATION, save_evaluation
         from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint
 
@@ -227,16 +202,14 @@ class Quickstart:
             checkpoint = self.folder / stage
             if not self.done(stage) or self.evaluated(stage):
                 continue
-            run = json.loads((checkpoint / "run.json").read_text())
+            run = read_json(checkpoint / "run.json")
             kinds = ("text", "sft") if stage.endswith("_sft") else ("text",)
             data = [str(self.corpus / f"{kind}_test.jsonl") for kind in kinds]
             length = run["data"]["max_length"]
             options = {"samples": 8, "seed": self.args.seed, "batch_size": 32, "max_length": length}
             evaluation = evaluate_checkpoint(str(checkpoint), data, on_bad_rows=self.args.on_bad_rows, **options)
             if stage.endswith("_sft") and self.sudoku is not None:
-                decoding = {
-                    "max_new_tokens": self.room(AutoTokenizer.from_pretrained(checkpoint), read_rows(self.sudoku))
-                }
+                decoding = {"max_new_tokens": self.new_tokens(checkpoint)}
                 options = {"metrics": ["exact_match"], "seed": self.args.seed, "batch_size": 100, "decoding": decoding}
                 evaluation["results"] += evaluate_checkpoint(str(checkpoint), str(self.sudoku), **options)["results"]
             save_evaluation(evaluation, checkpoint / EVALUATION)
@@ -245,7 +218,7 @@ class Quickstart:
     def results(self) -> dict[str, dict]:
         """What this program measured, by stage; a checkpoint's evaluation.json has other programs' results as well."""
         path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def evaluated(self, stage: str) -> bool:
         """Whether the stage's model, as it is now, has its results here and in its evaluation.json."""
@@ -256,24 +229,22 @@ class Quickstart:
         current = all(known.get(name) == value for name, value in now.items())
         return current and (checkpoint / EVALUATION).exists()
 
-    @staticmethod
-    def room(tokenizer, rows: list[dict]) -> int:
-        """New tokens for a sudoku: the answer and its EOS, to the end of a block of 16, as SFT pads its rows."""
-        from nanollada.scripts.decoding.checkpoint import prompt_ids
-
-        prompt = len(prompt_ids(tokenizer, rows[0]["prompt"]))
-        answer = len(tokenizer(rows[0]["answer"]).input_ids) + 1
-        return -(-(prompt + answer) // 16) * 16 - prompt
-
-    def new_tokens(self) -> int:
-        """How much the compared models may write: a sudoku's room if there are sudokus, else 32 tokens."""
+    def new_tokens(self, checkpoint: Path | None = None) -> int:
+        """
+        How much a model may write: a sudoku's answer and its EOS, to the end of a block of 16, as SFT pads its rows;
+        without sudokus 32 tokens.
+        """
         if self.sudoku is None:
             return 32
         from transformers import AutoTokenizer
 
         import nanollada.modeling_nanollada  # noqa: F401, else a second call would ask whether to run remote code
+        from nanollada.scripts.decoding.checkpoint import prompt_ids
 
-        return self.room(AutoTokenizer.from_pretrained(self.final("diffusion")), read_rows(self.sudoku))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint or self.final("diffusion"))
+        row = read_rows(self.sudoku)[0]
+        prompt, answer = len(prompt_ids(tokenizer, row["prompt"])), len(tokenizer(row["answer"]).input_ids) + 1
+        return -(-(prompt + answer) // 16) * 16 - prompt
 
     def prompts(self) -> list:
         """What the two models are compared on: questions and a sudoku, or what the user's test rows begin with."""
@@ -333,11 +304,10 @@ class Quickstart:
             "models": f"{self.final('ar')}, {self.final('diffusion')}",
             "Hub folders (verified)": f"{self.folder}/hub/nanollada-ar, {self.folder}/hub/nanollada-diffusion",
             "losses": f"{self.folder}/*/loss.png and metrics.jsonl",
+            "time": f"{self.time()} (this call)",
         }
         for name, place in where.items():
             self.console.print(f"[bold]{name}[/bold]: {place}", soft_wrap=True)
-        minutes, seconds = divmod(int(time.perf_counter() - self.started), 60)
-        self.console.print(f"[bold]time[/bold]: {minutes}:{seconds:02d} (this call)")
         chat = "--chat " if self.has_answers else ""
         self.console.print(
             f"\nNext: python scripts/generate.py --checkpoint {self.final('diffusion')} {chat}--watch", soft_wrap=True
@@ -348,50 +318,6 @@ class Quickstart:
         for doubt in against:
             self.console.print(f"- {doubt}", soft_wrap=True, markup=False, highlight=False)
         return against
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a jsonl file that this program wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def plain_row(example) -> dict:
-    """A read row in the plainest format of its kind."""
-    if example.format == "pretrain":
-        return {"text": example.text}
-    if example.messages:
-        return {"messages": [dict(message) for message in example.messages]}
-    return {"prompt": example.prompt, "completion": example.completion}
-
-
-def texts_of(row: dict) -> Iterable[str]:
-    """What a tokenizer learns from in a row."""
-    if "messages" in row:
-        return [message["content"] for message in row["messages"]]
-    return [row[name] for name in ("text", "prompt", "completion") if name in row]
-
-
-def split_rows(rows: list[dict], folder: Path, name: str) -> dict[str, int]:
-    """
-    Writes `<name>_test.jsonl`, the 2 % of rows with the smallest content hash (1 to 200 rows), and
-    `<name>_train.jsonl`, the others. Equal rows fall on the same side.
-
-    Raises:
-        `ValueError`: if nothing would be left to train on.
-    """
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    hashes = [hashlib.sha256(line.encode()).hexdigest() for line in lines]
-    count = min(max(round(len(set(hashes)) * TEST_SHARE), 1), MOST_TEST_ROWS)
-    limit = sorted(set(hashes))[count - 1] if hashes else ""
-    parts = {"test": [], "train": []}
-    for line, digest in zip(lines, hashes, strict=True):
-        parts["test" if digest <= limit else "train"].append(line)
-    if not parts["train"]:
-        raise ValueError(f"`data` must hold at least two different {name} rows, got {len(lines)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, kept in parts.items():
-        (folder / f"{name}_{part}.jsonl").write_text("".join(line + "\n" for line in kept))
-    return {part: len(kept) for part, kept in parts.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollada.scripts.first_run.stages import STAGES, Quickstart, QuickstartArguments, read_rows, split_rows
+from nanollada.scripts.first_run.rows import read_rows, split_rows
+from nanollada.scripts.first_run.stages import STAGES, Quickstart, QuickstartArguments
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "quickstart.py"
 
