@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from nanollada.scripts.decoding.settings import DEFAULT_NEW_TOKENS
+from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids, refuse_masks
+from nanollada.scripts.decoding.settings import DEFAULT_NEW_TOKENS, effective_settings, split_options
+from nanollada.scripts.decoding.writing import generate
 
 TITLES = {"diffusion": "Diffusion", "ar": "Autoregressive"}  # in the order in which they write and stand
 LARGEST_SEED = 2**63 - 1  # torch's
@@ -97,9 +99,6 @@ def prepare(pair: dict, names: dict, prompt: str, is_chat: bool, seed: int, **gi
     Raises:
         `ValueError`: as `prompt_ids` and `generation_settings`; for mask tokens in the prompt of an AR model.
     """
-    from nanollada.scripts.decoding.checkpoint import prompt_ids, refuse_masks
-    from nanollada.scripts.decoding.settings import effective_settings, split_options
-    from nanollada.scripts.decoding.writing import generate
     from nanollada.scripts.tracing.live import LiveRecorder
 
     options, writings = split_options(given), {}
@@ -195,17 +194,23 @@ def build_page(pair: dict, names: dict):
     return page
 
 
+def open_page(args: DemoArguments):
+    """
+    Loads the models and builds the page, which `launch()` then serves.
+
+    Raises:
+        `ValueError`: without gradio, and as `load_pair`.
+    """
+    if find_spec("gradio") is None:
+        raise ValueError("the demo needs the package gradio (pip install 'nanollada[demo]'), which is not installed")
+    pair = load_pair(args.ar, args.diffusion, args.trust_remote_code, args.device)
+    return build_page(pair, {"ar": args.ar, "diffusion": args.diffusion})
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`), loads the models and serves the page."""
     from trl import TrlParser
 
     (args,) = TrlParser((DemoArguments,)).parse_args_and_config(argv)
-    if find_spec("gradio") is None:
-        raise ValueError("the demo needs the package gradio (pip install 'nanollada[demo]'), which is not installed")
-    from nanollada.scripts.decoding.checkpoint import load_pair
-
-    pair = load_pair(args.ar, args.diffusion, args.trust_remote_code, args.device)
-    page = build_page(pair, {"ar": args.ar, "diffusion": args.diffusion})
-    page.launch(
-        server_name=args.server_name, server_port=args.server_port, share=False, ssr_mode=False, footer_links=[]
-    )
+    address = {"server_name": args.server_name, "server_port": args.server_port}
+    open_page(args).launch(**address, share=False, ssr_mode=False, footer_links=[])

@@ -151,7 +151,7 @@ class Quickstart:
         if stage.endswith("_sft") and not self.has_answers:
             self.console.print("no rows with answers: the pretrained model stays as it is")
             return
-        if self.done(stage):
+        if (self.folder / stage / "run.json").exists():
             return
         from nanollada.trainers import run
         from nanollada.trainers.registry import TRAINERS
