@@ -102,9 +102,8 @@ def test_two_traces_share_a_clock(tokenizer, tmp_path):
         assert len(panel.states) == count + 1
         assert "".join(cell.piece.text for cell in panel.states[-1]) == tokenizer.decode(trace.ids)
         for step, (image, _) in enumerate(shown, start=1):
-            for place, cell in zip(panel.places, panel.states[min(step, count)], strict=True):
-                if not place.width:
-                    continue
+            cells = zip(panel.places, panel.states[min(step, count)], strict=True)
+            for place, cell in [(place, cell) for place, cell in cells if place.width]:
                 seen = colours(image, place)
                 assert BLOCK in seen if cell.piece.kind == "mask" else not cell.when or BLOCK not in seen
                 assert not cell.when or drawn.shade(cell.when) in seen
