@@ -1,4 +1,4 @@
-"""Figures of an evaluation and their standard errors: shares, means, ratios, decisions under noise, answers, variety.
+"""Figures of an evaluation: decisions under noise, answers, variety.
 
 Everything is float64 (Python's own), and nothing here knows a model.
 """
@@ -10,42 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
+from nanollada.trainers.scoring.estimates import share
+
 NORMAL = NormalDist()
 NODES = 200  # of the integral over the noise of one choice: good to about a thousandth
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 CMRC_DELETES = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"  # one character each: its "……" never matches
-
-
-# ---- estimates
-
-
-def share(hits: Sequence[bool]) -> dict:
-    """
-    A share p of n decisions: `value`, `standard_error` √(p(1 − p) / n), `rows`, and `interval`, Wilson's for 95 %
-    (Wilson 1927), which has a width where all or none hit and the standard error has none.
-    """
-    count = len(hits)
-    p, z = sum(hits) / count, NORMAL.inv_cdf(0.975)
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    interval = [max(centre - half, 0.0), min(centre + half, 1.0)]
-    return {"value": p, "standard_error": math.sqrt(p * (1 - p) / count), "rows": count, "interval": interval}
-
-
-def mean(values: Sequence[float]) -> dict:
-    """`value`, its `standard_error` over the rows (`None` for a single one), and `rows`."""
-    found = ratio(values, [1.0] * len(values))
-    return {**found, "rows": len(values)}
-
-
-def ratio(tops: Sequence[float], bottoms: Sequence[float]) -> dict:
-    """Σ tops / Σ bottoms as `value` and its `standard_error` over the rows (`None` for a single one), linearised."""
-    count, size = len(tops), math.fsum(bottoms)
-    value = math.fsum(tops) / size
-    if count < 2:
-        return {"value": value, "standard_error": None}
-    residual = math.fsum((top - value * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
-    return {"value": value, "standard_error": math.sqrt(residual * count / (count - 1)) / size}
 
 
 # ---- decisions between noisy scores

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanollada.scripts.studies.variants import NOISE, VARIANTS
 from nanollada.trainers.records import read_json, write_json
+from nanollada.trainers.scoring.estimates import mean, ratio
 
 REFERENCES = {"a": "ar", "d": "ar_mdlm"}  # what a part's models are compared with
 RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "epochs", "tokens_seen", "seconds")
@@ -13,31 +14,14 @@ RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "
 # ---- numbers
 
 
-def ratio(chunks: list[list[float]]) -> float:
-    """Bits per byte of `[nats, variance, tokens, bytes]` parts."""
-    return sum(chunk[0] for chunk in chunks) / math.log(2) / max(sum(chunk[3] for chunk in chunks), 1)
-
-
-def ratio_error(chunks: list[list[float]], value: float) -> float | None:
-    """Standard error of a ratio Σ nats / Σ bytes over parts, in bits; of `value` in bits. `None` for a single part."""
-    count, size = len(chunks), max(sum(chunk[3] for chunk in chunks), 1)
-    if count < 2:
-        return None
-    residuals = [chunk[0] / math.log(2) - value * chunk[3] for chunk in chunks]
-    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals)) / size
+def bits_per_byte(chunks: list[list[float]]) -> dict:
+    """`value` and `standard_error` over `[nats, variance, tokens, bytes]` parts."""
+    return ratio([chunk[0] / math.log(2) for chunk in chunks], [chunk[3] for chunk in chunks])
 
 
 def mean_chunks(runs: list[list[list[float]]]) -> list[list[float]]:
     """The same parts, averaged over seeds."""
     return [[sum(values) / len(runs) for values in zip(*parts, strict=True)] for parts in zip(*runs, strict=True)]
-
-
-def seed_error(values: list[float]) -> float | None:
-    """Standard error of a mean over seeds; `None` for one seed."""
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def root_sum(*errors: float | None) -> float | None:
@@ -65,14 +49,14 @@ def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> 
             for seed, pair in zip(common, pairs, strict=True)
         }
     chunks = mean_chunks(list(runs.values()))
-    value, size = ratio(chunks), max(sum(chunk[3] for chunk in chunks), 1)
+    figure, size = bits_per_byte(chunks), max(sum(chunk[3] for chunk in chunks), 1)
     errors = {
-        "sampling_error": ratio_error(chunks, value),
+        "sampling_error": figure["standard_error"],
         "mask_error": math.sqrt(sum(chunk[1] for chunk in chunks) / len(runs)) / math.log(2) / size,
-        "seed_error": seed_error([ratio(chunks) for chunks in runs.values()]),
+        "seed_error": mean([bits_per_byte(chunks)["value"] for chunks in runs.values()])["standard_error"],
     }
     total = root_sum(errors["sampling_error"], errors["seed_error"])
-    return {"value": value, "seeds": sorted(runs), **errors, "standard_error": total}
+    return {"value": figure["value"], "seeds": sorted(runs), **errors, "standard_error": total}
 
 
 def scored(folders: list[Path]) -> dict[tuple, dict[int, list]]:

@@ -13,6 +13,7 @@ import torch
 from nanollada.trainers.noise.blocks import block_ids_of, choose_smallest
 from nanollada.trainers.noise.keys import STREAM_BLOCK, STREAM_MASK, STREAM_RATE, keyed_uniform
 from nanollada.trainers.objectives import token_cross_entropy
+from nanollada.trainers.scoring.estimates import ratio_error
 from nanollada.trainers.scoring.kind import is_diffusion
 
 MAX_EXACT_TARGETS = 12
@@ -59,11 +60,10 @@ class Likelihood:
     @property
     def bits_per_byte_sampling_error(self) -> float | None:
         """Standard error of `bits_per_byte` as an estimate for other rows of the kind; `None` for a single row."""
-        if self.rows < 2:
-            return None
         mean, (nn, nb, bb) = self.nats / max(self.bytes, 1), self.row_moments
-        residual = max(nn - 2 * mean * nb + mean**2 * bb, 0.0) * self.rows / (self.rows - 1)  # ratio estimator
-        return math.sqrt(residual) / math.log(2) / max(self.bytes, 1)
+        squares = max(nn - 2 * mean * nb + mean**2 * bb, 0.0)
+        error = ratio_error(self.rows, squares, max(self.bytes, 1))
+        return None if error is None else error / math.log(2)
 
     def to_dict(self) -> dict:
         derived = ("bits_per_byte", "bits_per_byte_standard_error", "bits_per_byte_sampling_error", "nats_per_token")

@@ -6,8 +6,8 @@ import re
 from nanollada.scripts.decoding.settings import default_decoding, effective_settings
 from nanollada.scripts.evaluation.answers import greedy_answers, until_end
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
-from nanollada.scripts.evaluation.metrics import mean, share
 from nanollada.scripts.evaluation.tasks.scored import answer_pairs, score
+from nanollada.trainers.scoring.estimates import mean, share
 
 
 @settings

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from nanollada.scripts.decoding.settings import effective_settings
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, mapping, settings, whole
-from nanollada.scripts.evaluation.metrics import distinct, mean, ratio, repetition, share, unigram_entropy
+from nanollada.scripts.evaluation.metrics import distinct, repetition, unigram_entropy
 from nanollada.scripts.evaluation.tasks.written import (
     WrittenTask,
     check_prompt,
@@ -16,6 +16,7 @@ from nanollada.scripts.evaluation.tasks.written import (
 )
 from nanollada.trainers.data.encoding import IGNORE, encode_spans
 from nanollada.trainers.data.sources import BadRow
+from nanollada.trainers.scoring.estimates import mean, ratio, share
 
 
 @settings

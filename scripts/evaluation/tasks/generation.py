@@ -18,10 +18,11 @@ from nanollada.scripts.evaluation.bench import (
     settings,
     whole,
 )
-from nanollada.scripts.evaluation.metrics import answer_f1, answer_match, mean, share
+from nanollada.scripts.evaluation.metrics import answer_f1, answer_match
 from nanollada.scripts.evaluation.tasks.written import WrittenTask, own_settings, training_row, write_answers
 from nanollada.trainers.data.sources import Example
 from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
+from nanollada.trainers.scoring.estimates import mean, share
 
 TEXTS = ("exact", "qa")  # how texts are compared; a puzzle has its own verifier
 

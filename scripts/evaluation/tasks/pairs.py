@@ -1,8 +1,9 @@
 """Minimal pairs: which of two texts is the likelier one."""
 
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
-from nanollada.scripts.evaluation.metrics import decisions, share
+from nanollada.scripts.evaluation.metrics import decisions
 from nanollada.scripts.evaluation.tasks.scored import require_room, score, text_ids
+from nanollada.trainers.scoring.estimates import share
 
 
 @settings

@@ -3,7 +3,6 @@
 from nanollada.scripts.decoding.settings import effective_settings
 from nanollada.scripts.decoding.writing import generate, keyed_seed
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, setting, settings
-from nanollada.scripts.evaluation.metrics import mean, ratio
 from nanollada.scripts.evaluation.tasks.generation import (
     METRICS,
     GenerationTask,
@@ -14,6 +13,7 @@ from nanollada.scripts.evaluation.tasks.generation import (
     scored,
     verdict,
 )
+from nanollada.trainers.scoring.estimates import mean, ratio
 
 PRESETS = {
     "cfg": {"off": {"cfg_scale": 0.0}, "on": {"cfg_scale": 1.5}},

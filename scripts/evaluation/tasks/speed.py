@@ -5,9 +5,9 @@ from tqdm.auto import tqdm
 from nanollada.scripts.decoding.comparison import measure
 from nanollada.scripts.decoding.settings import effective_settings, generation_settings
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
-from nanollada.scripts.evaluation.metrics import mean, ratio
 from nanollada.scripts.evaluation.tasks.presets import PER_FORWARD
 from nanollada.scripts.evaluation.tasks.written import WrittenTask, check_prompt, own_settings, prompts_of
+from nanollada.trainers.scoring.estimates import mean, ratio
 
 PROMPTS = {None: "What is it?", "en": "What is it?", "zh": "这是什么？"}
 

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
-from nanollada.scripts.evaluation.metrics import ratio
 from nanollada.scripts.evaluation.tasks.scored import text_ids
 from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
 from nanollada.trainers.data.sources import DataError, Example, RowPolicy, parse_row
+from nanollada.trainers.scoring.estimates import ratio
 from nanollada.trainers.scoring.rolling import rolling_rows
 
 CONTEXT = 16  # tokens before an answer that is cut out of a text

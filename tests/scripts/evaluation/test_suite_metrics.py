@@ -11,14 +11,12 @@ from nanollada.scripts.evaluation.metrics import (
     answer_match,
     decisions,
     distinct,
-    mean,
-    ratio,
     repetition,
-    share,
     unigram_entropy,
     units,
     win_probability,
 )
+from nanollada.trainers.scoring.estimates import mean, ratio, share
 
 # ---- estimates
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanollada.scripts.studies.report import crossing, curve_table, ratio, ratio_error, summary, verdicts, with_error
+from nanollada.scripts.studies.report import bits_per_byte, crossing, curve_table, summary, verdicts, with_error
 
 LN2 = math.log(2)
 
@@ -17,13 +17,14 @@ def parts(rates, variance=0.0, size=100):
 
 def test_bits_per_byte_and_their_error_over_texts():
     chunks = parts([1.0, 2.0, 3.0])
-    assert ratio(chunks) == pytest.approx(2.0)
-    assert ratio_error(chunks, 2.0) == pytest.approx(1 / math.sqrt(3))  # equal parts: s.d. / √n
-    assert ratio_error(chunks[:1], 1.0) is None
+    figure = bits_per_byte(chunks)
+    assert figure["value"] == pytest.approx(2.0)
+    assert figure["standard_error"] == pytest.approx(1 / math.sqrt(3))  # equal parts: s.d. / √n
+    assert bits_per_byte(chunks[:1])["standard_error"] is None
     torch.manual_seed(0)
     draws = [parts((2 + torch.randn(8)).tolist()) for _ in range(500)]
-    spread = torch.tensor([ratio(chunks) for chunks in draws]).std().item()
-    assert sum(ratio_error(chunks, ratio(chunks)) for chunks in draws) / 500 == pytest.approx(spread, rel=0.1)
+    spread = torch.tensor([bits_per_byte(chunks)["value"] for chunks in draws]).std().item()
+    assert sum(bits_per_byte(chunks)["standard_error"] for chunks in draws) / 500 == pytest.approx(spread, rel=0.1)
 
 
 def test_summary_has_all_errors():
