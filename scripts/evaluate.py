@@ -5,7 +5,7 @@ python scripts/evaluate.py --checkpoint outputs/diffusion_sft --data test.jsonl 
 python scripts/evaluate.py --checkpoint outputs/block32 --data books.jsonl --rolling_context 256 --eval_block_length 16
 
 Results are kept in the checkpoint's `evaluation.json`, which the model card reads. With `--suite` a whole protocol of
-tasks runs, see `suite.py`:
+tasks runs (`--suite x --help` says what it may hold):
 
 python scripts/evaluate.py --suite scripts/suites/quickstart.yaml --suite_data runs/quickstart/corpus --checkpoints …
 """

@@ -23,13 +23,12 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
 
     Args:
         model, tokenizer: Of `load_checkpoint`.
-        rows (`Iterable`): Rows with answers as dicts, in any format of the data room, or as
-            [`~trainers.rows.Example`]s.
+        rows (`Iterable`): Rows with answers, in any format of the data room: dicts, or its `Example`s.
         batch_size (`int`, defaults to 16): Rows per `generate` call.
         seed (`int`, defaults to 0): Of what is drawn, if `generation` sets a temperature.
         generation: Options of `generate`. Greedy unless `temperature` says otherwise. `max_new_tokens` is the length
             of the longest reference answer with its EOS, rounded up to a multiple of `block_length` if that is given:
-            the same room for every row and both kinds of model. (A diffusion model must be told the room beforehand.)
+            the same for every row and both kinds of model. (A diffusion model must be told it beforehand.)
 
     Returns:
         `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `rows` (n), `correct`, `truncated`

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from nanollada.scripts.evaluation.kinds import KINDS, metric_of
+from nanollada.scripts.reporting.plots import panels, save_figure
+from nanollada.scripts.reporting.tables import markdown, percent, with_error
 
 # ---- tables
 
@@ -15,21 +17,14 @@ def cell(result: dict | None) -> str:
     if unit == "share, difference":
         return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
     if unit == "share":
+        text = percent(value, error)
         if "interval" in result and not error:
             low, high = result["interval"]
-            text = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        else:
-            text = f"{100 * value:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+            text = f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
         return text + (f" (open {100 * result['open_share']:.1f} %)" if result.get("open_share") else "")
     digits = metric_of(result["kind"], result["metric"]).digits
-    text = f"{'≤ ' if result['bound'] else ''}{value:.{digits}f}"
-    text += "" if error is None else f" ± {error:.{digits}f}"
+    text = with_error(value, error, digits, result["bound"])
     return text + (f" (masks ± {result['mask_error']:.{digits}f})" if result.get("mask_error") else "")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def tables(found: dict) -> str:
@@ -69,7 +64,7 @@ def _kind_table(results: list[dict], models: list[str]) -> str:
         chance = "" if first["chance"] is None else f"{100 * first['chance']:.1f} %"
         named = [task, first["language"] or "", metric + unit, " / ".join(map(str, counts)), chance]
         rows.append(named + [cell(by_model.get(model)) for model in models])
-    return table(["task", "language", "figure", "rows", "chance", *models], rows)
+    return markdown(["task", "language", "figure", "rows", "chance", *models], rows)
 
 
 def _model_table(models: list[dict]) -> str:
@@ -78,7 +73,7 @@ def _model_table(models: list[dict]) -> str:
         [model["name"], kinds[model["kind"]], f"{model['parameters'] or 0:,}", f"`{model['weights_sha256'][:16]}`"]
         for model in models
     ]
-    return table(["model", "kind", "parameters", "weights, SHA-256"], rows)
+    return markdown(["model", "kind", "parameters", "weights, SHA-256"], rows)
 
 
 def _notes(found: dict) -> str:
@@ -103,30 +98,24 @@ def _notes(found: dict) -> str:
 
 def draw(path: Path, found: dict) -> None:
     """Dots with error bars, a panel per kind and unit, a colour per model; a grey mark is chance."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for result in found["results"]:
         unit = result["unit"]
         if metric_of(result["kind"], result["metric"]).drawn and unit != "share, difference":
-            panels.setdefault((result["kind"], unit), []).append(result)
-    if not panels:
+            groups.setdefault((result["kind"], unit), []).append(result)
+    if not groups:
         return
     order = list(KINDS)
-    keys = sorted(panels, key=lambda key: (order.index(key[0]), key[1]))
+    keys = sorted(groups, key=lambda key: (order.index(key[0]), key[1]))
     models = [model["name"] for model in found["models"]]
-    heights = [0.9 + len(_lines(panels[key])) * (0.12 + 0.13 * len(models)) for key in keys]
-    figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(keys), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    heights = [0.9 + len(_lines(groups[key])) * (0.12 + 0.13 * len(models)) for key in keys]
+    size, ratios = (8, sum(heights) + 0.5), {"height_ratios": heights}
+    figure, axes = panels(len(keys), size=size, gridspec_kw=ratios)
     for one, key in zip(axes, keys, strict=True):
-        _draw_panel(one, key, panels[key], models)
+        _draw_panel(one, key, groups[key], models)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(models), 4), frameon=False)
-    beside = Path(path).with_name(Path(path).name + ".partial")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _lines(results: list[dict]) -> list[tuple[str, str]]:
