@@ -27,7 +27,7 @@ def test_every_kind_of_result_is_in_it():
         assert f"From `results/{path.name}`" in text and f"| `results/{path.name}` |" in text
 
 
-@pytest.mark.parametrize("path", RESULTS.glob("suite_*.json"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("suite_*.json")), ids=lambda path: path.name)
 def test_a_suite_s_results_are_those_of_evaluation_json(path):
     """One schema: the suites that are kept here have its rows, and only the model's name besides."""
     content = json.loads(path.read_text(encoding="utf-8"))
