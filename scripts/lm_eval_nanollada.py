@@ -5,8 +5,8 @@ python scripts/lm_eval_nanollada.py run --model nanollada --model_args pretraine
 python scripts/lm_eval_nanollada.py ls tasks
 
 lm-eval's own command with one model more (0.4.13 finds models of other packages in no other way). The arguments of
-`--model_args` are those of [`~scripts.evaluation.lm_eval_model.NanoLLaDALM`]. `scripts/lm_eval_tasks` has templates of tasks over
-local JSON lines, to be included by a task's own YAML: `choice`, `pairs` and `text`, as the suite has them.
+`--model_args` are those of [`~scripts.evaluation.lm_eval_model.NanoLLaDALM`]. `scripts/lm_eval_tasks` has templates of
+tasks over local JSON lines, to be included by a task's own YAML: `choice`, `pairs` and `text`, as the suite has them.
 """
 
 from importlib.util import find_spec
