@@ -64,16 +64,16 @@ def collect(path: Path, target: Path) -> None:
         `ValueError`: if it is no result of a kind that the report knows, or has two keys that are one without the
             folders before them.
     """
-    found = portable(json.loads(path.read_text(encoding="utf-8")))
-    kind_of(found, path)
+    content = portable(json.loads(path.read_text(encoding="utf-8")))
+    kind_of(content, path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def kind_of(found: dict, path: Path) -> str:
+def kind_of(content: dict, path: Path) -> str:
     """Of which program a file is."""
     for kind, (sign, _) in KINDS.items():
-        if sign in found:
+        if sign in content:
             return kind
     raise ValueError(f"`results` must be files of a study, a suite or a benchmark, got {path.name}")
 
@@ -94,7 +94,7 @@ def every(values) -> str:
     return " / ".join(dict.fromkeys(values))
 
 
-def training_tokens(found: dict) -> str:
+def training_tokens(content: dict) -> str:
     """
     How many tokens the models of a study's rows were trained on, before their start from another run, too.
 
@@ -103,7 +103,7 @@ def training_tokens(found: dict) -> str:
     """
     from nanollada.scripts.studies.runs import VARIANTS
 
-    seen = {run["run"]: run["tokens_seen"] for run in found["runs"]}
+    seen = {run["run"]: run["tokens_seen"] for run in content["runs"]}
 
     def total(name: str, seed: int) -> int:
         if f"{name}-{seed}" not in seen:
@@ -112,65 +112,61 @@ def training_tokens(found: dict) -> str:
         return seen[f"{name}-{seed}"] + (total(init, seed) if init else 0)
 
     titles = {}  # by number of tokens
-    for name, title in dict.fromkeys((row["run"], row["title"]) for row in found["rows"]):
-        seeds = [run["seed"] for run in found["runs"] if run["run"] == f"{name}-{run['seed']}"]
+    for name, title in dict.fromkeys((row["run"], row["title"]) for row in content["rows"]):
+        seeds = [run["seed"] for run in content["runs"] if run["run"] == f"{name}-{run['seed']}"]
         titles.setdefault(every(f"{total(name, seed) / 1e6:.2f}M" for seed in seeds), []).append(title)
     *few, most = sorted(titles.items(), key=lambda pair: len(pair[1]))
     parts = [f"{tokens} ({'; '.join(names)})" for tokens, names in few]
     return ", ".join([*parts, f"{most[0]} ({'all others' if few else 'all'})"])
 
 
-def study_part(found: dict) -> tuple[str, str]:
+def study_part(content: dict) -> tuple[str, str]:
     """Title and text of a part of the study."""
     from nanollada.scripts.studies import report as study_report
 
-    part = found["part"]
-    parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in found["runs"])
+    part = content["part"]
+    parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in content["runs"])
     text = f"{parameters} parameters. Training tokens, with those of the run that one starts from: "
-    text += training_tokens(found)
+    text += training_tokens(content)
     if part == "c":
-        text += f"; the text has {found['corpus']['small']['tokens']:,}"
+        text += f"; the text has {content['corpus']['small']['tokens']:,}"
     text += ". ± is over the held-out texts, and over seeds where there are several; the masks' noise is in it.\n\n"
     if part == "c":
-        return PARTS[part], text + study_report.curve_table(found["rows"])
+        return PARTS[part], text + study_report.curve_table(content["rows"])
     reference = study_report.VARIANTS[study_report.REFERENCES.get(part, "ar")].title
-    text += study_report.score_table(found["rows"], reference) if found["rows"] else ""
+    text += study_report.score_table(content["rows"], reference) if content["rows"] else ""
     if part == "b":
-        text += "\n" + study_report.noise_table(found["noise"])
+        text += "\n" + study_report.noise_table(content["noise"])
     return PARTS[part], text
 
 
-def decoding(found: dict) -> tuple[str, str]:
+def decoding(content: dict) -> tuple[str, str]:
     from nanollada.scripts.benchmarks.decoding import table
 
-    arguments = found["arguments"]
+    arguments = content["arguments"]
     model = Path(arguments["model"]).name if arguments["model"] else f"{arguments['size']} with random weights"
     text = f"Model: {model}. Medians, in brackets the range over {arguments['repeats']} repeats; "
-    return (
-        "Decoding",
-        text
-        + "± is binomial over the scored rows, whose answers are as long as they need.\n\n"
-        + as_markdown(table(found)),
-    )
+    text += "± is binomial over the scored rows, whose answers are as long as they need.\n\n"
+    return "Decoding", text + as_markdown(table(content))
 
 
-def training(found: dict) -> tuple[str, str]:
+def training(content: dict) -> tuple[str, str]:
     from nanollada.scripts.benchmarks.training import tables
 
-    text = f"{found['parameters'] / 1e6:.0f}M parameters. Medians, in brackets the range over repeats.\n"
-    return "Training speed", text + "".join(f"\n{made.title}\n\n{as_markdown(made)}" for made in tables(found))
+    text = f"{content['parameters'] / 1e6:.0f}M parameters. Medians, in brackets the range over repeats.\n"
+    return "Training speed", text + "".join(f"\n{table.title}\n\n{as_markdown(table)}" for table in tables(content))
 
 
-def suite(found: dict) -> tuple[str, str]:
+def suite(content: dict) -> tuple[str, str]:
     from nanollada.scripts.evaluation.report import kind_tables
 
-    protocol = found["protocol"]
-    sizes = ", ".join(f"{model['name']} {model['parameters'] / 1e6:.2f}M" for model in found["models"])
+    protocol = content["protocol"]
+    sizes = ", ".join(f"{model['name']} {model['parameters'] / 1e6:.2f}M" for model in content["models"])
     rows = "all rows" if protocol["limit"] is None else f"at most {protocol['limit']} rows of a task, evenly spread"
-    text = f"Parameters: {sizes}; {protocol['samples']} masks per scored text, {rows}, seed {found['seed']}. "
+    text = f"Parameters: {sizes}; {protocol['samples']} masks per scored text, {rows}, seed {content['seed']}. "
     text += "± is over the rows, [a, b] Wilson's 95 % interval; `masks ±` is the masks' part of the error, `open` the "
     text += "expected share of decisions that they got wrong.\n\n"
-    tables = [f"**{title}**\n\n{table}" for title, table in kind_tables(found) if not title.endswith("by group")]
+    tables = [f"**{title}**\n\n{table}" for title, table in kind_tables(content) if not title.endswith("by group")]
     return f"Evaluation: {protocol['description']}", text + "\n".join(tables)
 
 
@@ -183,9 +179,9 @@ KINDS = {
 }
 
 
-def provenance(name: str, found: dict) -> list[str]:
+def provenance(name: str, content: dict) -> list[str]:
     """Where a file's numbers come from: file, hardware, versions, command; a study's runs have their own."""
-    makers = [*found["runs"], *found.get("noise", [])] if "part" in found else [found]
+    makers = [*content["runs"], *content.get("noise", [])] if "part" in content else [content]
     versions = every(
         ", ".join(f"{key} {value}" for key, value in maker["versions"].items() if key in ("torch", "transformers"))
         for maker in makers
@@ -208,7 +204,7 @@ def report(results: Path) -> str:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
     if not files:
         raise ValueError(f"`results` must hold JSON files, got none in {results}")
-    kinds = {path: kind_of(found, path) for path, found in files.items()}
+    kinds = {path: kind_of(content, path) for path, content in files.items()}
     order = sorted(files, key=lambda path: (list(KINDS).index(kinds[path]), path.name))
     parts = []
     for path in order:

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
-from nanollada.scripts.decoding.settings import (
-    DecodingArguments,
-    effective_settings,
-    split_options,
-)
+from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings, split_options
 from nanollada.scripts.decoding.writing import generate
 from nanollada.scripts.reporting.tables import require_rich, rich_table
 

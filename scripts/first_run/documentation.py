@@ -236,22 +236,24 @@ def read_documentation(max_bytes: int, seed: int = 42) -> Documentation:
         rng.shuffle(queue)
     stated = {name: {"version": d.version, "license": _stated_license(d)} for name, d in distributions.items()}
     stated["python"] = {"version": platform.python_version(), "license": "PSF-2.0"}
-    found = Documentation([], [], {name: facts | {"documents": 0, "bytes": 0} for name, facts in stated.items()}, [])
+    gathered = Documentation(
+        [], [], {name: facts | {"documents": 0, "bytes": 0} for name, facts in stated.items()}, []
+    )
     packages = itertools.chain.from_iterable(itertools.zip_longest(*queues[2:]))
     units = itertools.chain.from_iterable(itertools.zip_longest(*queues[:2], filter(None, packages)))
     collecting = gc.isenabled()
     gc.disable()  # parsing allocates many small nodes: it takes two thirds of the time without the collector
     try:
-        _collect(filter(None, units), max_bytes, found)
+        _collect(filter(None, units), max_bytes, gathered)
     finally:
         if collecting:
             gc.enable()
-    rng.shuffle(found.documents)
-    return found
+    rng.shuffle(gathered.documents)
+    return gathered
 
 
-def _collect(units: Iterable[_Unit], left: int, found: Documentation) -> None:
-    """Adds to `found` until `left` bytes are used up."""
+def _collect(units: Iterable[_Unit], left: int, gathered: Documentation) -> None:
+    """Adds to `gathered` until `left` bytes are used up."""
     seen: set[str] = set()
     progress = tqdm(total=left, desc="documentation", unit="B", unit_scale=True)
     for unit in units:
@@ -260,16 +262,16 @@ def _collect(units: Iterable[_Unit], left: int, found: Documentation) -> None:
         try:
             objects = _read_objects(unit) if unit.path else []
         except (OSError, SyntaxError, ValueError, RecursionError):  # e.g. a template, or syntax of a newer Python
-            found.unreadable_files.append(f"{unit.package}: {unit.name}")
+            gathered.unreadable_files.append(f"{unit.package}: {unit.name}")
             continue
-        found.objects.extend(objects)
+        gathered.objects.extend(objects)
         entries = [(o.name, o.docstring) for o in objects] or [(unit.name.removeprefix("topics/"), unit.text)]
         for text in _texts([(name, _new_paragraphs(markup, seen)) for name, markup in entries]):
             size = len(text.encode())
             if size <= left:  # else a later, shorter one may still fit
                 left -= size
                 progress.update(size)
-                found.documents.append({"text": text, "source": f"{unit.package}: {unit.name}"})
-                found.packages[unit.package]["documents"] += 1
-                found.packages[unit.package]["bytes"] += size
+                gathered.documents.append({"text": text, "source": f"{unit.package}: {unit.name}"})
+                gathered.packages[unit.package]["documents"] += 1
+                gathered.packages[unit.package]["bytes"] += size
     progress.close()

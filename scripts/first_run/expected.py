@@ -55,10 +55,10 @@ def doubts(folder: Path) -> list[str]:
     return [*against, *_causes(folder)] if against else []
 
 
-def _doubts_of(stage: str, rules: dict[str, tuple[float, float]], found: dict[str, dict]) -> list[str]:
+def _doubts_of(stage: str, rules: dict[str, tuple[float, float]], results: dict[str, dict]) -> list[str]:
     sentences = []
     for name, (lowest, highest) in rules.items():
-        value = found.get(name, {}).get("value")
+        value = results.get(name, {}).get("value")
         if value is None or not lowest <= value <= highest:  # NaN, too
             got = "none" if value is None else f"{value:.3f}"
             sentences.append(f"{NAMES[stage]}: {FIGURES[name]} {got}, expected {lowest} to {highest}.")

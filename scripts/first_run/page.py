@@ -15,57 +15,7 @@ COLUMNS = (
     ("exact_match", "sudokus solved"),
 )
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #8886; vertical-align: top; }
-.scroll { overflow-x: auto; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-.curves figure { margin: 0; background: #fff; border-radius: .5rem; padding: .5rem; color: #222; }
-.curves svg { width: 100%; height: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .9em; }
-small { opacity: .75; }
-.warning { border: 3px solid #c00; border-radius: .5rem; padding: .2rem 1rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>Two language models with the same parameters, tokenizer and data: one writes from left to right (AR), one denoises
-(masked diffusion). AR scores are exact; diffusion scores are upper bounds, ± the error of their random masks.</p>
-{% if doubts %}<div class="warning" role="alert"><p><strong>{{ distrust }}</strong></p><ul>
-{% for doubt in doubts %}<li>{{ doubt }}</li>
-{% endfor %}</ul></div>
-{% endif %}<h2>Results</h2>
-<div class="scroll"><table>
-<tr><th>model</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}<th>size</th>
-<th>steps</th><th>time</th></tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-<p><small>{{ notes }}</small></p>
-<h2>Loss</h2>
-<div class="curves">{% for name, svg in curves %}<figure><figcaption>{{ name }}</figcaption>{{ svg }}</figure>
-{% endfor %}</div>
-<h2>Denoising, step by step</h2>
-{{ trace }}
-<h2>The same prompts</h2>
-<div class="scroll"><table>
-<tr><th>prompt</th><th>model</th><th>text</th><th>seconds</th><th>tokens/s</th><th>tokens per forward</th></tr>
-{% for record in comparison %}<tr><td><pre>{{ record.shown }}</pre></td><td>{{ record.model }}</td>
-<td><pre>{{ record.text }}</pre></td><td>{{ "%.3f"|format(record.seconds) }}</td>
-<td>{{ "%.1f"|format(record.tokens_per_second) }}</td><td>{{ "%.2f"|format(record.tokens_per_forward) }}</td></tr>
-{% endfor %}</table></div>
-<p><small>Seconds are medians of {{ comparison[0].repeats }} runs of one row on this machine.</small></p>
-</body>
-</html>
-"""
+TEMPLATE = Path(__file__).parent / "report_page.html"
 
 
 def shown_prompt(prompt) -> str:
@@ -86,8 +36,8 @@ def result_rows(folder: Path, stages: list[str]) -> list[list[str]]:
     """The table: a row per model with its results, size, steps and training time."""
     rows, results = [], read_json(folder / "results.json")
     for stage in stages:
-        run, found = read_json(folder / stage / "run.json"), figures(results[stage]["results"])
-        cells = [result_cell(found.get(key)) for key, _ in COLUMNS]
+        run, own = read_json(folder / stage / "run.json"), figures(results[stage]["results"])
+        cells = [result_cell(own.get(key)) for key, _ in COLUMNS]
         size = f"{run['parameters'] / 1e6:.2f}M"
         rows.append([NAMES[stage], *cells, size, f"{run['steps']:,}", f"{run['seconds']:.0f} s"])
     return rows
@@ -175,7 +125,7 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
         for record in json.loads((folder / "comparison.json").read_text())
     ]
     last = read_json(folder / stages[-1] / "run.json")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = page.render(
         title="nanollada quickstart",
         distrust=DISTRUST,

@@ -22,7 +22,7 @@ def trace_page(trace: StepRecorder, title: str, settings: dict | None = None) ->
     Raises:
         `ValueError`: if nothing was recorded.
     """
-    return _template().render(_facts(trace, title, settings), autoplay=True)
+    return _template().render(_content(trace, title, settings), autoplay=True)
 
 
 def trace_fragment(
@@ -39,9 +39,9 @@ def trace_fragment(
     Raises:
         `ValueError`: if nothing was recorded.
     """
-    facts = _facts(trace, title, settings)
-    facts["identifier"] = identifier or facts["identifier"]
-    return _fragment({**facts, "autoplay": False})
+    values = _content(trace, title, settings)
+    values["identifier"] = identifier or values["identifier"]
+    return _fragment({**values, "autoplay": False})
 
 
 def trace_view(trace: StepRecorder, title: str, settings: dict | None = None, step: int | None = None) -> str:
@@ -61,9 +61,9 @@ def trace_view(trace: StepRecorder, title: str, settings: dict | None = None, st
     step = last if step is None else step
     if not 0 <= step <= last:
         raise ValueError(f"`step` must be between 0 and {last}, got {step}")
-    facts = _common(trace, title, settings, last)
+    values = _common(trace, title, settings, last)
     cells = trace_cells(trace, step)[0]
-    return _fragment({**facts, **_figures(trace, cells, step), "final": cells, "autoplay": False, "playable": False})
+    return _fragment({**values, **_figures(trace, cells, step), "final": cells, "autoplay": False, "playable": False})
 
 
 def _figures(trace: StepRecorder, cells: list[Cell], step: int) -> dict:
@@ -85,9 +85,9 @@ def _template():
     return environment.get_template(TEMPLATE)
 
 
-def _fragment(facts: dict) -> str:
+def _fragment(values: dict) -> str:
     template = _template()
-    return "".join(template.blocks["fragment"](template.new_context(facts)))
+    return "".join(template.blocks["fragment"](template.new_context(values)))
 
 
 def _common(trace: StepRecorder, title: str, settings: dict | None, count: int) -> dict:
@@ -106,7 +106,7 @@ def _common(trace: StepRecorder, title: str, settings: dict | None, count: int) 
     }
 
 
-def _facts(trace: StepRecorder, title: str, settings: dict | None) -> dict:
+def _content(trace: StepRecorder, title: str, settings: dict | None) -> dict:
     """All that a page shows."""
     if not trace.steps:
         raise ValueError(NOTHING)
@@ -122,5 +122,5 @@ def _facts(trace: StepRecorder, title: str, settings: dict | None) -> dict:
         "frames": frames,
         "confidence": confidence if any(confidence) else [],
     }
-    facts = {**_common(trace, title, settings, count), **_figures(trace, shown[-1], count)}
-    return {**facts, "final": shown[-1], "data": data, "playable": True}
+    values = {**_common(trace, title, settings, count), **_figures(trace, shown[-1], count)}
+    return {**values, "final": shown[-1], "data": data, "playable": True}
