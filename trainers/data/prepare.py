@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollada.trainers.data import chats, files
-from nanollada.trainers.data import encoding as tokenization
 from nanollada.trainers.data import sources as rows
 from nanollada.trainers.data.collator import ROW_COLUMNS, Collator
 from nanollada.trainers.data.encoding import (
@@ -45,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+ROWS_VERSION = 1  # Of what this folder makes of given data: raise it with every change of a row, a split or a report.
 
 
 @dataclass
@@ -272,11 +272,9 @@ class _Plan:
         return self.load(folder)
 
     def key(self) -> str:
-        """Whatever the rows depend on: contents of the files, tokenizer, arguments, versions, and this code itself."""
+        """Whatever the rows depend on: contents of the files, tokenizer, arguments, versions, `ROWS_VERSION`."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend = {name: part for name, part in backend.items() if name not in ("truncation", "padding")}
-        parts = (part.__file__ for part in (files, rows, chats, tokenization))
-        code = [Path(file).read_text("utf-8") for file in (__file__, *parts)]
         parts = {
             "args": dataclasses.asdict(self.args),
             "sources": [source.identity() for source in [*self.sources, *self.eval_sources]],
@@ -286,7 +284,7 @@ class _Plan:
             "versions": [
                 importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "trl")
             ],
-            "code": [Path(__file__).read_text("utf-8"), *code],
+            "rows_version": ROWS_VERSION,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
