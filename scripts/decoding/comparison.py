@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from rich.console import Console
 
     Console().print(comparison_table(records))
-    for name in ("output", "trace_gif"):
-        if getattr(args, name) is not None:
-            print(f"{name}: {getattr(args, name)}")
+    for name, path in (("results", args.output), ("animation", args.trace_gif)):
+        if path is not None:
+            print(f"{name}: {path}")
     return records

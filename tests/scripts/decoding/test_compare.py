@@ -120,7 +120,7 @@ def test_a_picture_of_both(folder, tokenizer, tmp_path, monkeypatch, capsys):
     words = ["--ar", pair(folder)[0], "--diffusion", pair(folder)[1], "--prompts", "The cat", "--repeats", "1"]
     words += ["--max_new_tokens", "8", "--steps", "2", "--temperature", "0.7", "--seed", "3"]
     records = main([*words, "--trace_gif", str(tmp_path / "out.gif")])
-    assert f"trace_gif: {tmp_path / 'out.gif'}" in capsys.readouterr().out
+    assert f"animation: {tmp_path / 'out.gif'}" in capsys.readouterr().out
     with Image.open(tmp_path / "out.gif") as animation:
         assert animation.n_frames == 8  # the AR model's passes
     (traces,) = drawn
