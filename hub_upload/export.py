@@ -60,12 +60,14 @@ def export(
             nanollada's, lacks or has too many tensors; if tokenizer and model don't agree; as `read_facts` and
             `build_card`.
     """
+    from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer
+
     checkpoint, output = Path(checkpoint), Path(output)
     _check_output(checkpoint, output, overwrite)
     facts = read_facts(checkpoint, evaluation)
-    model = load_strictly(checkpoint)
+    model = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    check_agreement(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     there = output.resolve()
     metadata = {"license": license, "language": language, "datasets": datasets, "base_model": base_model}
     name = model_name or (repo_id or there.name).split("/")[-1]
@@ -83,29 +85,24 @@ def export(
     return output
 
 
-def load_strictly(checkpoint: Path):
+def load_model(checkpoint: Path):
     """
     The model with the local classes, in the dtype it was saved in.
 
     Raises:
-        `ValueError`: for another kind of model, and for missing, unexpected and mis-shaped tensors.
+        `ValueError`: for another kind of model, for tensors that are NaN or infinite, and as
+            [`~modeling_nanollada.loading_nanollada.load_model`].
     """
     from transformers import AutoModelForCausalLM
 
-    import nanollada.modeling_nanollada  # noqa: F401  registers the classes
+    from nanollada.modeling_nanollada import loading_nanollada
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"`checkpoint` must be a folder with config.json, got {checkpoint}")
     model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != "nanollada":
         raise ValueError(f"`checkpoint` must hold a nanollada model, got the model type {model_type}")
-    model, found = AutoModelForCausalLM.from_pretrained(
-        checkpoint, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
-    faults = [f"{kind}: {', '.join(sorted(map(str, found[key])))}" for kind, key in kinds.items() if found[key]]
-    if faults:
-        raise ValueError(f"`checkpoint` must hold exactly the tensors of {type(model).__name__}, got {faults}")
+    model = loading_nanollada.load_model(AutoModelForCausalLM, checkpoint, "checkpoint", dtype="auto")
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:
         raise ValueError(f"`checkpoint` must hold finite weights, got NaN or infinity in {', '.join(broken)}")
@@ -122,28 +119,6 @@ def load_tokenizer(checkpoint: Path):
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
-
-
-def check_agreement(model, tokenizer) -> None:
-    """
-    Compares tokenizer and model.
-
-    Raises:
-        `ValueError`: naming every difference of vocabulary size and special tokens.
-    """
-    config, rows = model.config, model.get_input_embeddings().weight.shape[0]
-    faults = []
-    if rows != config.vocab_size:
-        faults.append(f"embedding and `vocab_size` must have the same size, got {rows} and {config.vocab_size}")
-    name = "vocab_size" if config.tokenizer_length is None else "tokenizer_length"
-    if len(tokenizer) != getattr(config, name):
-        faults.append(f"`{name}` must be the tokenizer's {len(tokenizer)}, got {getattr(config, name)}")
-    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
-        theirs, ours = getattr(tokenizer, name), getattr(config, name)
-        if theirs is None or theirs != ours:
-            faults.append(f"`{name}` must be the tokenizer's {theirs}, got {ours}")
-    if faults:
-        raise ValueError("tokenizer and model must agree: " + "; ".join(faults))
 
 
 def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:

@@ -2,17 +2,15 @@
 
 import gc
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
-from nanollada.trainers.data.encoding import check_tokenizer, ensure_mask_token
+from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model
+from nanollada.trainers.data.encoding import ensure_mask_token
 
 # What only a fresh model may choose, by the config's own names.
 SHAPE = (
@@ -83,47 +81,6 @@ class ModelArguments:
         given = [name for name in SHAPE if getattr(self, name) is not None]
         if self.model_name_or_path is not None and given:
             raise ValueError(f"`{given[0]}` is the checkpoint's own with `model_name_or_path`, got {given}")
-
-
-def load_model(model_class, path: str | os.PathLike, **kwargs):
-    """
-    `model_class.from_pretrained` in float32, strictly.
-
-    Raises:
-        `ValueError`: naming broken files, and missing, unexpected and mis-shaped tensors. Nothing is skipped.
-    """
-    check_files(path)
-    kwargs = {"dtype": torch.float32, **kwargs}
-    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    faults = [
-        f"{kind}: {', '.join(sorted(str(item) for item in report[key]))}"
-        for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("shape", "mismatched_keys"))
-        if report[key]
-    ]
-    if faults:
-        raise ValueError(f"`model_name_or_path` must hold exactly the tensors of {model_class.__name__}, got {faults}")
-    return model
-
-
-def check_files(path: str | os.PathLike) -> None:
-    """
-    Reads what a local checkpoint's files begin with, before transformers passes over a broken `generation_config.json`
-    in silence. A name on the Hub is left alone.
-
-    Raises:
-        `ValueError`: naming the file that is no JSON, or no whole safetensors file.
-    """
-    for file in sorted(Path(path).glob("*.json")):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON or of UTF-8
-            raise ValueError(f"{file.name} of {path} must be JSON, got a broken file: {error}") from error
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file.name} of {path} must be a whole safetensors file: {error}") from error
 
 
 def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):

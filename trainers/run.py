@@ -13,14 +13,10 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from nanollada.modeling_nanollada.loading_nanollada import check_files
 from nanollada.trainers import records
 from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
-from nanollada.trainers.models import (
-    ModelArguments,
-    check_files,
-    load_model_and_tokenizer,
-    own_process_group,
-)
+from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group
 from nanollada.trainers.records import file_digest, hardware, versions, write_json
 from nanollada.trainers.resuming.checkpoints import (
     STATE,

@@ -22,7 +22,7 @@ def verify_written(folder: Path, model_class, tensors: dict, source, path: Path,
         `ValueError`: naming a tensor, or with the greatest difference of two logits in float32, if it is above 1e-5.
     """
     from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-    from nanollada.trainers.models import load_model
+    from nanollada.modeling_nanollada.loading_nanollada import load_model
 
     compare_tensors(load_model(model_class, folder, dtype="auto"), tensors)
     family = FAMILIES.get(source.kind)

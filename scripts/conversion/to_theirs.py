@@ -178,8 +178,8 @@ def _verify(path: Path, folder: Path, model, tensors: dict, rows: int, grown) ->
     from transformers import AutoModelForCausalLM
 
     from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
+    from nanollada.modeling_nanollada.loading_nanollada import load_model
     from nanollada.scripts.conversion.compare import compare_logits, compare_tensors
-    from nanollada.trainers.models import load_model
 
     compare_tensors(type(model).from_pretrained(folder, dtype="auto"), tensors)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

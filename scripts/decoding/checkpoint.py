@@ -25,11 +25,9 @@ def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: st
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import nanollada.modeling_nanollada  # noqa: F401, registers the classes
-    from nanollada.trainers.data.encoding import check_tokenizer
-    from nanollada.trainers.models import load_model
+    from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model
 
-    model = load_model(AutoModelForCausalLM, checkpoint, trust_remote_code=trust_remote_code)
+    model = load_model(AutoModelForCausalLM, checkpoint, "checkpoint", trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     check_tokenizer(model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer

@@ -132,11 +132,10 @@ def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tupl
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import nanollada.modeling_nanollada  # noqa: F401, registers the classes
-    from nanollada.trainers.models import load_model
+    from nanollada.modeling_nanollada.loading_nanollada import load_model
     from nanollada.trainers.scoring.kind import is_diffusion
 
-    model = load_model(AutoModelForCausalLM, folder, trust_remote_code=trust_remote_code)
+    model = load_model(AutoModelForCausalLM, folder, "judge", trust_remote_code=trust_remote_code)
     if is_diffusion(model):
         raise ValueError(f"`judge` must be a causal model, got {type(model).__name__} in {folder}")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

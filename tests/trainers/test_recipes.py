@@ -15,10 +15,11 @@ from ranks import allow_shards_without_a_gpu
 from trl import TrlParser
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, layers_nanollada
+from nanollada.modeling_nanollada.loading_nanollada import load_model
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.data.prepare import DataArguments
 from nanollada.trainers.diffusion import DiffusionTrainer
-from nanollada.trainers.models import SHAPE, ModelArguments, config_for, load_model
+from nanollada.trainers.models import SHAPE, ModelArguments, config_for
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
 from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main

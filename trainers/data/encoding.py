@@ -30,41 +30,6 @@ def ensure_mask_token(tokenizer) -> int:
     return len(tokenizer) - size
 
 
-def check_tokenizer(config_or_model, tokenizer) -> None:
-    """
-    Compares a tokenizer with the model it is used with.
-
-    Args:
-        config_or_model (`PreTrainedConfig` or `PreTrainedModel`): With a model, its embedding is checked as well.
-        tokenizer (`PreTrainedTokenizerBase`): A missing chat template is no error here.
-
-    Raises:
-        ValueError: Naming every mismatch of vocabulary size and of the pad, eos and mask ids.
-    """
-    config = getattr(config_or_model, "config", config_or_model)
-    faults = []
-    name = "vocab_size" if getattr(config, "tokenizer_length", None) is None else "tokenizer_length"
-    if len(tokenizer) != getattr(config, name):
-        faults.append(f"`{name}` must be {len(tokenizer)} (the tokenizer's length), got {getattr(config, name)}")
-    if config is not config_or_model:
-        rows = config_or_model.get_input_embeddings().weight.shape[0]
-        if rows != config.vocab_size:
-            faults.append(f"the model's embedding must have {config.vocab_size} rows (`vocab_size`), got {rows}")
-    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
-        expected, got = getattr(tokenizer, name), getattr(config, name, None)
-        if expected is None:
-            faults.append(f"the tokenizer must have a `{name}`, got None")
-        elif expected != got:
-            faults.append(f"`{name}` must be {expected} (the tokenizer's), got {got}")
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in (
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    ):
-        faults.append(f"`mask_token_id` must differ from the pad and eos ids, got {tokenizer.mask_token_id}")
-    if faults:
-        raise ValueError("tokenizer and model do not fit: " + "; ".join(faults))
-
-
 def encode_spans(
     tokenizer, text: str, spans: Sequence[tuple[int, int]], literal: Sequence[tuple[int, int]] | None = None
 ) -> tuple[list[int], list[int]]:

@@ -24,9 +24,7 @@ from nanollada.trainers.data.encoding import (
     EosPadding,
     RowEncoder,
     answer_rows,
-    check_tokenizer,
     count_targets,
-    ensure_mask_token,
     pack_documents,
 )
 from nanollada.trainers.data.keyed import RowStream
@@ -37,8 +35,6 @@ __all__ = [
     "DataArguments",
     "DataError",
     "PreparedData",
-    "check_tokenizer",
-    "ensure_mask_token",
     "prepare_data",
 ]
 

@@ -2,10 +2,8 @@
 
 import copy
 import random
-from types import SimpleNamespace
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -13,7 +11,6 @@ from nanollada.trainers.data.encoding import (
     EosPadding,
     RowEncoder,
     answer_rows,
-    check_tokenizer,
     count_targets,
     encode_spans,
     ensure_mask_token,
@@ -56,7 +53,7 @@ def with_template(tokenizer, template):
     return tokenizer
 
 
-# ---- the mask token, and tokenizer against model
+# ---- the mask token
 
 
 def test_foreign_tokenizer_gains_the_mask_token_once(foreign, tmp_path):
@@ -80,50 +77,6 @@ def test_mask_token_already_in_the_vocabulary_is_only_named(foreign):
 
 def test_own_tokenizer_stays_as_it_is(tokenizer):
     assert ensure_mask_token(tokenizer) == 0 and len(tokenizer) == 300
-
-
-def config_of(tokenizer, **changes):
-    names = ("pad_token_id", "eos_token_id", "mask_token_id")
-    values = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
-    return SimpleNamespace(**{**values, **changes})
-
-
-def model_of(config, rows):
-    return SimpleNamespace(config=config, get_input_embeddings=lambda: torch.nn.Embedding(rows, 2))
-
-
-def test_fitting_tokenizer(tokenizer):
-    config = config_of(tokenizer)
-    check_tokenizer(config, tokenizer)
-    check_tokenizer(model_of(config, 300), tokenizer)
-    check_tokenizer(config, with_template(tokenizer, None))
-    check_tokenizer(model_of(config_of(tokenizer, vocab_size=304, tokenizer_length=300), 304), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"vocab_size": 301}, r"`vocab_size` must be 300 \(the tokenizer's length\), got 301"),
-        ({"vocab_size": 304, "tokenizer_length": 302}, "`tokenizer_length` must be 300 .*, got 302"),
-        ({"pad_token_id": 1}, r"`pad_token_id` must be 0 \(the tokenizer's\), got 1"),
-        ({"eos_token_id": None}, r"`eos_token_id` must be 2 \(the tokenizer's\), got None"),
-        ({"mask_token_id": 299}, r"`mask_token_id` must be 3 \(the tokenizer's\), got 299"),
-        ({"pad_token_id": 5, "eos_token_id": 6}, "`pad_token_id` must be 0 .*; `eos_token_id` must be 2"),
-    ],
-)
-def test_mismatch_of_config_and_tokenizer(tokenizer, changes, message):
-    with pytest.raises(ValueError, match=message):
-        check_tokenizer(config_of(tokenizer, **changes), tokenizer)
-
-
-def test_mismatch_of_model_and_tokenizer(tokenizer, foreign):
-    with pytest.raises(ValueError, match="embedding must have 300 rows .*, got 299"):
-        check_tokenizer(model_of(config_of(tokenizer), 299), tokenizer)
-    with pytest.raises(ValueError, match="the tokenizer must have a `mask_token_id`, got None"):
-        check_tokenizer(config_of(foreign), foreign)
-    foreign.mask_token = foreign.eos_token
-    with pytest.raises(ValueError, match="`mask_token_id` must differ from the pad and eos ids, got 2"):
-        check_tokenizer(config_of(foreign), foreign)
 
 
 # ---- chats

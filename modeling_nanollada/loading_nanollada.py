@@ -1,0 +1,86 @@
+"""Loading that skips nothing, and whether a tokenizer fits a model. It does not ship with a checkpoint."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+
+def load_model(model_class, path: str | os.PathLike, argument: str = "model_name_or_path", **kwargs):
+    """
+    `model_class.from_pretrained`, strictly, and in float32 unless `dtype` says otherwise.
+
+    Args:
+        model_class: A model's class, or one of transformers' Auto classes.
+        path (`str` or `os.PathLike`): A checkpoint's folder, or a model's name on the Hub.
+        argument (`str`, *optional*, defaults to `"model_name_or_path"`): What the caller calls `path`, for errors.
+        kwargs: Those of `from_pretrained`.
+
+    Raises:
+        `ValueError`: naming broken files, and missing, unexpected and mis-shaped tensors. Nothing is skipped.
+    """
+    check_files(path)
+    kwargs = {"dtype": torch.float32, **kwargs}
+    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
+    faults = [f"{kind}: {', '.join(sorted(map(str, report[key])))}" for kind, key in kinds.items() if report[key]]
+    if faults:
+        raise ValueError(f"`{argument}` must hold exactly the tensors of {type(model).__name__}, got {faults}")
+    return model
+
+
+def check_files(path: str | os.PathLike) -> None:
+    """
+    Reads what a local checkpoint's files begin with, before transformers passes over a broken `generation_config.json`
+    in silence. A name on the Hub is left alone.
+
+    Raises:
+        `ValueError`: naming the file that is no JSON, or no whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(path).glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{file.name} of {path} must be JSON, got a broken file: {error}") from error
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} of {path} must be a whole safetensors file: {error}") from error
+
+
+def check_tokenizer(config_or_model, tokenizer) -> None:
+    """
+    Compares a tokenizer with the model it is used with.
+
+    Args:
+        config_or_model (`PreTrainedConfig` or `PreTrainedModel`): With a model, its embedding is checked as well.
+        tokenizer (`PreTrainedTokenizerBase`): A missing chat template is no error here.
+
+    Raises:
+        ValueError: Naming every mismatch of vocabulary size and of the pad, eos and mask ids.
+    """
+    config = getattr(config_or_model, "config", config_or_model)
+    faults = []
+    name = "vocab_size" if getattr(config, "tokenizer_length", None) is None else "tokenizer_length"
+    if len(tokenizer) != getattr(config, name):
+        faults.append(f"`{name}` must be {len(tokenizer)} (the tokenizer's length), got {getattr(config, name)}")
+    if config is not config_or_model:
+        rows = config_or_model.get_input_embeddings().weight.shape[0]
+        if rows != config.vocab_size:
+            faults.append(f"the model's embedding must have {config.vocab_size} rows (`vocab_size`), got {rows}")
+    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
+        expected, got = getattr(tokenizer, name), getattr(config, name, None)
+        if expected is None:
+            faults.append(f"the tokenizer must have a `{name}`, got None")
+        elif expected != got:
+            faults.append(f"`{name}` must be {expected} (the tokenizer's), got {got}")
+    mask = tokenizer.mask_token_id
+    if mask is not None and mask in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        faults.append(f"`mask_token_id` must differ from the pad and eos ids, got {mask}")
+    if faults:
+        raise ValueError("tokenizer and model do not fit: " + "; ".join(faults))
