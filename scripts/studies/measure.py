@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from nanollada.trainers.scoring.estimates import mean
+
 MOST_GRADIENTS = 16
 
 
@@ -95,16 +97,10 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
 
 def moments(values: list[float]) -> dict:
     """Mean, its standard error, and standard deviation."""
-    import torch
-
-    values = torch.tensor(values, dtype=torch.double)
-    deviation = values.std().item()
-    return {
-        "mean": values.mean().item(),
-        "standard_error": deviation / len(values) ** 0.5,
-        "standard_deviation": deviation,
-        "draws": len(values),
-    }
+    average = mean(values)
+    error, draws = average["standard_error"], average["rows"]
+    deviation = None if error is None else error * draws**0.5
+    return {"mean": average["value"], "standard_error": error, "standard_deviation": deviation, "draws": draws}
 
 
 def gradient_variance(gradients: list) -> float:

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from nanollada.scripts.reporting.plots import panels, save_figure
+from nanollada.scripts.reporting.tables import NONE, markdown, with_error
 from nanollada.scripts.studies.variants import NOISE, VARIANTS
 from nanollada.trainers.records import read_json, write_json
 from nanollada.trainers.scoring.estimates import mean, ratio
@@ -15,18 +17,13 @@ RUN_FACTS = ("command", "seed", "hardware", "versions", "parameters", "steps", "
 
 
 def bits_per_byte(chunks: list[list[float]]) -> dict:
-    """`value` and `standard_error` over `[nats, variance, tokens, bytes]` parts."""
+    """`value` and its `standard_error` over the texts, of `[nats, variance, tokens, bytes]` parts."""
     return ratio([chunk[0] / math.log(2) for chunk in chunks], [chunk[3] for chunk in chunks])
 
 
 def mean_chunks(runs: list[list[list[float]]]) -> list[list[float]]:
     """The same parts, averaged over seeds."""
     return [[sum(values) / len(runs) for values in zip(*parts, strict=True)] for parts in zip(*runs, strict=True)]
-
-
-def root_sum(*errors: float | None) -> float | None:
-    known = [error for error in errors if error is not None]
-    return math.sqrt(sum(error**2 for error in known)) if known else None
 
 
 def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> dict:
@@ -49,14 +46,15 @@ def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> 
             for seed, pair in zip(common, pairs, strict=True)
         }
     chunks = mean_chunks(list(runs.values()))
-    figure, size = bits_per_byte(chunks), max(sum(chunk[3] for chunk in chunks), 1)
+    total, variance = bits_per_byte(chunks), sum(chunk[1] for chunk in chunks) / len(runs)
     errors = {
-        "sampling_error": figure["standard_error"],
-        "mask_error": math.sqrt(sum(chunk[1] for chunk in chunks) / len(runs)) / math.log(2) / size,
-        "seed_error": mean([bits_per_byte(chunks)["value"] for chunks in runs.values()])["standard_error"],
+        "sampling_error": total["standard_error"],
+        "mask_error": math.sqrt(variance) / math.log(2) / sum(chunk[3] for chunk in chunks),
+        "seed_error": mean([bits_per_byte(parts)["value"] for parts in runs.values()])["standard_error"],
     }
-    total = root_sum(errors["sampling_error"], errors["seed_error"])
-    return {"value": figure["value"], "seeds": sorted(runs), **errors, "standard_error": total}
+    known = [errors[name] for name in ("sampling_error", "seed_error") if errors[name] is not None]
+    errors["standard_error"] = math.hypot(*known) if known else None
+    return {"value": total["value"], "seeds": sorted(runs), **errors}
 
 
 def scored(folders: list[Path]) -> dict[tuple, dict[int, list]]:
@@ -160,16 +158,8 @@ def verdicts(lines: list[dict]) -> list[dict]:
 # ---- tables
 
 
-def with_error(figure: dict | None, digits: int = 3, bound: bool = False) -> str:
-    if figure is None:
-        return "–"
-    error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.{digits}f}"
-    return f"{'≤ ' if bound else ''}{figure['value']:.{digits}f}{error}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+def cell(figure: dict | None, bound: bool = False) -> str:
+    return with_error(figure["value"], figure["standard_error"], bound=bound) if figure else NONE
 
 
 def score_table(rows: list[dict], reference: str = "AR") -> str:
@@ -178,12 +168,12 @@ def score_table(rows: list[dict], reference: str = "AR") -> str:
     header += [*(f"{source}, over {reference}" for source in sources), "seeds"]
     cells = []
     for row in rows:
-        block = {None: "–", 0: "row"}.get(row["block_length"], str(row["block_length"]))
-        figures = [with_error(row["bits_per_byte"].get(source), bound=row["bound"]) for source in sources]
-        over = [with_error(row["over_reference"].get(source)) for source in sources]
+        block = {None: NONE, 0: "row"}.get(row["block_length"], str(row["block_length"]))
+        figures = [cell(row["bits_per_byte"].get(source), row["bound"]) for source in sources]
+        over = [cell(row["over_reference"].get(source)) for source in sources]
         seeds = len(next(iter(row["bits_per_byte"].values()))["seeds"])
         cells.append([row["title"], block, *figures, *over, str(seeds)])
-    return table(header, cells)
+    return markdown(header, cells)
 
 
 def noise_table(measured: list[dict]) -> str:
@@ -192,10 +182,10 @@ def noise_table(measured: list[dict]) -> str:
     for found in measured:
         for kind in ("exact", "bernoulli"):
             part = found[kind]
-            mean = f"{part['mean']:.3f} ± {part['standard_error']:.3f}"
+            loss = with_error(part["mean"], part["standard_error"])
             name = f"{VARIANTS[found['of']].title}, seed {found['seed']}"
-            cells.append([name, kind, mean, f"{part['standard_deviation']:.4f}", f"{part['gradient_variance']:.4f}"])
-    return table(header, cells)
+            cells.append([name, kind, loss, f"{part['standard_deviation']:.4f}", f"{part['gradient_variance']:.4f}"])
+    return markdown(header, cells)
 
 
 def curve_table(rows: list[dict]) -> str:
@@ -203,44 +193,35 @@ def curve_table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         crossed = row.get("diffusion_below_from_epoch")
-        cell = f"{crossed:.1f}" if crossed is not None else "never" if "gap_of_bests" in row else "–"
+        place = f"{crossed:.1f}" if crossed is not None else "never" if "gap_of_bests" in row else NONE
         numbers = [f"{row['best']:.3f}", f"{row['best_epoch']:.1f}", f"{row['last']:.3f}", f"{row['last_epoch']:.1f}"]
-        cells.append([row["title"], str(row["seed"]), *numbers, cell])
-    return table(header, cells)
+        cells.append([row["title"], str(row["seed"]), *numbers, place])
+    return markdown(header, cells)
 
 
 # ---- plots
-
-
-def figure_of(columns: int, width: float = 4.5, height: float = 3.6):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def draw_scores(path: Path, rows: list[dict]) -> None:
     """Bits per byte of every model at its own block length, a panel per source."""
     rows = [row for row in rows if row["own"]]
     sources = list(rows[0]["bits_per_byte"])
-    figure, panels = figure_of(len(sources), height=0.34 * len(rows) + 1.2)
-    for axes, source in zip(panels, sources, strict=True):
+    figure, all_axes = panels(1, len(sources), size=(4.5 * len(sources), 0.34 * len(rows) + 1.2))
+    for axes, source in zip(all_axes, sources, strict=True):
         figures = [row["bits_per_byte"][source] for row in rows]
         places = range(len(rows))
         errors = [found["standard_error"] or 0 for found in figures]
         axes.errorbar([found["value"] for found in figures], places, xerr=errors, fmt="o", capsize=3, markersize=4)
-        axes.set_yticks(places, [row["title"] for row in rows] if axes is panels[0] else [""] * len(rows))
+        axes.set_yticks(places, [row["title"] for row in rows] if axes is all_axes[0] else [""] * len(rows))
         axes.invert_yaxis()
         axes.set_xlabel(f"{source}: bits per byte (diffusion: upper bound)")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_noise(path: Path, measured: list[dict], rows: list[dict]) -> None:
     """What the masks' noise is, and what it costs at equal steps."""
-    figure, (left, right) = figure_of(2, width=5)
+    figure, (left, right) = panels(1, 2, size=(10, 3.6))
     places = range(len(measured))
     for shift, kind in ((-0.2, "exact"), (0.2, "bernoulli")):
         heights = [found[kind]["standard_deviation"] for found in measured]
@@ -257,12 +238,12 @@ def draw_noise(path: Path, measured: list[dict], rows: list[dict]) -> None:
     right.set_xlabel("bits per byte after the same steps (± seeds)")
     if rows:
         right.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_curves(path: Path, lines: list[dict]) -> None:
     """Held-out bits per byte over epochs."""
-    figure, (axes,) = figure_of(1, width=7)
+    figure, (axes,) = panels(size=(7, 3.6))
     names = list(dict.fromkeys(line["run"] for line in lines))
     for line in lines:
         colour, first = f"C{names.index(line['run'])}", line["seed"] == lines[0]["seed"]
@@ -273,7 +254,7 @@ def draw_curves(path: Path, lines: list[dict]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # ---- a part

@@ -20,7 +20,7 @@ VOWELS = '''
 from typing import Literal
 
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
-from nanollada.scripts.evaluation.metrics import share
+from nanollada.trainers.scoring.estimates import share
 
 
 @settings

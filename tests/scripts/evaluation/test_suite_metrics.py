@@ -16,36 +16,6 @@ from nanollada.scripts.evaluation.metrics import (
     units,
     win_probability,
 )
-from nanollada.trainers.scoring.estimates import mean, ratio, share
-
-# ---- estimates
-
-
-def test_a_share_and_its_errors():
-    found = share([True] * 3 + [False])
-    assert (found["value"], found["rows"]) == (0.75, 4)
-    assert found["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    none, every = share([False] * 100), share([True] * 100)
-    assert none["standard_error"] == every["standard_error"] == 0
-    z2 = NormalDist().inv_cdf(0.975) ** 2  # Wilson at p = 0: z² / (n + z²)
-    assert none["interval"] == [pytest.approx(0), pytest.approx(z2 / (100 + z2))]
-    assert every["interval"] == [pytest.approx(100 / (100 + z2)), pytest.approx(1)]
-    low, high = share([True] * 81 + [False] * 182)["interval"]
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)  # Newcombe 1998, Table I, 81 of 263, score method
-
-
-def test_means_and_ratios():
-    assert mean([1.0, 2.0, 6.0]) == {"value": 3.0, "standard_error": pytest.approx(math.sqrt(7 / 3)), "rows": 3}
-    assert mean([5.0]) == {"value": 5.0, "standard_error": None, "rows": 1}
-    assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == {"value": 2.0, "standard_error": 0.0}
-    rng, values = random.Random(0), []
-    for _ in range(2000):  # the error is the spread over repeated draws of 50 rows
-        bottoms = [rng.uniform(1, 9) for _ in range(50)]
-        values.append(ratio([3 * size + rng.gauss(0, 2) * size**0.5 for size in bottoms], bottoms))
-    spread = math.sqrt(sum((found["value"] - 3) ** 2 for found in values) / 2000)
-    stated = math.sqrt(sum(found["standard_error"] ** 2 for found in values) / 2000)
-    assert stated == pytest.approx(spread, rel=0.06)
-
 
 # ---- decisions under noise
 

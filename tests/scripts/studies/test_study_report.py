@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanollada.scripts.studies.report import bits_per_byte, crossing, curve_table, summary, verdicts, with_error
+from nanollada.scripts.studies.report import bits_per_byte, cell, crossing, curve_table, summary, verdicts
 
 LN2 = math.log(2)
 
@@ -17,14 +17,13 @@ def parts(rates, variance=0.0, size=100):
 
 def test_bits_per_byte_and_their_error_over_texts():
     chunks = parts([1.0, 2.0, 3.0])
-    figure = bits_per_byte(chunks)
-    assert figure["value"] == pytest.approx(2.0)
-    assert figure["standard_error"] == pytest.approx(1 / math.sqrt(3))  # equal parts: s.d. / √n
+    assert bits_per_byte(chunks)["value"] == pytest.approx(2.0)
+    assert bits_per_byte(chunks)["standard_error"] == pytest.approx(1 / math.sqrt(3))  # equal parts: s.d. / √n
     assert bits_per_byte(chunks[:1])["standard_error"] is None
     torch.manual_seed(0)
-    draws = [parts((2 + torch.randn(8)).tolist()) for _ in range(500)]
-    spread = torch.tensor([bits_per_byte(chunks)["value"] for chunks in draws]).std().item()
-    assert sum(bits_per_byte(chunks)["standard_error"] for chunks in draws) / 500 == pytest.approx(spread, rel=0.1)
+    draws = [bits_per_byte(parts((2 + torch.randn(8)).tolist())) for _ in range(500)]
+    spread = torch.tensor([draw["value"] for draw in draws]).std().item()
+    assert sum(draw["standard_error"] for draw in draws) / 500 == pytest.approx(spread, rel=0.1)
 
 
 def test_summary_has_all_errors():
@@ -66,7 +65,7 @@ def test_crossing_is_where_the_second_curve_falls_below():
 
 def test_cells_say_what_a_number_is():
     figure = {"value": 2.34567, "standard_error": 0.0123}
-    assert with_error(figure) == "2.346 ± 0.012"
-    assert with_error(figure, bound=True) == "≤ 2.346 ± 0.012"
-    assert with_error({**figure, "standard_error": None}) == "2.346"
-    assert with_error(None) == "–"
+    assert cell(figure) == "2.346 ± 0.012"
+    assert cell(figure, True) == "≤ 2.346 ± 0.012"
+    assert cell({**figure, "standard_error": None}) == "2.346"
+    assert cell(None) == "–"
