@@ -176,7 +176,8 @@ def train_in_processes(processes, environment, arguments):
     """`main` on `processes` ranks of gloo, under the environment that `accelerate launch` would set."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(Path(__file__)), *arguments]
-    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, **environment, **own}
     process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         output, _ = process.communicate(timeout=300)
