@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`), merges, saves, and says what was made."""
     from trl import TrlParser
 
-    from nanollada.trainers.weights.averaging import merge_checkpoints
+    from nanollada.trainers.weights.merging import merge_checkpoints
 
     (args,) = TrlParser(MergeArguments).parse_args_and_config(argv)
     merge_checkpoints(args.checkpoints, args.output_dir)

@@ -18,7 +18,7 @@ from training_cases import build_trainer, fresh_model_and_rows, run, weights
 
 from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
-from nanollada.trainers.run import checkpoint_to_resume
+from nanollada.trainers.resuming.finished import checkpoint_to_resume
 
 TIMES = ("runtime", "per_second")
 

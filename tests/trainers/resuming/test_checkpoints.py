@@ -15,7 +15,7 @@ from nanollada.trainers.resuming.checkpoints import (
     last_complete_checkpoint,
     write_manifest,
 )
-from nanollada.trainers.weights.averaging import MergeCandidates
+from nanollada.trainers.weights.merging import MergeCandidates
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "ema.safetensors", "trainer_state.json")
 

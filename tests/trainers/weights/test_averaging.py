@@ -21,7 +21,8 @@ from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.resuming.checkpoints import last_complete_checkpoint
 from nanollada.trainers.run import main
 from nanollada.trainers.weights import averaging
-from nanollada.trainers.weights.averaging import ExponentialMovingAverage, MergeCandidates
+from nanollada.trainers.weights.averaging import ExponentialMovingAverage
+from nanollada.trainers.weights.merging import MergeCandidates
 
 HELD_OUT = make_rows(11)[8:]  # not those that are trained, so that the loss rises again
 
@@ -222,7 +223,7 @@ def test_a_kill_while_saving_leaves_no_checkpoint_that_looks_complete(tmp_path, 
         (tmp_path / "checkpoint-3/trainer_state.json").write_text(state)
         assert last_complete_checkpoint(tmp_path).endswith("checkpoint-3")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"nanollada.trainers.weights.averaging.{name}", stage)
+            patch.setattr(f"nanollada.trainers.weights.merging.{name}", stage)
             build(tmp_path, ema_decay=0.5, max_steps=3).train()
         assert last_complete_checkpoint(tmp_path) is None
         assert len(load_file(tmp_path / "checkpoint-3/ema.safetensors")) > 10  # whole, whichever it is

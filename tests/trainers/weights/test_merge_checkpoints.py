@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
 from nanollada.scripts.merge_checkpoints import main
-from nanollada.trainers.weights.averaging import merge_checkpoints
+from nanollada.trainers.weights.merging import merge_checkpoints
 
 WIDTH = 16
 NAME = "model.norm.weight"
@@ -120,7 +120,7 @@ def test_a_failure_leaves_nothing(folders, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("nanollada.trainers.weights.averaging.save_file", failing)
+    monkeypatch.setattr("nanollada.trainers.weights.merging.save_file", failing)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         merge_checkpoints(folders, tmp_path / "merged")
