@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollada.trainers.models import check_files
+from nanollada.modeling_nanollada.loading_nanollada import check_files
 from nanollada.trainers.records import read_json
 from nanollada.trainers.resuming.checkpoints import (
     STATE,
