@@ -11,7 +11,7 @@ from transformers.trainer_utils import SchedulerType
 
 from nanollada.trainers.arguments import check_inherited, check_schedule
 from nanollada.trainers.callbacks import MetricsCallback
-from nanollada.trainers.data.prepare import Collator
+from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.resuming.stepping import SteppingTrainer
 from nanollada.trainers.scoring.likelihood import Likelihood, evaluate_likelihood
 from nanollada.trainers.weights.averaging import AveragingTrainer, check_averaging

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model
-from nanollada.trainers.data.encoding import ensure_mask_token
+from nanollada.trainers.data.tokenizers import ensure_mask_token
 
 # What only a fresh model may choose, by the config's own names.
 SHAPE = (

@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import set_seed
 
 from nanollada.trainers import records
-from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group
 from nanollada.trainers.records import file_digest, hardware, versions, write_json
 from nanollada.trainers.resuming.finished import checkpoint_to_resume, finished_run

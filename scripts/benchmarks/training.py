@@ -88,7 +88,8 @@ def make_rows(args: TrainBenchmarkArguments, tokenizer) -> dict[str, list[dict]]
     Raises:
         `ValueError`: for rows that are no plain texts, and if there are too few.
     """
-    from nanollada.trainers.data.encoding import RowEncoder, pack_documents
+    from nanollada.trainers.data.encoding import RowEncoder
+    from nanollada.trainers.data.packing import pack_documents
 
     rows, length, pad = (args.warmup_steps + args.steps) * args.batch_size, args.max_length, tokenizer.pad_token_id
     policy = RowPolicy(args.on_bad_rows)
@@ -189,8 +190,7 @@ def tokenizer_for(args: TrainBenchmarkArguments):
     """The tokenizer that was asked for, or a BPE trained on the first texts."""
     from transformers import AutoTokenizer
 
-    from nanollada.trainers.data.encoding import ensure_mask_token
-    from nanollada.trainers.data.tokenizers import read_texts, train_tokenizer
+    from nanollada.trainers.data.tokenizers import ensure_mask_token, read_texts, train_tokenizer
 
     if args.tokenizer_name_or_path is None:
         return train_tokenizer(read_texts(args, max_rows=4000))

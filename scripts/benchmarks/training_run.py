@@ -243,7 +243,7 @@ class Window:
 def full_width(max_length: int, pad_token_id: int):
     """A collator that pads every batch to `max_length`, as the plain loop does."""
     from nanollada.trainers.data.collator import Collator
-    from nanollada.trainers.data.encoding import IGNORE
+    from nanollada.trainers.data.packing import IGNORE
 
     class FullWidth(Collator):
         def __call__(self, rows):

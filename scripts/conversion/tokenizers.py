@@ -53,7 +53,7 @@ def fit_tokenizer(path: str | Path | None, source: Source):
         `ValueError`: without a tokenizer or an eos token, for one that is not fast, and if it has more ids than the
             embedding has rows.
     """
-    from nanollada.trainers.data.encoding import ensure_mask_token
+    from nanollada.trainers.data.tokenizers import ensure_mask_token
 
     if path is None or not (Path(path) / "tokenizer_config.json").is_file():
         raise ValueError(f"`tokenizer` must be a folder with tokenizer_config.json, got {path}")

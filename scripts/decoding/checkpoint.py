@@ -70,7 +70,7 @@ def prompt_ids(tokenizer, prompt: str | list[dict], infill: bool = False) -> lis
     """
     from nanollada.trainers.data.chats import render_prompt
     from nanollada.trainers.data.encoding import encode_spans
-    from nanollada.trainers.data.sources import BadRow
+    from nanollada.trainers.data.files import BadRow
 
     # Pretraining rows begin every document with <|endoftext|> (the pad token), for both models: AR predicts the first
     # token from it, and diffusion saw it as visible context. SFT rows begin with the template's own first token.

@@ -10,8 +10,11 @@ from tqdm.auto import tqdm
 from nanollada.scripts.decoding.checkpoint import eos_ids
 from nanollada.scripts.decoding.settings import default_decoding, effective_settings, generation_settings
 from nanollada.scripts.decoding.writing import seeded_generate
-from nanollada.trainers.data.encoding import IGNORE, RowEncoder
-from nanollada.trainers.data.sources import BadRow, Example, RowPolicy, parse_row
+from nanollada.trainers.data.encoding import RowEncoder
+from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.packing import IGNORE
+from nanollada.trainers.data.sources import RowPolicy
 from nanollada.trainers.scoring.kind import is_diffusion
 
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 
-from nanollada.trainers.data.sources import BadRow, DataError, _checked_text
+from nanollada.trainers.data.files import BadRow, DataError
+from nanollada.trainers.data.formats import checked_text
 from nanollada.trainers.scoring.kind import is_diffusion
 
 # ---- settings: a dataclass whose types and rules are checked, in words and by tests
@@ -158,7 +159,7 @@ class Row:
     def string(self, name: str, value: Any) -> str:
         """As `text`, of a value that stands deeper in the row."""
         with self.faults():
-            return _checked_text(value, name, False)
+            return checked_text(value, name, False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to, batches_of_length, greedy_answers
 from nanollada.trainers.data.chats import placeholders, render_hidden
 from nanollada.trainers.data.collator import Collator
-from nanollada.trainers.data.sources import BadRow
+from nanollada.trainers.data.files import BadRow
 from nanollada.trainers.scoring.continuations import (
     conditional_rows,
     context_ids,

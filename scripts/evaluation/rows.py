@@ -9,7 +9,8 @@ from typing import Any
 
 from nanollada.scripts.evaluation.bench import Row, Task
 from nanollada.scripts.evaluation.kinds import KINDS
-from nanollada.trainers.data.sources import BadRow, DataError, SourceArguments, resolve_source
+from nanollada.trainers.data.files import BadRow, DataError
+from nanollada.trainers.data.sources import SourceArguments, resolve_source
 
 FILE = re.compile(r"\.(jsonl|txt|json|parquet|csv)(\.gz|\.xz)?$", re.I)
 

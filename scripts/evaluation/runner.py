@@ -23,7 +23,7 @@ from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
 from nanollada.scripts.evaluation.kinds import KINDS, definitions, results_of
 from nanollada.scripts.evaluation.rows import rows_of
 from nanollada.scripts.evaluation.suite_file import read_suite
-from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.data.files import DataError
 from nanollada.trainers.records import command, file_digest, read_json, write_json, write_whole
 
 PROTOCOL = 2  # raised whenever the same arguments would give other numbers

@@ -24,7 +24,8 @@ def score(folder, sources: dict[str, Path], blocks: list, *, samples: int, max_l
             the same texts for every model. The variance is that of the random masks.
     """
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
-    from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+    from nanollada.trainers.data.collator import Collator
+    from nanollada.trainers.data.prepare import DataArguments, prepare_data
     from nanollada.trainers.scoring.kind import is_diffusion
     from nanollada.trainers.scoring.likelihood import evaluate_likelihood
 
@@ -62,7 +63,8 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
     import torch
 
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
-    from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+    from nanollada.trainers.data.collator import Collator
+    from nanollada.trainers.data.prepare import DataArguments, prepare_data
     from nanollada.trainers.registry import TRAINERS
 
     model, tokenizer = load_checkpoint(str(folder))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nanollada.trainers.data.sources import BadRow, tool_name
+from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.formats import tool_name
 
 LAST_PRIVATE = 0x10FFFC  # near the end of Unicode's last private area, which no text uses
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

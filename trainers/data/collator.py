@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nanollada.trainers.data.encoding import IGNORE
+from nanollada.trainers.data.packing import IGNORE
 from nanollada.trainers.noise import keys
 
 ROW_COLUMNS = ("input_ids", "labels", "document_ids", "position_ids")

@@ -1,4 +1,4 @@
-"""Tokenizer checks, and the way from a row's text to token ids: answer spans, truncation, EOS padding, packing."""
+"""From a row's text to token ids: documents, and answers with their spans, cut where they are too long."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,28 +6,12 @@ from itertools import islice, pairwise
 from typing import Any
 
 from nanollada.trainers.data.chats import render_chat, special_tokens
-from nanollada.trainers.data.sources import BadRow, Example, RowPolicy
+from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.formats import Example
+from nanollada.trainers.data.packing import IGNORE
+from nanollada.trainers.data.sources import RowPolicy
 
-IGNORE = -100
-MASK_TOKEN = "<|mask|>"
 BATCH = 256
-
-
-def ensure_mask_token(tokenizer) -> int:
-    """
-    Gives a tokenizer the mask token `<|mask|>` if it has none; a second call changes nothing.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Changed in place. The new token stands behind all others.
-
-    Returns:
-        `int`: How many tokens the vocabulary grew by (0 or 1): resize the model's embeddings if it is 1.
-    """
-    if tokenizer.mask_token is not None:
-        return 0
-    size = len(tokenizer)
-    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})  # returns 1 for a token that is merely made special, too
-    return len(tokenizer) - size
 
 
 def encode_spans(
@@ -44,7 +28,7 @@ def encode_spans(
         text (`str`): The text.
         spans (`Sequence[tuple[int, int]]`): (start, end) of characters, in order.
         literal (`Sequence[tuple[int, int]]`, *optional*): Where control tokens that stand in the text are text, see
-            [`~trainers.chats.RenderedChat`]. By default everywhere: only what a chat template wrote is control.
+            [`~trainers.data.chats.RenderedChat`]. By default everywhere: only what a chat template wrote is control.
 
     Returns:
         `tuple[list[int], list[int]]`: `input_ids`, and `labels` with −100 outside the spans.
@@ -251,119 +235,3 @@ class RowEncoder:
     @property
     def _mask_error(self) -> BadRow:
         return BadRow("mask token", f"the text contains {self.tokenizer.mask_token!r}")
-
-
-@dataclass(frozen=True)
-class EosPadding:
-    """
-    EOS tokens behind an answer, all of them targets, so that diffusion learns where to end. A row whose answer was
-    truncated gets none.
-
-    Args:
-        kind (`str`): "none"; "block": until the row's length is a multiple of `block_length`, at most `max_length`;
-            "max_length" (LLaDA, arXiv 2502.09992, §2.3; its pads reach to the longest row of the batch, but here a row
-            does not depend on its batch).
-        eos_token_id (`int`): The token.
-        max_length (`int`): Longest row, in tokens.
-        block_length (`int`, *optional*): For "block".
-
-    Raises:
-        ValueError: At an unknown kind, and if `block_length` is missing or useless.
-    """
-
-    kind: str
-    eos_token_id: int
-    max_length: int
-    block_length: int | None = None
-
-    def __post_init__(self):
-        if self.kind not in ("none", "block", "max_length"):
-            raise ValueError(f"`eos_padding` must be 'none', 'block' or 'max_length', got {self.kind!r}")
-        wanted = self.kind == "block"
-        if wanted != (self.block_length is not None) or (wanted and self.block_length < 1):
-            raise ValueError(
-                "`block_length` must be given with `eos_padding='block'`, positive, and only then; "
-                f"got {self.block_length} with {self.kind!r}"
-            )
-
-    def tokens(self, length: int) -> list[int]:
-        """What follows a row of `length` tokens."""
-        if self.kind == "none":
-            return []
-        end = self.max_length
-        if self.kind == "block":
-            end = min(end, -(-length // self.block_length) * self.block_length)
-        return [self.eos_token_id] * (end - length)
-
-
-def answer_rows(documents: Iterable[dict[str, Any]], padding: EosPadding | None = None) -> Iterator[dict[str, Any]]:
-    """SFT rows, one per conversation, with the columns that packed rows have."""
-    for index, document in enumerate(documents):
-        length = len(document["input_ids"])
-        pads = [] if padding is None or document["truncated"] else padding.tokens(length)
-        length += len(pads)
-        yield {
-            "input_ids": document["input_ids"] + pads,
-            "labels": document["labels"] + pads,
-            "document_ids": [0] * length,
-            "position_ids": list(range(length)),
-            "num_bytes": document["num_bytes"],
-            "index": index,
-        }
-
-
-def pack_documents(
-    documents: Iterable[dict[str, Any]], max_length: int, context_token_id: int, keep_partial: bool = False
-) -> Iterator[dict[str, Any]]:
-    """
-    Packs documents into rows of `max_length` tokens; every token of a document is a target exactly once.
-
-    A row is made of segments, pieces of documents. A segment begins with one context token that is never a target:
-    `context_token_id` where a document begins, the row before's last token where a document continues. Thus AR, which
-    predicts the next token, and diffusion, which predicts the token itself, are scored on the same tokens. Each
-    segment has its own document id, and positions restart. A document's bytes are shared among its rows by tokens.
-    Where one place is left in a row, the next document's context token stands there alone, and again in the next row.
-
-    Args:
-        documents (`Iterable[dict]`): With `input_ids` (closing EOS included) and `num_bytes`.
-        max_length (`int`): Tokens of a row, at least 2.
-        context_token_id (`int`): The pad id, `<|endoftext|>`.
-        keep_partial (`bool`, *optional*, defaults to `False`): Yield the last row although it is not full. Otherwise
-            it is yielded with `index` −1, so that the caller can count its targets before it drops the row.
-    """
-    index, row = 0, _empty_row()
-    for document in documents:
-        tokens, start, context = document["input_ids"], 0, context_token_id
-        while start < len(tokens):
-            piece = tokens[start : start + max_length - len(row["input_ids"]) - 1]
-            _append_segment(row, context, piece)
-            start += len(piece)
-            context = piece[-1] if piece else context
-            row["num_bytes"] += share_of_bytes(document["num_bytes"], start - len(piece), start, len(tokens))
-            if len(row["input_ids"]) == max_length:
-                yield {**row, "index": index}
-                index, row = index + 1, _empty_row()
-    if count_targets(row):
-        yield {**row, "index": index if keep_partial else -1}
-
-
-def share_of_bytes(num_bytes: int, start: int, end: int, length: int) -> int:
-    """The bytes of a document's tokens [start, end) of `length`, as if all had as many. Parts add up."""
-    return num_bytes * end // length - num_bytes * start // length
-
-
-def _empty_row() -> dict[str, Any]:
-    return {"input_ids": [], "labels": [], "document_ids": [], "position_ids": [], "num_bytes": 0}
-
-
-def _append_segment(row: dict[str, Any], context: int, piece: list[int]) -> None:
-    document_id = row["document_ids"][-1] + 1 if row["document_ids"] else 0
-    row["input_ids"] += [context, *piece]
-    row["labels"] += [IGNORE, *piece]
-    row["document_ids"] += [document_id] * (1 + len(piece))
-    row["position_ids"] += range(1 + len(piece))
-
-
-def count_targets(row: dict[str, Any]) -> int:
-    """How many tokens of a row are targets."""
-    return len(row["labels"]) - row["labels"].count(IGNORE)

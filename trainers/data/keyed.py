@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from nanollada.trainers.data.encoding import IGNORE
+from nanollada.trainers.data.packing import IGNORE
 
 COUNTS = ("documents", "rows", "target_tokens", "bytes", "dropped_tokens", "truncated_rows")
 

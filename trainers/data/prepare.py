@@ -18,25 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollada.trainers.data import sources as rows
-from nanollada.trainers.data.collator import ROW_COLUMNS, Collator
-from nanollada.trainers.data.encoding import (
-    EosPadding,
-    RowEncoder,
-    answer_rows,
-    count_targets,
-    pack_documents,
-)
+from nanollada.trainers.data.collator import ROW_COLUMNS
+from nanollada.trainers.data.encoding import RowEncoder
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.formats import Example
 from nanollada.trainers.data.keyed import RowStream
-from nanollada.trainers.data.sources import DataError, Example, RowPolicy, Source, SourceArguments, read_examples
-
-__all__ = [
-    "Collator",
-    "DataArguments",
-    "DataError",
-    "PreparedData",
-    "prepare_data",
-]
+from nanollada.trainers.data.packing import EosPadding, answer_rows, count_targets, pack_documents
+from nanollada.trainers.data.sources import (
+    RowPolicy,
+    Source,
+    SourceArguments,
+    read_examples,
+    refuse_idle,
+    resolve_source,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +132,7 @@ def prepare_data(
     Rows have `input_ids`, `labels` (−100 = never a target; not shifted), `document_ids`, `position_ids`, `index`, and
     `num_bytes`: UTF-8 bytes of the text whose tokens are the row's targets (a packed document's are shared among its
     rows by tokens).
-    Pretraining documents are packed, see [`~trainers.tokenization.pack_documents`]; SFT gives one row per source row,
+    Pretraining documents are packed, see [`~trainers.data.packing.pack_documents`]; SFT gives one row per source row,
     which ends with its last target.
 
     Prepared rows are kept in the cache of `datasets` under a key made from the contents of the files, the tokenizer
@@ -147,7 +142,7 @@ def prepare_data(
         args (`DataArguments`): The sources and their treatment.
         tokenizer (`PreTrainedTokenizerFast`): With pad and eos tokens. Text with its mask token is a broken row.
         eos_padding (`str`, *optional*, defaults to `"none"`): EOS targets behind the SFT answers of training rows, see
-            [`~trainers.tokenization.EosPadding`]. Evaluation rows have none: every model is scored on the same tokens.
+            [`~trainers.data.packing.EosPadding`]. Evaluation rows have none: every model is scored on the same tokens.
         block_length (`int`, *optional*): For `eos_padding="block"`.
         seed (`int`, *optional*, defaults to 42): Of the draws from weighted sources.
 
@@ -174,9 +169,9 @@ class _Plan:
         self.padding = EosPadding(eos_padding, tokenizer.eos_token_id, args.max_length, block_length)
         self.encoder = RowEncoder(tokenizer, args.max_length, args.assistant_turns)
         eval_args = dataclasses.replace(args, data_split=args.eval_split or args.data_split, streaming=False)
-        self.sources = [rows.resolve_source(spec, args) for spec in args.data or []]
-        self.eval_sources = [rows.resolve_source(spec, eval_args) for spec in args.eval_data or []]
-        rows.refuse_idle([*self.sources, *self.eval_sources])
+        self.sources = [resolve_source(spec, args) for spec in args.data or []]
+        self.eval_sources = [resolve_source(spec, eval_args) for spec in args.eval_data or []]
+        refuse_idle([*self.sources, *self.eval_sources])
         self.fraction = 0.0 if args.eval_data else args.held_out_fraction
         self.share = math.ceil(args.max_held_out_documents / max(1, len(self.sources)))
         self.format = ""

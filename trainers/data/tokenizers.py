@@ -1,4 +1,4 @@
-"""Trains a tokenizer: byte-level BPE, or one token per character."""
+"""Tokenizers: trained here (byte-level BPE, or one token per character), or given the mask token that they lack."""
 
 import json
 import logging
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanollada.trainers.data.sources import Example, RowPolicy, SourceArguments, read_examples, resolve_sources
+from nanollada.trainers.data.formats import Example
+from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,25 @@ class TokenizerArguments(SourceArguments):
         super().__post_init__()
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"`max_rows` must be at least 1, got {self.max_rows}")
+
+
+def ensure_mask_token(tokenizer) -> int:
+    """
+    Gives a tokenizer the mask token `<|mask|>` if it has none; a second call changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place. The new token stands behind all others.
+
+    Returns:
+        `int`: How many tokens the vocabulary grew by (0 or 1): resize the model's embeddings if it is 1.
+    """
+    if tokenizer.mask_token is not None:
+        return 0
+    size = len(tokenizer)
+    tokenizer.add_special_tokens(
+        {"mask_token": SPECIAL_TOKENS[-1]}
+    )  # returns 1 for a token that is merely made special, too
+    return len(tokenizer) - size
 
 
 def train_tokenizer(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanollada.trainers.data.encoding import IGNORE, encode_spans
-from nanollada.trainers.data.sources import BadRow
+from nanollada.trainers.data.encoding import encode_spans
+from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.packing import IGNORE
 from nanollada.trainers.scoring.kind import is_diffusion
 from nanollada.trainers.scoring.likelihood import score_rows
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from nanollada.trainers.data.encoding import IGNORE, share_of_bytes
+from nanollada.trainers.data.packing import IGNORE, share_of_bytes
 
 
 def rolling_rows(

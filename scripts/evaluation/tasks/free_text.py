@@ -14,8 +14,9 @@ from nanollada.scripts.evaluation.tasks.written import (
     prompts_of,
     write_answers,
 )
-from nanollada.trainers.data.encoding import IGNORE, encode_spans
-from nanollada.trainers.data.sources import BadRow
+from nanollada.trainers.data.encoding import encode_spans
+from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.packing import IGNORE
 from nanollada.trainers.scoring.estimates import mean, ratio, share
 
 

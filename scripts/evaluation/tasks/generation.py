@@ -20,7 +20,7 @@ from nanollada.scripts.evaluation.bench import (
 )
 from nanollada.scripts.evaluation.metrics import answer_f1, answer_match
 from nanollada.scripts.evaluation.tasks.written import WrittenTask, own_settings, training_row, write_answers
-from nanollada.trainers.data.sources import Example
+from nanollada.trainers.data.formats import Example
 from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
 from nanollada.trainers.scoring.estimates import mean, share
 

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator
 
 from nanollada.scripts.evaluation.bench import Bench, Kind, Metric, Outcome, Row, Task, settings, whole
 from nanollada.scripts.evaluation.tasks.scored import text_ids
-from nanollada.trainers.data.encoding import RowEncoder, answer_rows, pack_documents
-from nanollada.trainers.data.sources import DataError, Example, RowPolicy, parse_row
+from nanollada.trainers.data.encoding import RowEncoder
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.packing import answer_rows, pack_documents
+from nanollada.trainers.data.sources import RowPolicy
 from nanollada.trainers.scoring.estimates import ratio
 from nanollada.trainers.scoring.rolling import rolling_rows
 

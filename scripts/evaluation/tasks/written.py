@@ -7,7 +7,7 @@ from nanollada.scripts.decoding.settings import DecodingArguments, draws, genera
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to
 from nanollada.scripts.evaluation.bench import Bench, Row, Task, mapping, settings
-from nanollada.trainers.data.sources import parse_row
+from nanollada.trainers.data.formats import parse_row
 
 
 @settings

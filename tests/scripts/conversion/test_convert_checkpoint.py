@@ -448,7 +448,7 @@ def test_training_goes_on(tokenizer, tmp_path):
     settings = CausalConfig(
         str(tmp_path / "run"), max_steps=15, learning_rate=5e-3, per_device_train_batch_size=20, **quiet
     )
-    from nanollada.trainers.data.prepare import Collator
+    from nanollada.trainers.data.collator import Collator
 
     CausalTrainer(ours, settings, data, Collator(0, 0.0, 42)).train()
     assert loss(ours) < before - 0.1

@@ -22,8 +22,10 @@ from nanollada.scripts.decoding.settings import (
 )
 from nanollada.scripts.decoding.writing import generate, seeded_generate
 from nanollada.scripts.tracing.recorder import TraceRecorder
-from nanollada.trainers.data.encoding import IGNORE, RowEncoder, pack_documents
-from nanollada.trainers.data.sources import Example, RowPolicy, parse_row
+from nanollada.trainers.data.encoding import RowEncoder
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.packing import IGNORE, pack_documents
+from nanollada.trainers.data.sources import RowPolicy
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -17,8 +17,9 @@ from nanollada.scripts.evaluation.checkpoint import (
     evaluation_table,
     main,
 )
-from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
-from nanollada.trainers.data.sources import Example, parse_row
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -15,9 +15,11 @@ from lm_eval_models import CLASSES, TEXTS, load, number, requests, save_checkpoi
 from nanollada.scripts import lm_eval_nanollada
 from nanollada.scripts.decoding.checkpoint import prompt_ids
 from nanollada.scripts.evaluation.lm_eval_model import RENDERED, NanoLLaDALM
-from nanollada.trainers.data.encoding import IGNORE, RowEncoder
-from nanollada.trainers.data.prepare import Collator
-from nanollada.trainers.data.sources import Example, RowPolicy, parse_row
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.encoding import RowEncoder
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.packing import IGNORE
+from nanollada.trainers.data.sources import RowPolicy
 from nanollada.trainers.scoring.continuations import conditional_rows, context_ids, encode_pair, score_continuations
 from nanollada.trainers.scoring.likelihood import evaluate_likelihood, exact_nelbo
 from nanollada.trainers.scoring.rolling import rolling_rows

@@ -10,7 +10,7 @@ from nanollada.scripts.evaluation.bench import Bench, Planned, Row
 from nanollada.scripts.evaluation.errors import check_errors, short_pairs
 from nanollada.scripts.evaluation.kinds import KINDS
 from nanollada.scripts.evaluation.suite_file import parse_task
-from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.data.files import DataError
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -20,7 +20,7 @@ from nanollada.scripts.evaluation.tasks.generation import run_generation
 from nanollada.scripts.evaluation.tasks.presets import run_presets
 from nanollada.scripts.evaluation.tasks.speed import run_speed
 from nanollada.scripts.evaluation.tasks.written import write_answers
-from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.data.files import DataError
 from nanollada.trainers.models import config_for
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ import yaml
 from nanollada.scripts.evaluation.rows import limited, read_rows, rows_of
 from nanollada.scripts.evaluation.suite_file import parse_task, read_suite
 from nanollada.scripts.evaluation.tasks.speed import SpeedTask
-from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.data.files import DataError
 
 
 def task(kind, **settings):

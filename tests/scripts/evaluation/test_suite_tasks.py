@@ -15,7 +15,7 @@ from nanollada.scripts.evaluation.tasks.choice import run_choice
 from nanollada.scripts.evaluation.tasks.cloze import check_cloze, cloze_pairs, run_cloze
 from nanollada.scripts.evaluation.tasks.pairs import run_pairs, text_pairs
 from nanollada.scripts.evaluation.tasks.text import run_text
-from nanollada.trainers.data.sources import DataError
+from nanollada.trainers.data.files import DataError
 from nanollada.trainers.models import config_for
 from nanollada.trainers.scoring.continuations import conditional_rows, encode_pair
 from nanollada.trainers.scoring.likelihood import causal_nll, exact_nelbo

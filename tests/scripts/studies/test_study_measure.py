@@ -7,7 +7,8 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.studies.measure import gradient_variance, loss_noise, moments, score
-from nanollada.trainers.data.prepare import Collator, DataArguments, prepare_data
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.models import config_for
 from nanollada.trainers.scoring.likelihood import evaluate_likelihood
 

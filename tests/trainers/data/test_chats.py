@@ -12,16 +12,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanollada.trainers.data.chats import LAST_PRIVATE, placeholders, render_chat, training_template
 from nanollada.trainers.data.encoding import RowEncoder, encode_spans
-from nanollada.trainers.data.sources import (
-    BadRow,
-    DataError,
-    Example,
-    RowPolicy,
-    SourceArguments,
-    parse_row,
-    read_examples,
-    resolve_source,
-)
+from nanollada.trainers.data.files import BadRow, DataError
+from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_source
 
 SHIPPED = {
     file.stem: file.read_text("utf-8") for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")

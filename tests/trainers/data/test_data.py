@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from nanollada.trainers.data import prepare as data_module
+from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.files import DataError
 from nanollada.trainers.data.keyed import RowStream
-from nanollada.trainers.data.prepare import Collator, DataArguments, DataError, prepare_data
+from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.data.tokenizers import train_tokenizer
 
 CONTEXT, EOS = 0, 2

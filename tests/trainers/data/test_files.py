@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nanollada.trainers.data.sources import DataError, RowPolicy, SourceArguments, read_examples, resolve_source
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_source
 
 # What readers of tables take for numbers, dates, truths or nothing.
 VALUES = ["007", "1.10", "True", "1e3", "+5", "null", "NA", "None", "N/A", "nan", "NaN", "#N/A", "inf", "-0", "1_000"]

@@ -8,10 +8,10 @@ import re
 import datasets
 import pytest
 
-from nanollada.trainers.data import sources as rows
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.formats import Example, parse_row
 from nanollada.trainers.data.sources import (
-    DataError,
-    Example,
+    SHOWN_REJECTIONS,
     RowPolicy,
     SourceArguments,
     read_examples,
@@ -124,7 +124,7 @@ def test_only_the_first_skipped_rows_are_logged(tmp_path, caplog):
     policy = RowPolicy("skip")
     read(write_jsonl(tmp_path / "rows.jsonl", *[{"text": ""}] * 30), policy)
     assert policy.counts["empty text"] == 30
-    assert len(caplog.records) == rows.SHOWN_REJECTIONS
+    assert len(caplog.records) == SHOWN_REJECTIONS
     assert "counted, not shown" in caplog.records[-1].message
 
 
@@ -292,8 +292,8 @@ def test_identity_follows_contents(tmp_path):
 
 
 def test_position_depends_on_content_alone():
-    chat = rows.parse_row({"messages": [USER, ANSWER]})
-    same = rows.parse_row({"instruction": "Hi?", "input": "", "output": "Yes.", "source": "x"})
+    chat = parse_row({"messages": [USER, ANSWER]})
+    same = parse_row({"instruction": "Hi?", "input": "", "output": "Yes.", "source": "x"})
     assert Example("a", 1, **chat).position == Example("b", 9, **same).position
     positions = [Example("a", i, text=str(i)).position for i in range(4000)]
     assert all(0 <= position < 1 for position in positions)

@@ -7,16 +7,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nanollada.trainers.data.encoding import (
-    EosPadding,
-    RowEncoder,
-    answer_rows,
-    count_targets,
-    encode_spans,
-    ensure_mask_token,
-    pack_documents,
-)
-from nanollada.trainers.data.sources import DataError, Example, RowPolicy
+from nanollada.trainers.data.encoding import RowEncoder, encode_spans
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.formats import Example
+from nanollada.trainers.data.packing import EosPadding, answer_rows, count_targets, pack_documents
+from nanollada.trainers.data.sources import RowPolicy
+from nanollada.trainers.data.tokenizers import ensure_mask_token
 
 CHAT = [
     {"role": "system", "content": "Be a test."},

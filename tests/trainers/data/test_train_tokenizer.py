@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from nanollada.trainers.data.sources import DataError, SourceArguments
+from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.sources import SourceArguments
 from nanollada.trainers.data.tokenizers import SPECIAL_TOKENS, main, read_texts, train_tokenizer
 
 CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a test."}]

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig
 from nanollada.trainers.causal import CausalConfig
-from nanollada.trainers.data.prepare import Collator
+from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.resuming.checkpoints import last_complete_checkpoint
 from nanollada.trainers.run import main
