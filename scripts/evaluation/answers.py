@@ -1,6 +1,5 @@
 """Answers: what a model is asked, what it writes, and how often that is the reference."""
 
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -15,6 +14,7 @@ from nanollada.trainers.data.files import BadRow
 from nanollada.trainers.data.formats import Example, parse_row
 from nanollada.trainers.data.packing import IGNORE
 from nanollada.trainers.data.sources import RowPolicy
+from nanollada.trainers.scoring.estimates import share
 from nanollada.trainers.scoring.kind import is_diffusion
 
 
@@ -57,16 +57,10 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
             truncated += not ended
         bar.update(len(batch))
     bar.close()
-    share = correct / len(questions)
-    return {
-        "metric": "exact_match",
-        "value": share,
-        "standard_error": math.sqrt(share * (1 - share) / len(questions)),
-        "rows": len(questions),
-        "correct": correct,
-        "truncated": truncated,
-        "settings": effective_settings(model, **generation),
-    }
+    estimate = share([True] * correct + [False] * (len(questions) - correct))
+    figures = {name: estimate[name] for name in ("value", "standard_error", "rows")}
+    counts = {"correct": correct, "truncated": truncated}
+    return {"metric": "exact_match", **figures, **counts, "settings": effective_settings(model, **generation)}
 
 
 def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
