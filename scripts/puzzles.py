@@ -8,10 +8,9 @@ asks is never among the rows that this program writes.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from nanollada.trainers.puzzles.registry import PUZZLES, make_rows
+from nanollada.trainers.puzzles.registry import PUZZLES, write_rows
 
 OPTIONS = "; ".join(
     f"{name}: {', '.join(f'{key} ({option.rule})' for key, option in puzzle.options.items())}"
@@ -37,14 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     from trl import TrlParser
 
     (args,) = TrlParser((PuzzleArguments,)).parse_args_and_config(argv)
-    rows = make_rows(args.puzzle, args.rows, args.seed, "train", **json.loads(args.options))
-    turns = ([("user", row["prompt"]), ("assistant", row["answer"])] for row in rows)
-    chats = [[{"role": role, "content": content} for role, content in turn] for turn in turns]
-    lines = [json.dumps({"messages": chat, "source": args.puzzle}, ensure_ascii=False) + "\n" for chat in chats]
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines):,} rows: {path}")
+    path = write_rows(args.puzzle, args.rows, args.output, args.seed, **json.loads(args.options))
+    print(f"{args.rows:,} rows: {path}")
 
 
 if __name__ == "__main__":

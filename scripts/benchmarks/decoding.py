@@ -18,6 +18,9 @@ from statistics import linear_regression
 from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings, measure, score
 from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
 from nanollada.scripts.benchmarks.training_run import SIZES
+from nanollada.scripts.reporting.plots import panels, save_figure
+from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table
+from nanollada.trainers.records import provenance, write_json
 
 run = in_fresh_process
 
@@ -85,10 +88,33 @@ class GenerateBenchmarkArguments:
 
 def benchmark(args: GenerateBenchmarkArguments) -> dict:
     """
+    Measures every decoder, prints the table, and saves what `args.output` asks for.
+
     Returns:
         `dict`: `results`, a record for each decoder, prompt length, number of new tokens and batch size ([`summary`]);
             `scores` by decoder; `slopes` ([`slopes`]); and `runs` (what `measure` returned).
     """
+    require_rich("the table of results")
+    results = measured(args)
+    from rich.console import Console
+
+    Console().print(table(results))
+    for item in results["slopes"]:
+        print(
+            "{decoder}, batch {batch_size}: seconds ~ tokens^{seconds:.2f}, FLOPs ~ tokens^{flops:.2f}".format(**item)
+        )
+    if args.output is not None:
+        write_json(args.output, {**provenance(), "arguments": asdict(args), **results})
+        print(f"results: {args.output}")
+        if results["scores"]:
+            picture = Path(args.output).with_suffix(".png")
+            plot(results, picture)
+            print(f"plot: {picture}")
+    return results
+
+
+def measured(args: GenerateBenchmarkArguments) -> dict:
+    """What `benchmark` returns, in processes of their own, round by round."""
     from tqdm.auto import tqdm
 
     grid = list(itertools.product(args.prompt_lengths, args.new_tokens, args.batch_sizes, args.decoders))
@@ -169,39 +195,25 @@ def _not_length(item: dict) -> tuple:
 # ---- report
 
 
-def table(found: dict):
+def table(record: dict):
     """The results as a `rich` table: medians, in brackets the range over repeats."""
-    from rich.table import Table
-
-    made = Table(title="generate")
-    names = (
-        "decoder",
-        "prompt",
-        "new",
-        "batch",
-        "seconds",
-        "tokens/s",
-        "per pass",
-        "× llada",
-        "× ar",
-        "peak MB",
-        score_title(found["scores"]),
-    )
-    for name in names:
-        made.add_column(name, justify="left" if name == "decoder" else "right")
-    for result in found["results"]:
-        scored = found["scores"].get(result["decoder"])
-        made.add_row(
-            result["decoder"],
-            *(str(result[name]) for name in ("prompt_tokens", "new_tokens", "batch_size")),
-            f"{result['seconds']['median']:.3g}",
-            f"{result['tokens_per_second']['median']:,.0f}",
-            f"{result['tokens_per_forward']:.2f}",
-            *(ranged(result[f"times_{name}"]) for name in ("llada", "ar")),
-            f"{result['peak_bytes'] / 1e6:,.0f}",
-            f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
+    header = ["decoder", "prompt", "new", "batch", "seconds", "tokens/s", "per pass", "× llada", "× ar", "peak MB"]
+    rows = []
+    for result in record["results"]:
+        scored = record["scores"].get(result["decoder"])
+        rows.append(
+            [
+                result["decoder"],
+                *(str(result[name]) for name in ("prompt_tokens", "new_tokens", "batch_size")),
+                f"{result['seconds']['median']:.3g}",
+                f"{result['tokens_per_second']['median']:,.0f}",
+                f"{result['tokens_per_forward']:.2f}",
+                *(ranged(result[f"times_{name}"]) for name in ("llada", "ar")),
+                f"{result['peak_bytes'] / 1e6:,.0f}",
+                f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
+            ]
         )
-    return made
+    return rich_table("generate", [*header, score_title(record["scores"])], rows)
 
 
 def score_title(scores: dict) -> str:
@@ -210,22 +222,12 @@ def score_title(scores: dict) -> str:
     return f"score ({', '.join(map(str, room))} new)" if room else "score"
 
 
-def ranged(values: dict | None) -> str:
-    """`median [low, high]`."""
-    return f"{values['median']:.2f} [{values['low']:.2f}, {values['high']:.2f}]" if values else ""
-
-
 def plot(found: dict, path: str | Path) -> None:
     """Score against tokens per second, a point per decoder, at the first prompt length, number of tokens and batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     first = found["results"][0]
     cell = ("prompt_length", "new_tokens", "batch_size")
     points = [item for item in found["results"] if all(item[name] == first[name] for name in cell)]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, (axes,) = panels(size=(7, 4.5))
     for item in points:
         scored, speed = found["scores"][item["decoder"]], item["tokens_per_second"]
         reach = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
@@ -237,32 +239,11 @@ def plot(found: dict, path: str | Path) -> None:
     axes.set_title(
         f"{first['new_tokens']} new tokens, batch {first['batch_size']}; bars: range of runs, standard error"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Parses arguments (or `--config file.yaml`), measures, prints, saves, and returns what was found."""
+    """Parses arguments (or `--config file.yaml`) and measures."""
     from trl import TrlParser
 
-    (args,) = TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv)
-    from nanollada.scripts.reporting.tables import require_rich
-    from nanollada.trainers.records import provenance, write_json
-
-    require_rich("the table of results")
-    found = benchmark(args)
-    from rich.console import Console
-
-    Console().print(table(found))
-    for item in found["slopes"]:
-        print(
-            "{decoder}, batch {batch_size}: seconds ~ tokens^{seconds:.2f}, FLOPs ~ tokens^{flops:.2f}".format(**item)
-        )
-    if args.output is not None:
-        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
-        print(f"results: {args.output}")
-        if found["scores"]:
-            plot(found, Path(args.output).with_suffix(".png"))
-            print(f"plot: {Path(args.output).with_suffix('.png')}")
-    return found
+    return benchmark(*TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv))

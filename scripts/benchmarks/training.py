@@ -17,7 +17,9 @@ from pathlib import Path
 
 from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, matmul_rates, spread
 from nanollada.scripts.benchmarks.training_run import CONFIGURATIONS, SIZES, measure
+from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
+from nanollada.trainers.records import provenance, write_json
 
 OBJECTIVES = ("ar", "mdlm", "block")
 
@@ -140,12 +142,37 @@ def flops_per_token(config, objective: str, max_length: int, supervised_share: f
 
 def benchmark(args: TrainBenchmarkArguments) -> dict:
     """
-    Measures every configuration of every objective, `args.repeats` times.
+    Measures every configuration of every objective, `args.repeats` times, prints the tables, and saves them.
 
     Returns:
         `dict`: `matmul` (FLOP/s by precision), `results` (one record per objective and configuration, see
             [`summary`]), `block_over_mdlm`, `profiles`, and `runs` (what `measure` returned).
     """
+    require_rich("the table of results")
+    found = measured(args)
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(found):
+        console.print(table)
+    rates = ", ".join(f"{name} {ranged(rate, '{:.4g}')} FLOP/s" for name, rate in found["matmul"].items())
+    print(f"{found['parameters']:,} parameters; large matrix product: {rates}")
+    if found["block_over_mdlm"]:
+        print(
+            "block over mdlm ({configuration}): {measured:.2f}, by FLOPs {flop_ceiling:.2f}".format_map(
+                found["block_over_mdlm"]
+            )
+        )
+    for objective, text in found["profiles"].items():
+        print(f"{objective}, {args.configurations[-1]}:\n{text}")
+    if args.output is not None:
+        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
+        print(f"results: {args.output}")
+    return found
+
+
+def measured(args: TrainBenchmarkArguments) -> dict:
+    """What `benchmark` returns, in processes of their own, round by round."""
     import torch
     from tqdm.auto import tqdm
 
@@ -264,18 +291,12 @@ def block_over_mdlm(results: list[dict]) -> dict | None:
 
 def tables(found: dict) -> list:
     """The results as `rich` tables, one per objective: medians, and in brackets the range over repeats."""
-    from rich.table import Table
-
-    made = []
-    for objective in dict.fromkeys(result["objective"] for result in found["results"]):
-        table = Table(title=objective)
-        for name in ("configuration", "tokens/s", "× plain", "matmul rate", "peak MB", "s/step", "first step"):
-            table.add_column(name, justify="left" if name == "configuration" else "right")
-        for result in found["results"]:
-            if result["objective"] == objective:
-                table.add_row(*cells(result))
-        made.append(table)
-    return made
+    header = ("configuration", "tokens/s", "× plain", "matmul rate", "peak MB", "s/step", "first step")
+    objectives = dict.fromkeys(result["objective"] for result in found["results"])
+    by_objective = {
+        name: [result for result in found["results"] if result["objective"] == name] for name in objectives
+    }
+    return [rich_table(name, header, map(cells, results)) for name, results in by_objective.items()]
 
 
 def cells(result: dict) -> list[str]:
@@ -283,7 +304,7 @@ def cells(result: dict) -> list[str]:
     return [
         result["configuration"],
         f"{result['tokens_per_second']['median']:,.0f}",
-        ranged(result["ratio"], "{:.2f}") if result["ratio"] else "",
+        ranged(result["ratio"]),
         f"{result['matmul_share']['median']:.0%}",
         f"{result['peak_bytes'] / 1e6:,.0f}",
         f"{result['seconds_per_step']:.3g}",
@@ -291,37 +312,8 @@ def cells(result: dict) -> list[str]:
     ]
 
 
-def ranged(values: dict, form: str) -> str:
-    """`median [low, high]`."""
-    return f"{form.format(values['median'])} [{form.format(values['low'])}, {form.format(values['high'])}]"
-
-
 def main(argv: list[str] | None = None) -> dict:
-    """Parses arguments (or `--config file.yaml`), measures, prints, saves, and returns what was found."""
+    """Parses arguments (or `--config file.yaml`) and measures."""
     from trl import TrlParser
 
-    (args,) = TrlParser(TrainBenchmarkArguments).parse_args_and_config(argv)
-    from nanollada.scripts.reporting.tables import require_rich
-    from nanollada.trainers.records import provenance, write_json
-
-    require_rich("the table of results")
-    found = benchmark(args)
-    from rich.console import Console
-
-    console = Console()
-    for table in tables(found):
-        console.print(table)
-    rates = ", ".join(f"{name} {ranged(rate, '{:.4g}')} FLOP/s" for name, rate in found["matmul"].items())
-    print(f"{found['parameters']:,} parameters; large matrix product: {rates}")
-    if found["block_over_mdlm"]:
-        print(
-            "block over mdlm ({configuration}): {measured:.2f}, by FLOPs {flop_ceiling:.2f}".format_map(
-                found["block_over_mdlm"]
-            )
-        )
-    for objective, text in found["profiles"].items():
-        print(f"{objective}, {args.configurations[-1]}:\n{text}")
-    if args.output is not None:
-        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
-        print(f"results: {args.output}")
-    return found
+    return benchmark(*TrlParser(TrainBenchmarkArguments).parse_args_and_config(argv))

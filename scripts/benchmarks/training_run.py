@@ -7,6 +7,7 @@ trainers: `Trainer.train` with the trainer's loss, its optimizer and its data lo
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from nanollada.scripts.benchmarks.machine import device_name, peak_memory, synchronize
@@ -132,13 +133,10 @@ def measured(trainer_class, chunked_head: bool):
             self.add_callback(Tick(self))
 
         def micro_batch_loss(self, model, inputs, num_items_in_batch):
-            compute = super().micro_batch_loss if chunked_head else self.full_logits_loss
+            compute = super().micro_batch_loss if chunked_head else partial(full_logits_loss, self)
             loss, supervised = compute(model, inputs, num_items_in_batch)
             self.window.count(inputs, supervised)
             return loss, supervised
-
-        def full_logits_loss(self, model, inputs, num_items_in_batch):
-            return full_logits_loss(self, model, inputs, num_items_in_batch)
 
     class Tick(TrainerCallback):
         def __init__(self, trainer):

@@ -1,7 +1,6 @@
 """Evidence on your text: AR, masked and block diffusion with equal parameters, training tokens and tokenizer."""
 
 import itertools
-import json
 import os
 import shlex
 import subprocess
@@ -25,7 +24,7 @@ from nanollada.scripts.studies.variants import (
     listed,
     needs,
 )
-from nanollada.trainers.records import hardware, versions, write_json
+from nanollada.trainers.records import hardware, read_json, versions, write_json
 
 PROGRAM = Path(__file__).parents[1] / "study.py"
 RECIPES = Path(os.path.relpath(Path(__file__).parents[1] / "recipes"))  # as in the command of a run
@@ -51,7 +50,7 @@ class Study:
         settings = {name: value for name, value in asdict(args).items() if name not in FREE}
         settings["options"] = self.options
         path = self.folder / "settings.json"
-        if path.exists() and (earlier := json.loads(path.read_text())) != settings:
+        if path.exists() and (earlier := read_json(path)) != settings:
             changed = [name for name in settings if settings[name] != earlier.get(name)]
             raise ValueError(
                 f"`output` holds a study with another `{changed[0]}`: choose another folder, got {self.folder}"
@@ -104,7 +103,7 @@ class Study:
 
         folder = self.run_folder(name, seed)
         if name in NOISE:
-            run = json.loads((self.run_folder(NOISE[name], seed) / "run.json").read_text())
+            run = read_json(self.run_folder(NOISE[name], seed) / "run.json")
             length, batch = run["data"]["max_length"], self.setting("diffusion", "per_device_train_batch_size")
             rows = self.files("first")
             found = loss_noise(self.run_folder(NOISE[name], seed), rows, self.args.draws, batch, length, seed)
@@ -113,7 +112,7 @@ class Study:
         if not (folder / "run.json").exists():
             self.train(name, seed)
         if not self.done(name, seed):
-            run = json.loads((folder / "run.json").read_text())
+            run = read_json(folder / "run.json")
             sources = {Path(source).stem: self.eval_file(source) for source in self.args.eval_data}
             size = self.setting(VARIANTS[name].kind, "per_device_eval_batch_size")
             options = {"samples": self.args.samples, "max_length": run["data"]["max_length"], "batch_size": size}
@@ -195,9 +194,9 @@ class Study:
                 order += [(needed, seed) for needed in (needs(name), name) if needed]
         return [run for run in dict.fromkeys(order) if not self.done(*run)]
 
-    def run(self) -> None:
+    def run(self) -> dict[str, dict]:
         """
-        Prepares, runs what is not done, as many at a time as `jobs`, and reports on all that is.
+        Prepares, runs what is not done, as many at a time as `jobs`, and returns the report on all that is.
 
         Raises:
             `RuntimeError`: with the end of its log, if a run failed; the others that were running are finished first.
@@ -220,7 +219,7 @@ class Study:
         if failed:
             log = self.run_folder(*failed[0]).with_suffix(".log")
             raise RuntimeError(f"{failed[0][0]}-{failed[0][1]} failed: {log}\n{log.read_text()[-2000:]}")
-        self.report()
+        return self.report()
 
     def start(self, name: str, seed: int) -> subprocess.Popen:
         """A run in a process of its own, with its share of the cores; what it prints goes to `<name>-<seed>.log`."""
@@ -236,17 +235,20 @@ class Study:
         given = {name: value for name, value in asdict(self.args).items() if name not in skipped and value}
         return [part for name, value in given.items() for part in (f"--{name}", *listed(value))] + self.options
 
-    def report(self) -> None:
-        """`<part>.json`, `<part>.md` and `<part>.png` from all finished runs of the folder."""
+    def report(self) -> dict[str, dict]:
+        """`<part>.json`, `<part>.md` and `<part>.png` from all finished runs of the folder; the former by part."""
         from nanollada.scripts.studies.report import write_part
 
+        records = {}
         for part in self.args.part:
-            found = {}
+            finished = {}
             for name in PARTS[part] + OPTIONAL[part]:
                 folders = sorted(self.folder.glob(f"{name}-*/"), key=lambda path: path.name)
-                found[name] = [folder for folder in folders if self.done(name, int(folder.name.rpartition("-")[2]))]
-            if any(found.values()):
-                print(write_part(self.folder, part, {name: paths for name, paths in found.items() if paths}))
+                finished[name] = [path for path in folders if self.done(name, int(path.name.rpartition("-")[2]))]
+            if any(finished.values()):
+                print(write_part(self.folder, part, {name: paths for name, paths in finished.items() if paths}))
+                records[part] = read_json(self.folder / f"{part}.json")
+        return records
 
 
 def in_order(order: TopologicalSorter, do: Callable, jobs: int) -> None:
@@ -261,6 +263,25 @@ def in_order(order: TopologicalSorter, do: Callable, jobs: int) -> None:
                 future.result()
 
 
+def study(args: StudyArguments, **options) -> dict[str, dict]:
+    """
+    Everything that a study does: prepares, trains, measures and reports; what is done is not done again.
+
+    Args:
+        args ([`StudyArguments`]): What is studied; `args.only` does this one run here, and reports on nothing.
+        options: Of the trainers, by name, for every training.
+
+    Returns:
+        `dict[str, dict]`: the record of each part that has a finished run, as in `<part>.json`.
+    """
+    runs = Study(args, [part for name, value in options.items() for part in (f"--{name}", str(value))])
+    if args.only is None:
+        return runs.run()
+    name, _, seed = args.only.rpartition("-")
+    runs.do(name, int(seed))
+    return {}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs everything, or the one run of `--only`."""
     from trl import TrlParser
@@ -269,8 +290,4 @@ def main(argv: list[str] | None = None) -> None:
     args, options = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
         raise ValueError(f"options for the trainers must be pairs `--name value`, got {options}")
-    study = Study(args, options)
-    if args.only is None:
-        return study.run()
-    name, _, seed = args.only.rpartition("-")
-    study.do(name, int(seed))
+    study(args, **{name[2:]: value for name, value in zip(options[::2], options[1::2], strict=True)})

@@ -114,13 +114,17 @@ def test_a_tiny_study(tmp_path, tokenizer, capsys):
     runs = ["ar_half", "ar", "mdlm", "block4", "ar_wsd", "noise_block4", "small_ar", "small_mdlm"]
     runs += ["ar_mdlm", "ar_mdlm_both"]
     settings = arguments(tmp_path, tokenizer)
-    run = Study(StudyArguments(**settings, runs=runs, part=["a", "b", "c", "d"], eval_blocks=[2]), TINY.split())
+    settings |= {"runs": runs, "part": ["a", "b", "c", "d"], "eval_blocks": [2]}
+    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options |= {"max_length": 32, "per_device_train_batch_size": 4, "bf16": "false"}
+    run = Study(StudyArguments(**settings), TINY.split())
     run.prepare()
     for name, seed in run.plan():
-        run.do(name, seed)
+        assert study.study(StudyArguments(**settings, only=f"{name}-{seed}"), **options) == {}
     assert run.plan() == []
-    run.run()  # nothing is left but the report
+    records = study.study(StudyArguments(**settings), **options)  # nothing is left but the report
     tables = capsys.readouterr().out
+    assert records == {part: json.loads((tmp_path / "run" / f"{part}.json").read_text()) for part in "abcd"}
     assert "AR → 1, 4, 32, row, 32" in tables and "bernoulli" in tables and "diffusion below from epoch" in tables
     for part in "abcd":
         facts = json.loads((tmp_path / "run" / f"{part}.json").read_text())

@@ -13,7 +13,7 @@ import pytest
 from nanollada.scripts.puzzles import main
 from nanollada.trainers.puzzles.countdown import evaluated
 from nanollada.trainers.puzzles.puzzle import side_of
-from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves
+from nanollada.trainers.puzzles.registry import PUZZLES, make_rows, solves, write_rows
 from nanollada.trainers.puzzles.sudoku import count_solutions, split_grids
 
 DIGESTS = {  # of 30 rows with seed 7, "test" and "train": rows that are published in figures
@@ -147,6 +147,8 @@ def test_options_that_are_refused():
 def test_the_program_writes_training_rows(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     main(["--puzzle", "countdown", "--rows", "30", "--output", str(path), "--options", '{"numbers": 4}'])
+    called = write_rows("countdown", 30, tmp_path / "called.jsonl", numbers=4)  # the same, in Python
+    assert called.read_text() == path.read_text()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 30 and all(side_of(row["messages"][0]["content"]) == "train" for row in rows)
     assert rows[0]["source"] == "countdown" and [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
