@@ -138,18 +138,18 @@ def measured(args: GenerateBenchmarkArguments) -> dict:
 def summary(runs: list[dict], prompt_length: int, new_tokens: int, batch_size: int, decoder: str) -> dict:
     """Medians over repeats (of each process's fastest call), and ratios to the plain decoders of the same repeat."""
     cell = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size}
-    here = [found for found in runs if all(found[name] == value for name, value in cell.items())]
+    here = [record for record in runs if all(record[name] == value for name, value in cell.items())]
     times = {}
-    for found in here:
-        times.setdefault(found["decoder"], []).append(min(found["seconds"]))
-    mine = next(found for found in here if found["decoder"] == decoder)
+    for record in here:
+        times.setdefault(record["decoder"], []).append(min(record["seconds"]))
+    mine = next(record for record in here if record["decoder"] == decoder)
     speed = spread([mine["tokens"] / seconds for seconds in times[decoder]])
-    found = {**cell, "decoder": decoder, "seconds": spread(times[decoder]), "tokens_per_second": speed}
+    record = {**cell, "decoder": decoder, "seconds": spread(times[decoder]), "tokens_per_second": speed}
     for name in PLAIN:
         pairs = list(zip(times.get(name, []), times[decoder], strict=False))
-        found[f"times_{name}"] = spread([base / seconds for base, seconds in pairs]) if pairs else None
+        record[f"times_{name}"] = spread([base / seconds for base, seconds in pairs]) if pairs else None
     names = ("tokens_per_forward", "peak_bytes", "prompt_tokens")
-    return {**found, **{name: mine[name] for name in names}, "flops": flops(mine, decoder, new_tokens, batch_size)}
+    return {**record, **{name: mine[name] for name in names}, "flops": flops(mine, decoder, new_tokens, batch_size)}
 
 
 def flops(run: dict, decoder: str, new_tokens: int, batch_size: int) -> float:
@@ -174,7 +174,7 @@ def flops(run: dict, decoder: str, new_tokens: int, batch_size: int) -> float:
 
 def slopes(results: list[dict]) -> list[dict]:
     """For decoders measured at several lengths: d log(seconds) / d log(new tokens), and that of the FLOPs."""
-    found = []
+    exponents = []
     for key, group in itertools.groupby(sorted(results, key=_not_length), key=lambda item: _not_length(item)):
         group = list(group)
         if len(group) > 1:
@@ -184,8 +184,8 @@ def slopes(results: list[dict]) -> list[dict]:
                 linear_regression(lengths, [math.log(value) for value in values]).slope
                 for values in ([item["seconds"]["median"] for item in group], [item["flops"] for item in group])
             )
-            found.append({**cells, "seconds": times, "flops": need})
-    return found
+            exponents.append({**cells, "seconds": times, "flops": need})
+    return exponents
 
 
 def _not_length(item: dict) -> tuple:
@@ -222,14 +222,14 @@ def score_title(scores: dict) -> str:
     return f"score ({', '.join(map(str, room))} new)" if room else "score"
 
 
-def plot(found: dict, path: str | Path) -> None:
+def plot(record: dict, path: str | Path) -> None:
     """Score against tokens per second, a point per decoder, at the first prompt length, number of tokens and batch."""
-    first = found["results"][0]
+    first = record["results"][0]
     cell = ("prompt_length", "new_tokens", "batch_size")
-    points = [item for item in found["results"] if all(item[name] == first[name] for name in cell)]
+    points = [item for item in record["results"] if all(item[name] == first[name] for name in cell)]
     figure, (axes,) = panels(size=(7, 4.5))
     for item in points:
-        scored, speed = found["scores"][item["decoder"]], item["tokens_per_second"]
+        scored, speed = record["scores"][item["decoder"]], item["tokens_per_second"]
         reach = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
         axes.errorbar(
             speed["median"], scored["value"], xerr=reach, yerr=scored["standard_error"], marker="o", capsize=2

@@ -66,15 +66,15 @@ def prompts(tokenizer, data: str | None, rows: int, length: int, vocab_size: int
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(8, vocab_size, (rows, length or 16), generator=generator)
         return ids, torch.ones_like(ids)
-    found = [list(question) + list(answer) * bool(length) for question, answer in questions(tokenizer, data)]
+    texts = [list(question) + list(answer) * bool(length) for question, answer in questions(tokenizer, data)]
     if length:
-        stream = list(itertools.chain.from_iterable(found))
+        stream = list(itertools.chain.from_iterable(texts))
         stream *= -(-(rows * length) // len(stream))
-        found = [stream[row * length : (row + 1) * length] for row in range(rows)]
-    found = [found[row % len(found)] for row in range(rows)]
-    width = max(map(len, found))
-    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in found]
-    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in found])
+        texts = [stream[row * length : (row + 1) * length] for row in range(rows)]
+    texts = [texts[row % len(texts)] for row in range(rows)]
+    width = max(map(len, texts))
+    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in texts]
+    return torch.tensor(ids), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in texts])
 
 
 def questions(tokenizer, data: str) -> list[tuple[list[int], list[int]]]:
@@ -122,11 +122,11 @@ def measure(
     ids, mask = prompts(tokenizer, data, batch_size, prompt_length, config.vocab_size, seed)
     ids, mask = ids.to(device), mask.to(device)
     decode = decoder_of(decoder, network, new_tokens, block_length)
-    found, seconds = decode(ids, mask), []
+    decoded, seconds = decode(ids, mask), []
     for _ in range(calls):
         synchronize(device)
         start = time.perf_counter()
-        found = decode(ids, mask)
+        decoded = decode(ids, mask)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     layers = sum(value.numel() for name, value in network.named_parameters() if "embed_tokens" not in name)
@@ -135,7 +135,7 @@ def measure(
     return {
         "seconds": seconds,
         "tokens": new_tokens * batch_size,
-        "tokens_per_forward": found[1],
+        "tokens_per_forward": decoded[1],
         "peak_bytes": peak_memory(device),
         "prompt_tokens": ids.shape[1],
         "parameters": layers + tied,
@@ -154,7 +154,7 @@ def decoder_of(name: str, network, new_tokens: int, block_length: int | None):
     settings = generate_settings(decoder_settings(name), network.config, new_tokens, block_length)
 
     def decode(ids, mask):
-        found = network.generate(
+        output = network.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=new_tokens,
@@ -164,7 +164,7 @@ def decoder_of(name: str, network, new_tokens: int, block_length: int | None):
             **no_eos(network),
             **settings,
         )
-        return found.sequences, float(found.tokens_per_forward.mean())
+        return output.sequences, float(output.tokens_per_forward.mean())
 
     return decode
 
@@ -257,8 +257,8 @@ def score(
         settings = generate_settings(settings, network.config, new_tokens, block_length)
     size = settings.get("block_length") or 1
     settings["max_new_tokens"] = -(-new_tokens // size) * size
-    found = exact_match(
+    record = exact_match(
         network, tokenizer, list(itertools.islice(_rows(data), rows)), batch_size=batch_size, **settings
     )
-    kept = {name: found[name] for name in ("value", "standard_error", "rows", "truncated")}
-    return {**kept, "new_tokens": found["settings"]["max_new_tokens"]}
+    kept = {name: record[name] for name in ("value", "standard_error", "rows", "truncated")}
+    return {**kept, "new_tokens": record["settings"]["max_new_tokens"]}

@@ -1,6 +1,6 @@
 """`benchmark.py train`: training throughput of each objective against a plain loop, and what each gain is worth alone.
 
-`benchmark_measure.py` says what the plain loop is. Each run has a fresh process, and repeats go round all
+`training_run.py` says what the plain loop is. Each run has a fresh process, and repeats go round all
 configurations, so that a slow minute of the machine hits every one; ratios are taken inside a round.
 
 A model's FLOPs are those that its objective needs, per token that is no padding, backward twice the forward:
@@ -149,26 +149,26 @@ def benchmark(args: TrainBenchmarkArguments) -> dict:
             [`summary`]), `block_over_mdlm`, `profiles`, and `runs` (what `measure` returned).
     """
     require_rich("the table of results")
-    found = measured(args)
+    record = measured(args)
     from rich.console import Console
 
     console = Console()
-    for table in tables(found):
+    for table in tables(record):
         console.print(table)
-    rates = ", ".join(f"{name} {ranged(rate, '{:.4g}')} FLOP/s" for name, rate in found["matmul"].items())
-    print(f"{found['parameters']:,} parameters; large matrix product: {rates}")
-    if found["block_over_mdlm"]:
+    rates = ", ".join(f"{name} {ranged(rate, '{:.4g}')} FLOP/s" for name, rate in record["matmul"].items())
+    print(f"{record['parameters']:,} parameters; large matrix product: {rates}")
+    if record["block_over_mdlm"]:
         print(
             "block over mdlm ({configuration}): {measured:.2f}, by FLOPs {flop_ceiling:.2f}".format_map(
-                found["block_over_mdlm"]
+                record["block_over_mdlm"]
             )
         )
-    for objective, text in found["profiles"].items():
+    for objective, text in record["profiles"].items():
         print(f"{objective}, {args.configurations[-1]}:\n{text}")
     if args.output is not None:
-        write_json(args.output, {**provenance(), "arguments": asdict(args), **found})
+        write_json(args.output, {**provenance(), "arguments": asdict(args), **record})
         print(f"results: {args.output}")
-    return found
+    return record
 
 
 def measured(args: TrainBenchmarkArguments) -> dict:
@@ -188,19 +188,19 @@ def measured(args: TrainBenchmarkArguments) -> dict:
         for repeat, objective, configuration in tqdm(plan, desc="Measuring", unit=" runs"):
             if len(rates) == repeat:
                 rates.append(run(matmul_rates, device=device_name(), threads=args.threads))
-            facts = run(measure, folder=folder, **options(args, objective, configuration))
-            runs.append({"objective": objective, "configuration": configuration, "repeat": repeat, **facts})
+            timing = run(measure, folder=folder, **options(args, objective, configuration))
+            runs.append({"objective": objective, "configuration": configuration, "repeat": repeat, **timing})
         for objective in args.objectives if args.profile else []:
-            facts = run(measure, folder=folder, profile=True, **options(args, objective, args.configurations[-1]))
-            profiles[objective] = facts["profile"]
+            timing = run(measure, folder=folder, profile=True, **options(args, objective, args.configurations[-1]))
+            profiles[objective] = timing["profile"]
     matmul = {name: spread([rate[name] for rate in rates]) for name in rates[0]}
     results = [
         summary(runs, objective, configuration, config, args.max_length, matmul)
         for objective in args.objectives
         for configuration in args.configurations
     ]
-    found = {"parameters": count_parameters(config), "matmul": matmul, "results": results}
-    return {**found, "block_over_mdlm": block_over_mdlm(results), "profiles": profiles, "runs": runs}
+    record = {"parameters": count_parameters(config), "matmul": matmul, "results": results}
+    return {**record, "block_over_mdlm": block_over_mdlm(results), "profiles": profiles, "runs": runs}
 
 
 run = in_fresh_process
@@ -289,14 +289,13 @@ def block_over_mdlm(results: list[dict]) -> dict | None:
 # ---- report
 
 
-def tables(found: dict) -> list:
+def tables(record: dict) -> list:
     """The results as `rich` tables, one per objective: medians, and in brackets the range over repeats."""
     header = ("configuration", "tokens/s", "× plain", "matmul rate", "peak MB", "s/step", "first step")
-    objectives = dict.fromkeys(result["objective"] for result in found["results"])
-    by_objective = {
-        name: [result for result in found["results"] if result["objective"] == name] for name in objectives
-    }
-    return [rich_table(name, header, map(cells, results)) for name, results in by_objective.items()]
+    rows = {}
+    for result in record["results"]:
+        rows.setdefault(result["objective"], []).append(cells(result))
+    return [rich_table(objective, header, lines) for objective, lines in rows.items()]
 
 
 def cells(result: dict) -> list[str]:

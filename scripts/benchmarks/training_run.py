@@ -229,13 +229,15 @@ class Window:
     def facts(self) -> dict:
         """See `measure`."""
         counts = zip(*self.counts[self.opens : self.closes], strict=True)
-        facts = dict(zip(("tokens", "slots", "supervised"), (sum(map(int, column)) for column in counts), strict=True))
-        facts["seconds"] = self.ends[self.closes - 1] - self.ends[self.opens - 1]
-        facts["first_step_seconds"] = self.ends[0] - self.start
+        timing = dict(
+            zip(("tokens", "slots", "supervised"), (sum(map(int, column)) for column in counts), strict=True)
+        )
+        timing["seconds"] = self.ends[self.closes - 1] - self.ends[self.opens - 1]
+        timing["first_step_seconds"] = self.ends[0] - self.start
         if self.profiler is not None:
             order = f"self_{self.device}_time_total"
-            facts["profile"] = self.profiler.key_averages().table(sort_by=order, row_limit=25)
-        return facts
+            timing["profile"] = self.profiler.key_averages().table(sort_by=order, row_limit=25)
+        return timing
 
 
 def full_width(max_length: int, pad_token_id: int):

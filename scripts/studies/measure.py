@@ -40,8 +40,8 @@ def score(folder, sources: dict[str, Path], blocks: list, *, samples: int, max_l
                 parts.append(evaluate_likelihood(model, [batch], samples=samples, block_length=block))
             length = block if block is not None else (model.config.block_length or 0) if is_diffusion(model) else None
             chunks = [[part.nats, part.standard_error**2, part.tokens, part.bytes] for part in parts]
-            facts = {"own": block is None, "bound": parts[0].bound, "estimator": parts[0].estimator}
-            results.append({"data": name, "block_length": length, **facts, "chunks": chunks})
+            labels = {"own": block is None, "bound": parts[0].bound, "estimator": parts[0].estimator}
+            results.append({"data": name, "block_length": length, **labels, "chunks": chunks})
     return results
 
 
@@ -71,7 +71,7 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
     rows = prepare_data(DataArguments(eval_data=files, max_length=max_length), tokenizer).eval
     rows = [rows[i] for i in range(min(batch_size, len(rows)))]
     collate = Collator(tokenizer.pad_token_id)
-    found = {"block_length": model.config.block_length or 0, "tokens": 0}
+    record = {"block_length": model.config.block_length or 0, "tokens": 0}
     entry = TRAINERS["diffusion"]
     for mask_count in ("exact", "bernoulli"):
         args = entry.config_class(
@@ -86,15 +86,15 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
         for draw in range(draws):
             batch = collate([{**row, "rank": rank, "epoch": draw} for rank, row in enumerate(rows)])
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            found["tokens"] = int((batch["labels"] != -100).sum())
+            record["tokens"] = int((batch["labels"] != -100).sum())
             with torch.set_grad_enabled(draw < MOST_GRADIENTS):
                 loss = trainer.compute_loss(model, batch)
             losses.append(loss.item())
             if draw < MOST_GRADIENTS:
                 slopes = torch.autograd.grad(loss, list(model.parameters()))
                 gradients.append(torch.cat([slope.flatten() for slope in slopes]))
-        found[mask_count] = {**moments(losses), "gradient_variance": gradient_variance(gradients)}
-    return found
+        record[mask_count] = {**moments(losses), "gradient_variance": gradient_variance(gradients)}
+    return record
 
 
 def moments(values: list[float]) -> dict:

@@ -39,11 +39,9 @@ def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> 
             `mask_error` of the masks alone, `seed_error`, and `standard_error` of all.
     """
     if reference is not None:
-        common = sorted(set(runs) & set(reference))
-        pairs = [(runs[seed], reference[seed]) for seed in common]
         runs = {
-            seed: [[a[0] - b[0], a[1] + b[1], *a[2:]] for a, b in zip(*pair, strict=True)]
-            for seed, pair in zip(common, pairs, strict=True)
+            seed: [[a[0] - b[0], a[1] + b[1], *a[2:]] for a, b in zip(runs[seed], reference[seed], strict=True)]
+            for seed in sorted(set(runs) & set(reference))
         }
     chunks = mean_chunks(list(runs.values()))
     total, variance = bits_per_byte(chunks), sum(chunk[1] for chunk in chunks) / len(runs)
@@ -59,21 +57,21 @@ def summary(runs: dict[int, list], reference: dict[int, list] | None = None) -> 
 
 def scored(folders: list[Path]) -> dict[tuple, dict[int, list]]:
     """The parts of a variant's scores by (source, block length, own) and seed."""
-    found = {}
+    parts = {}
     for folder in folders:
         seed = read_json(folder / "run.json")["seed"]
         for result in read_json(folder / "scores.json")["results"]:
             key = (result["data"], result["block_length"], result["own"])
-            found.setdefault(key, {})[seed] = result["chunks"]
-    return found
+            parts.setdefault(key, {})[seed] = result["chunks"]
+    return parts
 
 
-def score_rows(found: dict[str, list[Path]], reference: str | None) -> list[dict]:
+def score_rows(finished: dict[str, list[Path]], reference: str | None) -> list[dict]:
     """A row per model and block length: its figures on every source, and over the reference."""
     rows = []
-    known = scored(found.get(reference, [])) if reference else {}
+    known = scored(finished.get(reference, [])) if reference else {}
     base = {source: runs for (source, _, own), runs in known.items() if own}
-    for name, folders in found.items():
+    for name, folders in finished.items():
         scores = scored(folders)
         for block, own in dict.fromkeys((block, own) for _, block, own in scores):
             sources = {key[0]: runs for key, runs in scores.items() if key[1:] == (block, own)}
@@ -90,40 +88,29 @@ def score_rows(found: dict[str, list[Path]], reference: str | None) -> list[dict
 
 
 def run_facts(folders: list[Path]) -> list[dict]:
-    facts = []
+    records = []
     for folder in folders:
         run = read_json(folder / "run.json")
-        facts.append({"run": folder.name, **{name: run[name] for name in RUN_FACTS}})
+        records.append({"run": folder.name, **{name: run[name] for name in RUN_FACTS}})
         if (folder / "scores.json").exists():
-            facts[-1]["scored_by"] = read_json(folder / "scores.json")["command"]
-    return facts
+            records[-1]["scored_by"] = read_json(folder / "scores.json")["command"]
+    return records
 
 
-def curves(found: dict[str, list[Path]]) -> list[dict]:
+def curves(finished: dict[str, list[Path]]) -> list[dict]:
     """Held-out bits per byte over epochs for each run of part c."""
     from nanollada.trainers.callbacks import read_metrics
 
     lines = []
-    for name, folders in found.items():
+    for name, folders in finished.items():
         for folder in folders:
             points = [line for line in read_metrics(folder) if "eval_bits_per_byte" in line]
-            seed, per_epoch = read_json(folder / "run.json")["seed"], epoch_steps(folder)
             points = {line["step"]: line["eval_bits_per_byte"] for line in points}
-            lines.append(
-                {
-                    "run": name,
-                    "title": VARIANTS[name].title,
-                    "seed": seed,
-                    "epochs": [step / per_epoch for step in points],
-                    "bits_per_byte": list(points.values()),
-                }
-            )
+            run = read_json(folder / "run.json")
+            line = {"run": name, "title": VARIANTS[name].title, "seed": run["seed"]}
+            line["epochs"] = [step / (run["steps"] / run["epochs"]) for step in points]
+            lines.append({**line, "bits_per_byte": list(points.values())})
     return lines
-
-
-def epoch_steps(folder: Path) -> float:
-    run = read_json(folder / "run.json")
-    return run["steps"] / run["epochs"]
 
 
 def crossing(first: dict, second: dict) -> float | None:
@@ -141,7 +128,7 @@ def crossing(first: dict, second: dict) -> float | None:
 
 def verdicts(lines: list[dict]) -> list[dict]:
     """Part c in figures: each AR curve's and the diffusion curve's best, and where they cross."""
-    found = []
+    rows = []
     for line in lines:
         best = min(line["bits_per_byte"])
         row = {"run": line["run"], "title": line["title"], "seed": line["seed"], "best": best}
@@ -151,8 +138,8 @@ def verdicts(lines: list[dict]) -> list[dict]:
         if line["run"] != "small_mdlm" and rivals:
             row["diffusion_below_from_epoch"] = crossing(line, rivals[0])
             row["gap_of_bests"] = min(rivals[0]["bits_per_byte"]) - best
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 # ---- tables
@@ -179,11 +166,11 @@ def score_table(rows: list[dict], reference: str = "AR") -> str:
 def noise_table(measured: list[dict]) -> str:
     header = ["model", "masks", "loss, nats/token", "s.d. of a step's loss", "variance of its gradient"]
     cells = []
-    for found in measured:
+    for entry in measured:
         for kind in ("exact", "bernoulli"):
-            part = found[kind]
+            part = entry[kind]
             loss = with_error(part["mean"], part["standard_error"])
-            name = f"{VARIANTS[found['of']].title}, seed {found['seed']}"
+            name = f"{VARIANTS[entry['of']].title}, seed {entry['seed']}"
             cells.append([name, kind, loss, f"{part['standard_deviation']:.4f}", f"{part['gradient_variance']:.4f}"])
     return markdown(header, cells)
 
@@ -210,8 +197,8 @@ def draw_scores(path: Path, rows: list[dict]) -> None:
     for axes, source in zip(all_axes, sources, strict=True):
         figures = [row["bits_per_byte"][source] for row in rows]
         places = range(len(rows))
-        errors = [found["standard_error"] or 0 for found in figures]
-        axes.errorbar([found["value"] for found in figures], places, xerr=errors, fmt="o", capsize=3, markersize=4)
+        errors = [entry["standard_error"] or 0 for entry in figures]
+        axes.errorbar([entry["value"] for entry in figures], places, xerr=errors, fmt="o", capsize=3, markersize=4)
         axes.set_yticks(places, [row["title"] for row in rows] if axes is all_axes[0] else [""] * len(rows))
         axes.invert_yaxis()
         axes.set_xlabel(f"{source}: bits per byte (diffusion: upper bound)")
@@ -224,16 +211,16 @@ def draw_noise(path: Path, measured: list[dict], rows: list[dict]) -> None:
     figure, (left, right) = panels(1, 2, size=(10, 3.6))
     places = range(len(measured))
     for shift, kind in ((-0.2, "exact"), (0.2, "bernoulli")):
-        heights = [found[kind]["standard_deviation"] for found in measured]
+        heights = [entry[kind]["standard_deviation"] for entry in measured]
         left.bar([place + shift for place in places], heights, width=0.38, label=kind)
-    left.set_xticks(places, [f"block {found['block_length'] or 'row'}" for found in measured])
+    left.set_xticks(places, [f"block {entry['block_length'] or 'row'}" for entry in measured])
     left.set_ylabel("s.d. of a step's loss, nats per token")
     left.legend()
     rows = [row for row in rows if row["own"]]
     for source in rows[0]["bits_per_byte"] if rows else []:
         figures = [row["bits_per_byte"][source] for row in rows]
-        errors = [found["seed_error"] or found["mask_error"] for found in figures]
-        right.errorbar([found["value"] for found in figures], range(len(rows)), xerr=errors, fmt="o", label=source)
+        errors = [entry["seed_error"] or entry["mask_error"] for entry in figures]
+        right.errorbar([entry["value"] for entry in figures], range(len(rows)), xerr=errors, fmt="o", label=source)
     right.set_yticks(range(len(rows)), [row["title"] for row in rows])
     right.set_xlabel("bits per byte after the same steps (± seeds)")
     if rows:
@@ -260,45 +247,45 @@ def draw_curves(path: Path, lines: list[dict]) -> None:
 # ---- a part
 
 
-def write_part(folder: Path, part: str, found: dict[str, list[Path]]) -> str:
+def write_part(folder: Path, part: str, finished: dict[str, list[Path]]) -> str:
     """
     Writes `<part>.json`, `<part>.md` and `<part>.png`.
 
     Args:
         folder (`Path`): The study.
         part (`str`): "a", "b", "c" or "d".
-        found (`dict[str, list[Path]]`): The folders of the finished runs by name.
+        finished (`dict[str, list[Path]]`): The folders of the finished runs by name.
 
     Returns:
         `str`: the tables.
     """
-    trained = {name: paths for name, paths in found.items() if name in VARIANTS}
-    facts = {"part": part, "settings": read_json(folder / "settings.json")}
-    facts["corpus"] = read_json(folder / "corpus" / "facts.json")
-    facts["runs"] = [fact for paths in trained.values() for fact in run_facts(paths)]
+    trained = {name: paths for name, paths in finished.items() if name in VARIANTS}
+    record = {"part": part, "settings": read_json(folder / "settings.json")}
+    record["corpus"] = read_json(folder / "corpus" / "facts.json")
+    record["runs"] = [fact for paths in trained.values() for fact in run_facts(paths)]
     picture = folder / f"{part}.png"
     if part == "c":
-        facts["curves"] = curves(trained)
-        facts["rows"] = verdicts(facts["curves"])
-        text = curve_table(facts["rows"])
-        draw_curves(picture, facts["curves"])
+        record["curves"] = curves(trained)
+        record["rows"] = verdicts(record["curves"])
+        text = curve_table(record["rows"])
+        draw_curves(picture, record["curves"])
     else:
         reference = REFERENCES.get(part)
-        facts["rows"] = score_rows(trained, reference)
-        text = score_table(facts["rows"], VARIANTS[reference or "ar"].title) if facts["rows"] else ""
+        record["rows"] = score_rows(trained, reference)
+        text = score_table(record["rows"], VARIANTS[reference or "ar"].title) if record["rows"] else ""
         if part in REFERENCES:
-            draw_scores(picture, facts["rows"])
+            draw_scores(picture, record["rows"])
         else:
-            facts["noise"] = [read_json(path / "noise.json") for name in NOISE for path in found.get(name, [])]
-            text += "\n" + noise_table(facts["noise"])
-            draw_noise(picture, facts["noise"], facts["rows"])
-    text += "\n" + commands(facts)
-    write_json(folder / f"{part}.json", facts)
+            record["noise"] = [read_json(path / "noise.json") for name in NOISE for path in finished.get(name, [])]
+            text += "\n" + noise_table(record["noise"])
+            draw_noise(picture, record["noise"], record["rows"])
+    text += "\n" + commands(record)
+    write_json(folder / f"{part}.json", record)
     (folder / f"{part}.md").write_text(text, encoding="utf-8")
     return text
 
 
-def commands(facts: dict) -> str:
+def commands(record: dict) -> str:
     """The commands behind the tables, one a run."""
-    lines = [f"{fact['run']}: `{fact['command']}`" for fact in facts["runs"]]
+    lines = [f"{run['run']}: `{run['command']}`" for run in record["runs"]]
     return "\n".join(f"- {line}" for line in lines) + "\n"

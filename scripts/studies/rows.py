@@ -81,5 +81,5 @@ def held_out_texts(source: str, path: Path, count: int) -> dict:
 
     examples = read_examples(resolve_source(source, SourceArguments(data=[source])), RowPolicy())
     chosen = sorted(examples, key=lambda example: example.position)[:count]
-    facts = write_texts(path, [(example.text, 0) for example in chosen])
-    return {name: facts[name] for name in ("documents", "bytes")}
+    counts = write_texts(path, [(example.text, 0) for example in chosen])
+    return {name: counts[name] for name in ("documents", "bytes")}

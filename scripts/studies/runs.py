@@ -24,7 +24,7 @@ from nanollada.scripts.studies.variants import (
     listed,
     needs,
 )
-from nanollada.trainers.records import hardware, read_json, versions, write_json
+from nanollada.trainers.records import provenance, read_json, write_json
 
 PROGRAM = Path(__file__).parents[1] / "study.py"
 RECIPES = Path(os.path.relpath(Path(__file__).parents[1] / "recipes"))  # as in the command of a run
@@ -73,10 +73,10 @@ class Study:
         corpus = self.folder / "corpus"
         if not (corpus / "facts.json").exists():
             corpus.mkdir(exist_ok=True)
-            facts = split_texts(self.args.data, self.tokenizer, corpus, self.args.tokens, self.args.small_tokens)
+            sizes = split_texts(self.args.data, self.tokenizer, corpus, self.args.tokens, self.args.small_tokens)
             for source in self.args.eval_data:
-                facts[Path(source).stem] = held_out_texts(source, self.eval_file(source), self.args.eval_documents)
-            write_json(corpus / "facts.json", facts)
+                sizes[Path(source).stem] = held_out_texts(source, self.eval_file(source), self.args.eval_documents)
+            write_json(corpus / "facts.json", sizes)
 
     def eval_file(self, source: str) -> Path:
         return self.folder / "corpus" / f"eval_{Path(source).stem}.jsonl"
@@ -106,9 +106,9 @@ class Study:
             run = read_json(self.run_folder(NOISE[name], seed) / "run.json")
             length, batch = run["data"]["max_length"], self.setting("diffusion", "per_device_train_batch_size")
             rows = self.files("first")
-            found = loss_noise(self.run_folder(NOISE[name], seed), rows, self.args.draws, batch, length, seed)
+            noise = loss_noise(self.run_folder(NOISE[name], seed), rows, self.args.draws, batch, length, seed)
             folder.mkdir(exist_ok=True)
-            return write_json(folder / "noise.json", {"of": NOISE[name], "seed": seed, **self.command(), **found})
+            return write_json(folder / "noise.json", {"of": NOISE[name], "seed": seed, **self.command(), **noise})
         if not (folder / "run.json").exists():
             self.train(name, seed)
         if not self.done(name, seed):
@@ -123,8 +123,7 @@ class Study:
 
     def command(self) -> dict:
         """The command of this process and what it runs on, for its numbers."""
-        command = shlex.join(["python", "scripts/study.py", *sys.argv[1:]])
-        return {"command": command, "hardware": hardware(), "versions": versions()}
+        return {**provenance(), "command": shlex.join(["python", "scripts/study.py", *sys.argv[1:]])}
 
     def train(self, name: str, seed: int) -> None:
         from nanollada.trainers import run
@@ -159,20 +158,17 @@ class Study:
         from nanollada.trainers.models import SHAPE
 
         variant, steps = VARIANTS[name], self.steps(name)
-        whole = steps * (2 if variant.rows in ("first", "second") else 1)
+        full = steps * (2 if variant.rows in ("first", "second") else 1)
         chosen = {"output_dir": self.run_folder(name, seed), "seed": seed, "max_steps": steps, "bf16": True}
-        chosen |= {
-            "data": self.files(variant.rows),
-            "held_out_fraction": 0.0,
-            "use_cpu": not torch.cuda.is_available(),
-        }
-        # half runs warm up and decay for as many steps as whole ones
-        chosen["warmup_steps"] = max(1, round(self.setting(variant.kind, "warmup_steps") * whole))
-        chosen["lr_decay_ratio"] = self.setting(variant.kind, "lr_decay_ratio") * whole / steps
+        chosen |= {"data": self.files(variant.rows), "held_out_fraction": 0.0}
+        chosen["use_cpu"] = not torch.cuda.is_available()
+        # half runs warm up and decay for as many steps as full ones
+        chosen["warmup_steps"] = max(1, round(self.setting(variant.kind, "warmup_steps") * full))
+        chosen["lr_decay_ratio"] = self.setting(variant.kind, "lr_decay_ratio") * full / steps
         chosen |= SIZES[self.args.size]
         if variant.rows == "small":
-            whole = steps / variant.share
-            chosen |= {"eval_strategy": "steps", "eval_steps": max(1, round(whole / self.args.small_evaluations))}
+            full = steps / variant.share
+            chosen |= {"eval_strategy": "steps", "eval_steps": max(1, round(full / self.args.small_evaluations))}
             chosen["eval_data"] = [str(self.eval_file(source)) for source in self.args.eval_data]
         chosen["tokenizer_name_or_path"] = self.tokenizer
         if variant.init is not None:
