@@ -172,6 +172,15 @@ def foreign_imports(root):
                 yield f"{path.relative_to(root)}: remote code is flat, not {module}"
 
 
+def tests_that_import_tests(root):
+    """What tests share is a helper module; a test file stands alone."""
+    names = {path.stem for path in (root / "tests").rglob("test_*.py")}
+    for path in sorted((root / "tests").rglob("*.py")):
+        for _, module, _ in statements(path):
+            if module in names:
+                yield f"{path.relative_to(root)} imports {module}"
+
+
 RULES = (
     back_up,
     circles,
@@ -180,6 +189,7 @@ RULES = (
     long_texts,
     taken_names,
     foreign_imports,
+    tests_that_import_tests,
 )
 
 
@@ -234,6 +244,11 @@ BROKEN = [
     (taken_names, {"scripts/torch/x.py": "x = 1\n"}, "scripts/torch has the name"),
     (foreign_imports, {"modeling_nanollada/x.py": "import numpy\n"}, "imports numpy"),
     (foreign_imports, {"modeling_nanollada/x.py": "from .a.b import c\n"}, "remote code is flat"),
+    (
+        tests_that_import_tests,
+        {"tests/test_x.py": "", "tests/a/test_y.py": "from test_x import z\n"},
+        "imports test_x",
+    ),
 ]
 
 
