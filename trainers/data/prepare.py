@@ -3,22 +3,12 @@
 import copy
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import json
-import logging
 import math
-import os
-import shutil
-import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from nanollada.trainers.data.collator import ROW_COLUMNS
 from nanollada.trainers.data.encoding import RowEncoder
 from nanollada.trainers.data.files import DataError
 from nanollada.trainers.data.formats import Example
@@ -32,10 +22,7 @@ from nanollada.trainers.data.sources import (
     refuse_idle,
     resolve_source,
 )
-
-logger = logging.getLogger(__name__)
-
-ROWS_VERSION = 1  # Of what this folder makes of given data: raise it with every change of a row, a split or a report.
+from nanollada.trainers.data.stored import counted, document_features, row_features, stored_rows
 
 
 @dataclass
@@ -151,7 +138,10 @@ def prepare_data(
         ValueError: If arguments contradict each other, or nothing is left to train or evaluate on.
     """
     plan = _Plan(args, tokenizer, eos_padding, block_length, seed)
-    return plan.stream() if args.streaming else plan.prepared()
+    if args.streaming:
+        return plan.stream()
+    train, held_out, report = stored_rows(plan)
+    return PreparedData(train, held_out, report["format"], report)
 
 
 class _Plan:
@@ -234,101 +224,6 @@ class _Plan:
             report["bytes"] += row["num_bytes"]
             yield row
 
-    # ---- prepared data
-
-    def prepared(self) -> PreparedData:
-        import datasets
-
-        if not datasets.is_caching_enabled():
-            with tempfile.TemporaryDirectory() as folder:
-                self.build(Path(folder))
-                return self.load(Path(folder), in_memory=True)
-        root = Path(datasets.config.HF_DATASETS_CACHE) / "nanollada"
-        folder = root / self.key()
-        if (folder / "report.json").exists():
-            logger.info("rows from cache: %s", folder)
-            return self.load(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        building = root / f"building-{uuid.uuid4().hex}"
-        building.mkdir()
-        try:
-            self.build(building)
-            if not folder.exists():  # another process may have been faster, with the same rows
-                os.replace(building, folder)
-        except OSError:
-            if not (folder / "report.json").exists():
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        return self.load(folder)
-
-    def key(self) -> str:
-        """Whatever the rows depend on: contents of the files, tokenizer, arguments, versions, `ROWS_VERSION`."""
-        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        backend = {name: part for name, part in backend.items() if name not in ("truncation", "padding")}
-        parts = {
-            "args": dataclasses.asdict(self.args),
-            "sources": [source.identity() for source in [*self.sources, *self.eval_sources]],
-            "tokenizer": [backend, self.tokenizer.chat_template, self.tokenizer.special_tokens_map],
-            "padding": dataclasses.asdict(self.padding),
-            "seed": self.seed if self.args.data_weights else None,
-            "versions": [
-                importlib.metadata.version(name) for name in ("transformers", "tokenizers", "datasets", "trl")
-            ],
-            "rows_version": ROWS_VERSION,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-    def build(self, folder: Path) -> None:
-        """Writes `train.arrow`, `eval.arrow` and `report.json`, by way of one file of documents per source."""
-        self.find_format()
-        with tempfile.TemporaryDirectory(dir=folder) as documents:
-            train, held_out = self._write_documents(Path(documents))
-            if train:
-                _write_rows(folder / "train.arrow", self.rows(_bar(self.combined(train)), self.report, training=True))
-            if held_out:
-                report = self.report["eval"]
-                made = self.rows((document for part in held_out for document in part), report, training=False)
-                _write_rows(folder / "eval.arrow", made)
-        self.check_filled()
-        (folder / "report.json").write_text(json.dumps(self.report))
-
-    def _write_documents(self, folder: Path) -> tuple[list, list]:
-        policy = RowPolicy(self.args.on_bad_rows, self.report["skipped_rows"])
-        train, held_out = [], []
-        for number, source in enumerate(self.sources):
-            sides = self._write_sides(folder, number, source, policy)
-            train.append(sides[0])
-            held_out.append(sides[1])
-        eval_policy = RowPolicy(self.args.on_bad_rows, self.report["eval"]["skipped_rows"])
-        for number, source in enumerate(self.eval_sources):
-            made = self.documents(source, eval_policy, lambda example: True)
-            made = (_counted(document, self.report["eval"]) for _, document in made)
-            held_out.append(_write(folder / f"eval-{number}.arrow", _document_features(self.format), _bar(made)))
-        return train, held_out if self.fraction or self.eval_sources else []
-
-    def _write_sides(self, folder: Path, number: int, source: Source, policy: RowPolicy) -> list:
-        """One pass over a source, for both of its sides."""
-        import datasets
-
-        left = self.share
-        features = _document_features(self.format)
-        paths = [str(folder / f"{side}-{number}.arrow") for side in ("train", "held-out")]
-        writers = [datasets.arrow_writer.ArrowWriter(path=path, features=features) for path in paths]
-        for example, document in _bar(self.documents(source, policy, lambda example: True), source.spec):
-            side = self.is_held_out(example)
-            if side and not left:
-                self.report["eval"]["unused_documents"] += 1
-                continue
-            left -= side
-            writers[side].write(_counted(document, self.report["eval"] if side else self.report))
-        for writer in writers:
-            writer.finalize()
-        sides = [datasets.Dataset.from_file(path) for path in paths]
-        if not len(sides[0]):
-            raise ValueError(f"`data` must hold rows to train on, got none that can be used in {source.spec}")
-        return sides
-
     def check_filled(self) -> None:
         report = self.report
         if self.sources and not report["rows"]:
@@ -342,18 +237,6 @@ class _Plan:
                 f"`eval_data`, got {self.fraction} of {report['documents']} documents and {self.args.eval_data}"
             )
 
-    def load(self, folder: Path, in_memory: bool = False) -> PreparedData:
-        import datasets
-
-        sides = []
-        for name in ("train", "eval"):
-            path = folder / f"{name}.arrow"
-            sides.append(datasets.Dataset.from_file(str(path), in_memory=in_memory) if path.exists() else None)
-        report = json.loads((folder / "report.json").read_text())
-        if report["skipped_rows"]:
-            logger.warning("skipped %d broken rows: %s", sum(report["skipped_rows"].values()), report["skipped_rows"])
-        return PreparedData(*sides, report["format"], report)
-
     # ---- streams
 
     def stream(self) -> PreparedData:
@@ -364,7 +247,7 @@ class _Plan:
         if self.sources:
             train = RowStream(functools.partial(_stream_rows, self), self.report)
         if self.fraction or self.eval_sources:
-            held_out = datasets.Dataset.from_list(list(self._eval_rows()), features=_row_features())
+            held_out = datasets.Dataset.from_list(list(self._eval_rows()), features=row_features())
             if not len(held_out):
                 raise ValueError(f"nothing to evaluate on in {[source.spec for source in self.sources]}")
         return PreparedData(train, held_out, self.format, self.report)
@@ -380,7 +263,7 @@ class _Plan:
         for source in self.sources if self.fraction else []:
             made = self.documents(source, unseen, self.is_held_out)
             documents += [document for _, (_, document) in zip(range(self.share), made, strict=False)]
-        return self.rows((_counted(document, report) for document in documents), report, training=False)
+        return self.rows((counted(document, report) for document in documents), report, training=False)
 
 
 def _stream_rows(plan: _Plan, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -390,7 +273,7 @@ def _stream_rows(plan: _Plan, report: dict[str, Any]) -> Iterator[dict[str, Any]
     plan.report = report
     parts = [
         datasets.IterableDataset.from_generator(
-            _stream_documents, _document_features(plan.format), gen_kwargs={"plan": plan, "number": number}
+            _stream_documents, document_features(plan.format), gen_kwargs={"plan": plan, "number": number}
         )
         for number in range(len(plan.sources))
     ]
@@ -403,7 +286,7 @@ def _stream_documents(plan: _Plan, number: int) -> Iterator[dict[str, Any]]:
     empty = True
     for _, document in made:
         empty = False
-        yield _counted(document, plan.report)
+        yield counted(document, plan.report)
     if empty:
         raise ValueError(
             f"`data` must hold rows to train on, got none that can be used in {plan.sources[number].spec}"
@@ -418,45 +301,3 @@ def _empty_report(args: DataArguments) -> dict[str, Any]:
     report = {"format": "", "max_length": args.max_length, **counts(args.data or [], "dropped_tokens")}
     held_out = args.data if args.held_out_fraction else None
     return {**report, "eval": counts(args.eval_data or held_out or [], "unused_documents")}
-
-
-def _counted(document: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    report["documents"] += 1
-    report["truncated_rows"] += document.get("truncated", False)
-    return document
-
-
-def _document_features(format: str):
-    from datasets import Features, List, Value
-
-    features = {"input_ids": List(Value("int32")), "num_bytes": Value("int64")}
-    if format == "sft":
-        features |= {"labels": List(Value("int32")), "truncated": Value("bool")}
-    return Features(features)
-
-
-def _row_features():
-    from datasets import Features, List, Value
-
-    numbers = {"num_bytes": Value("int64"), "index": Value("int64")}
-    return Features({**{name: List(Value("int32")) for name in ROW_COLUMNS}, **numbers})
-
-
-def _write_rows(path: Path, made: Iterable[dict[str, Any]]) -> None:
-    _write(path, _row_features(), made)
-
-
-def _write(path: Path, features, made: Iterable[dict[str, Any]]):
-    import datasets
-
-    writer = datasets.arrow_writer.ArrowWriter(path=str(path), features=features)
-    for row in made:
-        writer.write(row)
-    writer.finalize()
-    return datasets.Dataset.from_file(str(path))
-
-
-def _bar(items: Iterable, source: str = "") -> Iterable:
-    from datasets.utils import tqdm
-
-    return tqdm(items, desc=f"Reading {source}" if source else "Rows", unit=" rows")

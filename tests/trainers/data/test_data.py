@@ -10,7 +10,7 @@ import datasets
 import pytest
 import yaml
 
-from nanollada.trainers.data import prepare as data_module
+from nanollada.trainers.data import stored
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.files import DataError
 from nanollada.trainers.data.keyed import RowStream
@@ -306,8 +306,8 @@ def test_stream_is_lazy(tmp_path, tokenizer):
 
 def test_cache_is_used_and_never_stale(tmp_path, tokenizer, monkeypatch):
     builds = []
-    build = data_module._Plan.build
-    monkeypatch.setattr(data_module._Plan, "build", lambda plan, folder: builds.append(1) or build(plan, folder))
+    build = stored.build
+    monkeypatch.setattr(stored, "build", lambda plan, folder: builds.append(1) or build(plan, folder))
     path = write_texts(tmp_path / "a.jsonl", 40)
     other_template = copy.deepcopy(tokenizer)
     other_template.chat_template = tokenizer.chat_template + " "

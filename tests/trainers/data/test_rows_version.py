@@ -4,10 +4,11 @@ import copy
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from nanollada.trainers.data import prepare
+from nanollada.trainers.data import stored
 from nanollada.trainers.data.prepare import DataArguments, prepare_data
 
 TURNS = [
@@ -86,18 +87,25 @@ def digest(folder, case, tokenizer):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_those_of_their_version(tmp_path, tokenizer, case):
-    got, pinned = digest(tmp_path, case, tokenizer), PINNED.get(prepare.ROWS_VERSION, {}).get(case)
+    got, pinned = digest(tmp_path, case, tokenizer), PINNED.get(stored.ROWS_VERSION, {}).get(case)
     assert got == pinned, (
-        f"{case}: the rows of fixed data are others than those of ROWS_VERSION {prepare.ROWS_VERSION}, so that caches "
-        f"made before would be taken for them: raise ROWS_VERSION in trainers/data/prepare.py, and pin {got} here"
+        f"{case}: the rows of fixed data are others than those of ROWS_VERSION {stored.ROWS_VERSION}, so that caches "
+        f"made before would be taken for them: raise ROWS_VERSION in trainers/data/stored.py, and pin {got} here"
     )
 
 
-def test_version_and_not_source_files_decide_the_key(tmp_path, tokenizer, monkeypatch):
+def test_the_version_decides_whether_cached_rows_are_taken(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.jsonl").write_text(json.dumps(TEXTS[0]) + "\n")
-    arguments = DataArguments(data=[str(tmp_path / "a.jsonl")], **KEPT)
-    key = prepare._Plan(arguments, tokenizer, "none", None, 42).key()
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "a.jsonl"))
-    assert prepare._Plan(arguments, tokenizer, "none", None, 42).key() == key
-    monkeypatch.setattr(prepare, "ROWS_VERSION", prepare.ROWS_VERSION + 1)
-    assert prepare._Plan(arguments, tokenizer, "none", None, 42).key() != key
+    builds, build, read = [], stored.build, Path.read_text
+    monkeypatch.setattr(stored, "build", lambda plan, folder: builds.append(1) or build(plan, folder))
+
+    def read_more(path, *args, **kwargs):
+        return read(path, *args, **kwargs) + "# more" * (path.suffix == ".py")
+
+    for commented, version in ((False, 1), (True, 1), (True, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "ROWS_VERSION", stored.ROWS_VERSION + version)
+            if commented:
+                patch.setattr(Path, "read_text", read_more)
+            prepare_data(DataArguments(data=[str(tmp_path / "a.jsonl")], max_length=8, **KEPT), tokenizer)
+        assert len(builds) == version
