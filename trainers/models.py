@@ -59,8 +59,7 @@ class ModelArguments:
         default=None, metadata={"help": 'RoPE of a fresh model, as JSON, e.g. {"rope_type": "yarn", "factor": 16.0}.'}
     )
     qk_norm: bool | None = field(
-        default=None,
-        metadata={"help": "RMSNorm on queries and keys (true). Without: Llama's, with biases Qwen2's."},
+        default=None, metadata={"help": "RMSNorm on queries and keys (true). Without: Llama's, with biases Qwen2's."}
     )
     attention_bias: bool | None = field(default=None, metadata={"help": "Biases in the attention (false)."})
     attention_output_bias: bool | None = field(
@@ -121,14 +120,8 @@ def _move_mask(model, mask_token_id: int) -> None:
 
 def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
     """A config whose vocabulary and special tokens are the tokenizer's."""
-    return NanoLLaDAConfig(
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **shape,
-    )
+    special = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+    return NanoLLaDAConfig(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in special}, **shape)
 
 
 @contextmanager

@@ -138,11 +138,7 @@ class _WithTools:
 
 
 def render_chat(
-    tokenizer,
-    messages: Sequence[dict],
-    num_context: int = 0,
-    turns: str = "all",
-    tools: Sequence[dict] | None = None,
+    tokenizer, messages: Sequence[dict], num_context: int = 0, turns: str = "all", tools: Sequence[dict] | None = None
 ) -> RenderedChat:
     """
     Renders a chat up to its last answer, and finds the answers.

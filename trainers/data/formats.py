@@ -64,12 +64,12 @@ def parse_row(row: Any) -> dict[str, Any]:
         raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
     row = {name: value for name, value in row.items() if value is not None}
     tools = _checked_tools(row.pop("tools", None))
-    found = _content(row)
+    content = _content(row)
     if not tools:
-        return found
-    if "messages" not in found:
-        raise BadRow("wrong type", f"`tools` belong to a chat, got them beside {', '.join(sorted(found))}")
-    return {**found, "tools": tools}
+        return content
+    if "messages" not in content:
+        raise BadRow("wrong type", f"`tools` belong to a chat, got them beside {', '.join(sorted(content))}")
+    return {**content, "tools": tools}
 
 
 def _content(row: dict) -> dict[str, Any]:
@@ -86,10 +86,18 @@ def _content(row: dict) -> dict[str, Any]:
     return {"text": checked_text(row["text"], "text")}
 
 
-def _required(row: dict, name: str) -> Any:
+def _required(row: dict, name: str, place: str = "") -> Any:
     if name not in row:
-        raise BadRow("missing field", f"`{name}`")
+        raise BadRow("missing field", f"`{place}{name}`")
     return row[name]
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A value, or what its JSON says."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad JSON", f"`{name}`: {error}") from error
 
 
 def checked_text(value: Any, name: str, allow_empty: bool = False) -> str:
@@ -118,7 +126,7 @@ def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
         if not isinstance(message, dict):
             raise BadRow("wrong type", f"`{name}[{i}]` must be an object, got {type(message).__name__}")
         message = {key: part for key, part in message.items() if part is not None}
-        role = checked_text(_required_of(message, name, i, "role"), f"{name}[{i}].role")
+        role = checked_text(_required(message, "role", f"{name}[{i}]."), f"{name}[{i}].role")
         if role not in ROLES:
             raise BadRow("unknown role", f"`{name}[{i}].role` must be one of {', '.join(ROLES)}, got {role!r}")
         calls = message.get("tool_calls")
@@ -126,7 +134,7 @@ def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
             _check_calls(calls, f"{name}[{i}].tool_calls", role)
         if calls:  # which may be all that is said; templates find no text easier to read than no field
             message.setdefault("content", "")
-        content = _required_of(message, name, i, "content")
+        content = _required(message, "content", f"{name}[{i}].")
         checked_text(content, f"{name}[{i}].content", allow_empty=role == "system" or bool(calls))
         messages.append(message)
     return tuple(messages)
@@ -148,26 +156,14 @@ def _check_calls(calls: Any, name: str, role: str) -> None:
             if function.get(key) is None:
                 raise BadRow("missing field", f"`{place}.{key}`")
         checked_text(function["name"], f"{place}.name")
-        _check_arguments(function["arguments"], f"{place}.arguments")
-
-
-def _check_arguments(arguments: Any, name: str) -> None:
-    given = arguments
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise BadRow("bad JSON", f"`{name}`: {error}") from error
-    if not isinstance(given, dict):
-        raise BadRow("wrong type", f"`{name}` must be an object or its JSON, got {arguments!r}")
+        arguments = function["arguments"]
+        if not isinstance(_parsed(arguments, f"{place}.arguments"), dict):
+            raise BadRow("wrong type", f"`{place}.arguments` must be an object or its JSON, got {arguments!r}")
 
 
 def _checked_tools(tools: Any) -> tuple[dict, ...]:
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise BadRow("bad JSON", f"`tools`: {error}") from error
+        tools = _parsed(tools, "tools")
     if not tools:
         return ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
@@ -191,12 +187,6 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _required_of(message: dict, name: str, i: int, key: str) -> Any:
-    if key not in message:
-        raise BadRow("missing field", f"`{name}[{i}].{key}`")
-    return message[key]
-
-
 def _checked_chat(messages: tuple[dict, ...], num_context: int = 0) -> tuple[dict, ...]:
     if not any(message["role"] == "assistant" for message in messages[num_context:]):
         raise BadRow("no answer", "no assistant message to learn from")
@@ -205,10 +195,7 @@ def _checked_chat(messages: tuple[dict, ...], num_context: int = 0) -> tuple[dic
 
 def _prompt_completion(prompt: Any, completion: Any) -> dict[str, Any]:
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {
-            "prompt": checked_text(prompt, "prompt"),
-            "completion": checked_text(completion, "completion"),
-        }
+        return {"prompt": checked_text(prompt, "prompt"), "completion": checked_text(completion, "completion")}
     if isinstance(prompt, str) or isinstance(completion, str):
         raise BadRow("wrong type", "`prompt` and `completion` must both be strings or both be lists of messages")
     prompt = _checked_messages(prompt, "prompt")
