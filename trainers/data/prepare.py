@@ -212,10 +212,10 @@ class _Plan:
     def rows(self, documents: Iterable[dict[str, Any]], report: dict, training: bool) -> Iterator[dict[str, Any]]:
         """Rows from documents, counted in the report."""
         if self.format == "sft":
-            made = answer_rows(documents, self.padding if training else None)
+            rows = answer_rows(documents, self.padding if training else None)
         else:
-            made = pack_documents(documents, self.args.max_length, self.tokenizer.pad_token_id, not training)
-        for row in made:
+            rows = pack_documents(documents, self.args.max_length, self.tokenizer.pad_token_id, not training)
+        for row in rows:
             if row["index"] < 0:
                 report["dropped_tokens"] += count_targets(row)
                 continue
@@ -261,8 +261,8 @@ class _Plan:
             documents += [document for _, document in self.documents(source, policy, lambda example: True)]
         unseen = RowPolicy(self.args.on_bad_rows, quiet=True)  # training meets and counts these broken rows
         for source in self.sources if self.fraction else []:
-            made = self.documents(source, unseen, self.is_held_out)
-            documents += [document for _, (_, document) in zip(range(self.share), made, strict=False)]
+            kept = self.documents(source, unseen, self.is_held_out)
+            documents += [document for _, (_, document) in zip(range(self.share), kept, strict=False)]
         return self.rows((counted(document, report) for document in documents), report, training=False)
 
 

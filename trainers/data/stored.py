@@ -87,11 +87,8 @@ def build(plan, folder: Path) -> None:
 
 def _write_documents(plan, folder: Path) -> tuple[list, list]:
     policy = RowPolicy(plan.args.on_bad_rows, plan.report["skipped_rows"])
-    train, held_out = [], []
-    for number, source in enumerate(plan.sources):
-        sides = _write_sides(plan, folder, number, source, policy)
-        train.append(sides[0])
-        held_out.append(sides[1])
+    sides = [_write_sides(plan, folder, number, source, policy) for number, source in enumerate(plan.sources)]
+    train, held_out = [side[0] for side in sides], [side[1] for side in sides]
     eval_policy = RowPolicy(plan.args.on_bad_rows, plan.report["eval"]["skipped_rows"])
     for number, source in enumerate(plan.eval_sources):
         documents = plan.documents(source, eval_policy, lambda example: True)
