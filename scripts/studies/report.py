@@ -262,7 +262,7 @@ def write_part(folder: Path, part: str, finished: dict[str, list[Path]]) -> str:
     trained = {name: paths for name, paths in finished.items() if name in VARIANTS}
     record = {"part": part, "settings": read_json(folder / "settings.json")}
     record["corpus"] = read_json(folder / "corpus" / "facts.json")
-    record["runs"] = [fact for paths in trained.values() for fact in run_facts(paths)]
+    record["runs"] = [run for paths in trained.values() for run in run_facts(paths)]
     picture = folder / f"{part}.png"
     if part == "c":
         record["curves"] = curves(trained)

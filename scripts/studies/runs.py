@@ -50,13 +50,14 @@ class Study:
         settings = {name: value for name, value in asdict(args).items() if name not in FREE}
         settings["options"] = self.options
         path = self.folder / "settings.json"
-        if path.exists() and (earlier := read_json(path)) != settings:
-            changed = [name for name in settings if settings[name] != earlier.get(name)]
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, settings)  # once: the runs' own processes begin at the same time
+        earlier = read_json(path)
+        if changed := [name for name in settings if settings[name] != earlier.get(name)]:
             raise ValueError(
                 f"`output` holds a study with another `{changed[0]}`: choose another folder, got {self.folder}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
 
     # ---- rows and tokenizer
 

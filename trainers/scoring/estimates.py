@@ -22,8 +22,7 @@ def share(hits: Sequence[bool]) -> dict:
 
 def mean(values: Sequence[float]) -> dict:
     """`value`, its `standard_error` over the rows (`None` for a single one), and `rows`."""
-    found = ratio(values, [1.0] * len(values))
-    return {**found, "rows": len(values)}
+    return {**ratio(values, [1.0] * len(values)), "rows": len(values)}
 
 
 def ratio(tops: Sequence[float], bottoms: Sequence[float]) -> dict:

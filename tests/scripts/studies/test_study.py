@@ -35,7 +35,9 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_a_folder_serves_one_study(tmp_path):
     Study(StudyArguments(**GIVEN, output=str(tmp_path), part=["a"], seeds=[1]), ["--learning_rate", "1e-3"])
+    written = (tmp_path / "settings.json").stat()
     Study(StudyArguments(**GIVEN, output=str(tmp_path), part=["b"], seeds=[2], jobs=2), ["--learning_rate", "1e-3"])
+    assert (tmp_path / "settings.json").stat().st_ino == written.st_ino  # not again: runs start at the same time
     with pytest.raises(ValueError, match="`output` holds a study with another `options`"):
         Study(StudyArguments(**GIVEN, output=str(tmp_path)))
     with pytest.raises(ValueError, match="`output` holds a study with another `tokens`"):
