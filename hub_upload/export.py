@@ -10,16 +10,23 @@ The folder is made by `save_pretrained`, never by copying source files:
 import argparse
 import json
 import os
+import platform
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from nanollada.hub_upload import recompute, verify
 from nanollada.hub_upload.card_facts import Facts, read_facts
-from nanollada.hub_upload.evaluation_file import model_digests
-from nanollada.hub_upload.golden import write_golden
+from nanollada.hub_upload.evaluation_file import file_digest, model_digests
 from nanollada.hub_upload.model_card import build_card
-from nanollada.hub_upload.verify import check_files, check_results
+from nanollada.hub_upload.verify import GOLDEN, check_files, check_results
+
+ABOUT = (
+    "Greedy tokens of these weights, by a plain loop without generate and without a cache, in float32 on a CPU: "
+    "python verify.py compares. steps: the forward that decided each token; margins: how clear each forward's choices "
+    "were, in nats."
+)
 
 
 def export(
@@ -81,7 +88,9 @@ def export(
         _put_in_place(partial, there)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _report_missing(facts, license=license, language=language)
+    gaps = [f"{name}: --{name} is not given" for name in ("license", "language") if not metadata[name]]
+    for gap in (*facts.missing, *gaps):
+        print(f"README.md leaves out {gap}", file=sys.stderr)
     return output
 
 
@@ -151,6 +160,23 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     write_golden(folder)
 
 
+def write_golden(folder: Path) -> None:
+    """Writes golden.json into an exported folder: what its weights decode, in float32 on the CPU, a line per run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    runs = []
+    for run in recompute.runs_to_check(model.config):
+        decoded = recompute.recompute(model, run["prompt"], **run["settings"])
+        runs.append({**run, **decoded, "margins": [round(margin, 6) for margin in decoded["margins"]]})
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+    digests = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    head = json.dumps({"about": ABOUT, "versions": versions, "sha256": digests}, indent=2).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(run)}" for run in runs)
+    (folder / GOLDEN).write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+
+
 def _put_in_place(partial: Path, output: Path) -> None:
     """Renames; an earlier export stays until the new one is complete."""
     old = partial.with_name(partial.name + ".old")
@@ -158,12 +184,6 @@ def _put_in_place(partial: Path, output: Path) -> None:
         os.replace(output, old)
     os.replace(partial, output)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _report_missing(facts: Facts, **options) -> None:
-    gaps = [f"{name}: --{name} is not given" for name, value in options.items() if not value]
-    for gap in (*facts.missing, *gaps):
-        print(f"README.md leaves out {gap}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -114,10 +114,8 @@ def check_files(folder: Path) -> dict:
     )
     expected = {"AutoConfig": "configuration_nanollada.NanoLLaDAConfig"}
     expected |= dict.fromkeys(AUTO_CLASSES[architecture], f"modeling_nanollada.{architecture}")
-    _require(
-        config.get("auto_map") == expected,
-        f"`auto_map` of config.json must be {expected}, got {config.get('auto_map')}",
-    )
+    given = config.get("auto_map")
+    _require(given == expected, f"`auto_map` of config.json must be {expected}, got {given}")
     for module in sorted({target.split(".")[0] for target in expected.values()}):
         path = folder / f"{module}.py"
         _require(path.is_file(), f"`auto_map` of config.json names {module}, got no {path.name} in {folder.name}")
@@ -145,20 +143,18 @@ def read_golden(folder: Path) -> dict | None:
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
         digests, runs = dict(golden["sha256"]), golden["runs"]
-        whole = bool(runs) and all(len(run["tokens"]) == len(run["steps"]) > 0 and run["margins"] for run in runs)
+        complete = bool(runs) and all(len(run["tokens"]) == len(run["steps"]) > 0 and run["margins"] for run in runs)
     except (ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{GOLDEN} must hold `sha256` and `runs`, got {type(error).__name__}: {error}"
-        ) from error
-    _require(whole, f"{GOLDEN} must hold `runs` with `tokens`, `steps` and `margins`, got {len(runs)} runs")
+        message = f"{GOLDEN} must hold `sha256` and `runs`, got {type(error).__name__}: {error}"
+        raise VerificationError(message) from error
+    _require(complete, f"{GOLDEN} must hold `runs` with `tokens`, `steps` and `margins`, got {len(runs)} runs")
     there = {}
     for weights in folder.glob("*.safetensors"):
         with open(weights, "rb") as stream:
             there[weights.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     odd = sorted(name for name in {**digests, **there} if digests.get(name) != there.get(name))
-    _require(
-        not odd, f"{GOLDEN} must be of the weights beside it, got those of another {', '.join(odd)} (export again)"
-    )
+    others = ", ".join(odd)
+    _require(not odd, f"{GOLDEN} must be of the weights beside it, got those of another {others} (export again)")
     return golden
 
 
@@ -213,17 +209,7 @@ def clean_environment(scratch: Path) -> dict[str, str]:
 
 def _start_clean_process(folder: Path, scratch: Path, python: str | os.PathLike) -> subprocess.Popen:
     (scratch / "cwd").mkdir()
-    command = [
-        str(python),
-        "-I",
-        "-B",
-        "-X",
-        "utf8",
-        str(Path(__file__).resolve()),
-        str(folder),
-        "--clean",
-        str(scratch),
-    ]
+    command = [python, "-I", "-B", "-X", "utf8", Path(__file__).resolve(), folder, "--clean", scratch]
     return subprocess.Popen(
         command,
         cwd=scratch / "cwd",
@@ -273,10 +259,8 @@ def _compare(path: Path, reference) -> float | None:
     import torch
 
     logits = torch.load(path, weights_only=True)
-    _require(
-        logits.shape == reference.shape,
-        f"logits: the shapes must agree, got {tuple(logits.shape)} in the clean process and {tuple(reference.shape)}",
-    )
+    shape, expected = tuple(logits.shape), tuple(reference.shape)
+    _require(shape == expected, f"logits: the shapes must agree, got {shape} in the clean process and {expected}")
     out, nan = logits < SUPPRESSED, logits.isnan() | reference.isnan()
     same = torch.equal(out, reference < SUPPRESSED) and not nan.any()
     _require(same, "logits: the clean process and the local classes must suppress the same tokens, and never give NaN")
@@ -349,18 +333,16 @@ class _CleanProcess:
         from importlib.metadata import version
 
         names = ("torch", "transformers", "huggingface_hub")
-        found = {"python": platform.python_version(), **{name: version(name) for name in names}}
-        self.report |= found
-        self.details["versions"] = ", ".join(f"{name} {number}" for name, number in found.items())
+        numbers = {"python": platform.python_version(), **{name: version(name) for name in names}}
+        self.report |= numbers
+        self.details["versions"] = ", ".join(f"{name} {number}" for name, number in numbers.items())
 
     def config(self):
         from transformers import AutoConfig
 
         self.settings = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
-        _require(
-            type(self.settings).__module__.startswith("transformers_modules."),
-            f"the config must come from the folder, got {type(self.settings).__module__}",
-        )
+        module = type(self.settings).__module__
+        _require(module.startswith("transformers_modules."), f"the config must come from the folder, got {module}")
 
     def tokenizer(self):
         from transformers import AutoTokenizer
@@ -381,11 +363,10 @@ class _CleanProcess:
         names = AUTO_CLASSES[architecture]
         logits = None
         for name in names:
-            model, found = getattr(transformers, name).from_pretrained(
-                self.folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-            )
+            options = {"trust_remote_code": True, "dtype": torch.float32, "output_loading_info": True}
+            model, loading = getattr(transformers, name).from_pretrained(self.folder, **options)
             _require(type(model).__name__ == architecture, f"{name} must give {architecture}, got {type(model)}")
-            faults = {key: sorted(map(str, value)) for key, value in found.items() if value}
+            faults = {key: sorted(map(str, value)) for key, value in loading.items() if value}
             _require(not faults, f"{name} must find exactly its tensors, got {faults}")
             probe = _probe(model.eval())
             _require(logits is None or torch.equal(probe, logits), f"{name} must give the logits of {names[0]}")
@@ -420,9 +401,7 @@ class _CleanProcess:
         from transformers import GenerationMixin
 
         snippets = read_snippets((self.folder / "README.md").read_text(encoding="utf-8"), str(self.folder))
-        _require(
-            any(REPO_ID.search(snippet) for snippet in snippets), "a python block of README.md must set `repo_id`"
-        )
+        _require(any(map(REPO_ID.search, snippets)), "a python block of README.md must set `repo_id`")
         generated, generate = [], GenerationMixin.generate
 
         def recorded(model, *args, **kwargs):
@@ -458,12 +437,6 @@ def block_nanollada() -> None:
     sys.meta_path.insert(0, _Blocker)
 
 
-def _run_clean(folder: Path, scratch: Path) -> None:
-    block_nanollada()
-    report = _CleanProcess(folder, scratch).run()
-    (scratch / "report.json").write_text(json.dumps(report), encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Verifies the folder; prints a line per check, and a JSON report on one. Exit status 1 if a check fails."""
     parser = argparse.ArgumentParser(description="Check an exported folder in a clean process without nanollada.")
@@ -474,7 +447,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clean", type=Path, help=argparse.SUPPRESS)  # how the clean process is told that it is one
     args = parser.parse_args(argv)
     if args.clean is not None:
-        _run_clean(args.folder, args.clean)
+        block_nanollada()
+        report = _CleanProcess(args.folder, args.clean).run()
+        (args.clean / "report.json").write_text(json.dumps(report), encoding="utf-8")
         return 0
     try:
         print(json.dumps(verify(args.folder, args.python, lambda line: print(line, file=sys.stderr, flush=True))))
