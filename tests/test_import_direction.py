@@ -172,7 +172,7 @@ def foreign_imports(root):
                 yield f"{path.relative_to(root)}: remote code is flat, not {module}"
 
 
-def tests_that_import_tests(root):
+def imported_tests(root):
     """What tests share is a helper module; a test file stands alone."""
     names = {path.stem for path in (root / "tests").rglob("test_*.py")}
     for path in sorted((root / "tests").rglob("*.py")):
@@ -189,7 +189,7 @@ RULES = (
     long_texts,
     taken_names,
     foreign_imports,
-    tests_that_import_tests,
+    imported_tests,
 )
 
 
@@ -245,7 +245,7 @@ BROKEN = [
     (foreign_imports, {"modeling_nanollada/x.py": "import numpy\n"}, "imports numpy"),
     (foreign_imports, {"modeling_nanollada/x.py": "from .a.b import c\n"}, "remote code is flat"),
     (
-        tests_that_import_tests,
+        imported_tests,
         {"tests/test_x.py": "", "tests/a/test_y.py": "from test_x import z\n"},
         "imports test_x",
     ),
