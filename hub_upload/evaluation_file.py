@@ -56,8 +56,8 @@ def read_evaluation(path: str | os.PathLike) -> dict:
         results = evaluation.get("results")
         runs = [evaluation, *(results if isinstance(results, list) else ())]
         commands = dict.fromkeys(run["command"] for run in runs if isinstance(run, dict) and run.get("command"))
-        again = "; ".join(map(str, commands)) or "by evaluate.py"
-        raise ValueError(f"{Path(path).name} must be of version {VERSION}, got {version}: measure again ({again})")
+        again = "; ".join(f"python scripts/{command}" for command in commands or ["evaluate.py"])
+        raise ValueError(f"{path} must be of version {VERSION}, got {version}: measure again ({again})")
     return evaluation
 
 
@@ -80,9 +80,11 @@ def save_evaluation(evaluation: dict, path: str | os.PathLike) -> dict:
     if old.get("version") == VERSION and all(old.get(name) == evaluation.get(name) for name in names):
         kept = [result for result in old["results"] if _identity(result) not in new]
     elif old.get("results"):
-        others = f"{len(old['results'])} results, which don't name this model by {' and '.join(names)}"
-        others += "" if old.get("version") == VERSION else f", of version {old.get('version', 1)}"
-        print(f"{path}: dropped {others}", file=sys.stderr)
+        version = old.get("version", 1)
+        why = (
+            f"of version {version}" if version != VERSION else f"which don't name this model by {' and '.join(names)}"
+        )
+        print(f"{path}: dropped {len(old['results'])} results, {why}", file=sys.stderr)
     merged = {**evaluation, "version": VERSION, "results": [*kept, *evaluation["results"]]}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")  # a killed run leaves no half file

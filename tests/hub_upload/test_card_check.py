@@ -338,7 +338,9 @@ def test_a_file_of_version_1_is_refused_with_the_commands_that_measure_anew(fold
         changes = {} if version is None else {"version": version}
         content = {**model_digests(folder), **changes, "command": "evaluate.py --data b", "results": [old, old]}
         (folder / "evaluation.json").write_text(json.dumps(content))
-        match = r"evaluation.json must be of version 2, got 1: measure again \(evaluate.py --data b; .*data a\)"
+        match = (
+            r"evaluation.json must be of version 2, got 1: measure again \(python scripts/evaluate.py --data b; .*a\)"
+        )
         with pytest.raises(VerificationError, match=match):
             check_results(folder)
 
