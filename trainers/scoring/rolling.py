@@ -17,7 +17,7 @@ def rolling_rows(
     index: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """
-    Rows for [`~trainers.collator.Collator`] and `evaluate_likelihood`, of AR and diffusion models alike. The first
+    Rows for [`~trainers.data.collator.Collator`] and `evaluate_likelihood`, of AR and diffusion models alike. The first
     begins with `context_token_id`, every other with tokens that the rows before have scored: at least `context` of
     them. A text that fits into one row is scored in one.
 
