@@ -17,9 +17,9 @@ def rolling_rows(
     index: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """
-    Rows for [`~trainers.data.collator.Collator`] and `evaluate_likelihood`, of AR and diffusion models alike. The first
-    begins with `context_token_id`, every other with tokens that the rows before have scored: at least `context` of
-    them. A text that fits into one row is scored in one.
+    Rows for [`~trainers.data.collator.Collator`] and `evaluate_likelihood`, of AR and diffusion models alike. The
+    first begins with `context_token_id`, every other with tokens that the rows before have scored: at least `context`
+    of them. A text that fits into one row is scored in one.
 
     For a block model windows lie on the block grid of the whole text: they begin and end at multiples of
     `block_length`, the last one at the text's end. So each block is scored whole, in the model's own factorisation.
