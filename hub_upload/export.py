@@ -7,7 +7,6 @@ The folder is made by `save_pretrained`, never by copying source files:
 `modeling_nanollada/configuration_nanollada.py` is a bridge that only works inside the package.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -21,6 +20,8 @@ from nanollada.hub_upload.card_facts import Facts, read_facts
 from nanollada.hub_upload.evaluation_file import file_digest, model_digests
 from nanollada.hub_upload.model_card import build_card
 from nanollada.hub_upload.verify import GOLDEN, check_files, check_results
+from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.commands.programs import command_of
 
 ABOUT = (
     "Greedy tokens of these weights, by a plain loop without generate and without a cache, in float32 on a CPU: "
@@ -188,7 +189,9 @@ def _put_in_place(partial: Path, output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments and exports."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint to a folder for the Hub.")
+    from nanollada.trainers.commands.parser import PlainParser
+
+    parser = PlainParser(description="Export a checkpoint to a folder for the Hub.")
     parser.add_argument("checkpoint", type=Path, help="Folder with model and tokenizer.")
     parser.add_argument("output", type=Path, help="Folder to make.")
     parser.add_argument("--evaluation", type=Path, help="evaluation.json (default: the checkpoint's).")
@@ -201,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", help="Prompt of the card's snippets.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export.")
     output = export(**vars(parser.parse_args(argv)))
-    print(f"{output}: check it with python hub_upload/verify.py {output}")
+    print(f"{output}: check it with {command_of('verify', output)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

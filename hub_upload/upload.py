@@ -7,13 +7,13 @@ python hub_upload/upload.py FOLDER user/name --push
 The only file of the package that writes to the network. The token is huggingface_hub's (`hf auth login` or HF_TOKEN).
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from nanollada.hub_upload.card_results import with_source
 from nanollada.hub_upload.verify import REPO_ID, VerificationError, check_files, verify
+from nanollada.trainers.commands.ending import run_program
 
 # Of a training checkpoint, not of a model; pickles besides.
 REFUSED = ("*.bin", "*.pt", "*.pth", "*.pkl")
@@ -110,7 +110,9 @@ def _push(folder: Path, files: list[Path], repo_id: str, private, commit_message
 
 def main(argv: list[str] | None = None) -> int:
     """Parses arguments, verifies, lists, and uploads with --push. Exit status 1 if the folder must not be uploaded."""
-    parser = argparse.ArgumentParser(description="Upload an exported folder to the Hub (dry run without --push).")
+    from nanollada.trainers.commands.parser import PlainParser
+
+    parser = PlainParser(description="Upload an exported folder to the Hub (dry run without --push).")
     parser.add_argument("folder", type=Path, help="Folder made by export.py.")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--push", action="store_true", help="Really upload.")
@@ -128,4 +130,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

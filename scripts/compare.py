@@ -4,6 +4,7 @@ python scripts/compare.py --ar outputs/ar --diffusion outputs/diffusion --prompt
 """
 
 from nanollada.scripts.decoding.comparison import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

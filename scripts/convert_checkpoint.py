@@ -9,6 +9,7 @@ where it came from, and has what the way back needs.
 """
 
 from nanollada.scripts.conversion.to_ours import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

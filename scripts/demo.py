@@ -4,6 +4,7 @@ python scripts/demo.py --diffusion outputs/diffusion_sft --ar outputs/ar_sft   #
 """
 
 from nanollada.scripts.decoding.demo_page import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -11,6 +11,7 @@ python scripts/evaluate.py --suite scripts/suites/quickstart.yaml --suite_data r
 """
 
 from nanollada.scripts.evaluation.checkpoint import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

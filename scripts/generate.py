@@ -6,6 +6,7 @@ python scripts/generate.py --checkpoint outputs/diffusion --infill --prompt "The
 """
 
 from nanollada.scripts.decoding.prompting import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,7 +9,10 @@ lm-eval's own command with one model more (0.4.13 finds models of other packages
 tasks over local JSON lines, to be included by a task's own YAML: `choice`, `pairs` and `text`, as the suite has them.
 """
 
+import sys
 from importlib.util import find_spec
+
+from nanollada.trainers.commands.ending import run_program
 
 NAME = "nanollada"
 
@@ -30,13 +33,15 @@ def register() -> None:
         model_registry.register(NAME, target="nanollada.scripts.evaluation.lm_eval_model:NanoLLaDALM")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """lm-eval's command line."""
     register()
+    if argv is not None:
+        sys.argv[1:] = argv  # which is where lm-eval reads it
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

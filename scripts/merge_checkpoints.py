@@ -6,6 +6,8 @@ python scripts/merge_checkpoints.py --checkpoints outputs/run/checkpoint-800 out
 
 from dataclasses import dataclass, field
 
+from nanollada.trainers.commands.ending import run_program
+
 
 @dataclass
 class MergeArguments:
@@ -17,14 +19,13 @@ class MergeArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`), merges, saves, and says what was made."""
-    from trl import TrlParser
-
+    from nanollada.trainers.commands.parser import Parser
     from nanollada.trainers.weights.merging import merge_checkpoints
 
-    (args,) = TrlParser(MergeArguments).parse_args_and_config(argv)
+    (args,) = Parser(MergeArguments).parse_args_and_config(argv)
     merge_checkpoints(args.checkpoints, args.output_dir)
     print(f"mean of {len(args.checkpoints)} checkpoints: {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.puzzles.registry import PUZZLES, write_rows
 
 OPTIONS = "; ".join(
@@ -33,12 +34,12 @@ class PuzzleArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes training rows."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = TrlParser((PuzzleArguments,)).parse_args_and_config(argv)
+    (args,) = Parser(PuzzleArguments).parse_args_and_config(argv)
     path = write_rows(args.puzzle, args.rows, args.output, args.seed, **json.loads(args.options))
     print(f"{args.rows:,} rows: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

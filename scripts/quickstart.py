@@ -9,9 +9,8 @@ what the recipe's recorded runs gave says so and ends with exit status 3: it is 
 by a script that looks at the status alone.
 """
 
-import sys
-
 from nanollada.scripts.first_run.stages import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

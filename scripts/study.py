@@ -11,6 +11,7 @@ output gets `<part>.json`, `.md` and `.png`.
 """
 
 from nanollada.scripts.studies.runs import main
+from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

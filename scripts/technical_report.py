@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollada.scripts.reporting.tables import as_markdown, markdown
+from nanollada.trainers.commands.ending import run_program
 
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "technical_report_template.md"
@@ -219,9 +220,9 @@ def report(results: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Collects, and writes the report."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = TrlParser((ReportArguments,)).parse_args_and_config(argv)
+    (args,) = Parser(ReportArguments).parse_args_and_config(argv)
     for path, name in zip(args.collect, args.names, strict=True):
         collect(Path(path), Path(args.results) / f"{name}.json")
     Path(args.output).write_text(report(Path(args.results)), encoding="utf-8")
@@ -229,4 +230,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -3,7 +3,8 @@
 python scripts/train_tokenizer.py --data corpus.jsonl --output_dir outputs/tokenizer
 """
 
+from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.data.tokenizers import main
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,10 +1,13 @@
 """Trains the autoregressive model: `accelerate launch trainers/causal.py --config scripts/recipes/<recipe>.yaml`."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
+from nanollada.trainers import run
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
-from nanollada.trainers.run import TrainerEntry, main
+from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.run import TrainerEntry
 from nanollada.trainers.scoring.likelihood import model_inputs
 
 
@@ -46,5 +49,7 @@ class CausalTrainer(NanoLLaDATrainer):
 
 TRAINER = TrainerEntry("ar", CausalTrainer, CausalConfig, NanoLLaDAForCausalLM, "Trains the autoregressive model.")
 
+main = partial(run.main, TRAINER)
+
 if __name__ == "__main__":
-    main(TRAINER)
+    run_program(main)

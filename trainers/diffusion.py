@@ -7,11 +7,14 @@ names.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
+from nanollada.trainers import run
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
+from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.noise.adaptation import noisy_embeddings, partly_causal_mask
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
 from nanollada.trainers.noise.blocks import block_ids_of
@@ -19,7 +22,7 @@ from nanollada.trainers.noise.corruption import Corruption
 from nanollada.trainers.noise.keys import STREAM_ATTENTION, STREAM_EMBEDDING, keyed_uniform
 from nanollada.trainers.noise.registry import CORRUPTIONS
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
-from nanollada.trainers.run import TrainerEntry, main
+from nanollada.trainers.run import TrainerEntry
 from nanollada.trainers.scoring.likelihood import model_inputs
 
 EOS_PADDINGS = ("none", "block", "max_length")
@@ -301,5 +304,7 @@ TRAINER = TrainerEntry(
     "diffusion", DiffusionTrainer, DiffusionConfig, NanoLLaDAForMaskedLM, "Trains the masked-diffusion model."
 )
 
+main = partial(run.main, TRAINER)
+
 if __name__ == "__main__":
-    main(TRAINER)
+    run_program(main)

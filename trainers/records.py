@@ -13,6 +13,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from nanollada.trainers.commands.programs import CONSOLE, PROGRAMS, ROOT, is_console, name_of, recorded_command
+
 
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of files, is on the disk."""
@@ -75,8 +77,15 @@ def file_digest(file: str | os.PathLike) -> str:
 
 
 def command() -> str:
-    """The command of this process, for its figures: the program's name and its arguments."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command of this process, for its figures: that of a program of ours, else a file's name and the words."""
+    path, words = Path(sys.argv[0]), sys.argv[1:]
+    if is_console():
+        return shlex.join([CONSOLE, *words])
+    file = path.resolve()
+    file = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else None
+    if file in {program.file for program in PROGRAMS.values()}:
+        return recorded_command(name_of(file), words)
+    return shlex.join([path.name, *words])
 
 
 def hardware() -> str:

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import multiprocessing
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from nanollada.trainers import records
+from nanollada.trainers.commands.programs import name_of, recorded_command
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group
@@ -44,6 +44,11 @@ class TrainerEntry:
         file = files.pop()
         here = Path(__file__).resolve().parent
         return f"{here.name}/{file.name}" if not files and file.parent == here else None
+
+    @property
+    def console(self) -> str | None:
+        """Its name among the programs; `None` as for `program`: `train` then notes this process's command."""
+        return self.program and name_of(self.program)
 
 
 def train(
@@ -169,12 +174,11 @@ def use_fork_server(args) -> None:
 
 def main(trainer: TrainerEntry, argv: list[str] | None = None) -> dict:
     """Parses `--config recipe.yaml` and the command line over it, and runs `train`."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    parser = TrlParser((ModelArguments, DataArguments, trainer.config_class), description=trainer.help)
+    parser = Parser((ModelArguments, DataArguments, trainer.config_class), description=trainer.help)
     argv = sys.argv[1:] if argv is None else argv
-    program = trainer.program  # none of somebody else's classes: `train` notes this process's command
-    command = program and shlex.join(["accelerate", "launch", program, *map(str, argv)])
+    command = trainer.console and recorded_command(trainer.console, argv)
     with own_process_group():  # which the arguments start
         model, data, args = parser.parse_args_and_config(argv)
         use_fork_server(args)

@@ -242,8 +242,13 @@ def plot(record: dict, path: str | Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
+def parser():
+    """Of the command `generate`."""
+    from nanollada.trainers.commands.parser import Parser
+
+    return Parser(GenerateBenchmarkArguments, prog="benchmark.py generate")
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Parses arguments (or `--config file.yaml`) and measures."""
-    from trl import TrlParser
-
-    return benchmark(*TrlParser(GenerateBenchmarkArguments).parse_args_and_config(argv))
+    return benchmark(*parser().parse_args_and_config(argv))

@@ -311,8 +311,13 @@ def cells(result: dict) -> list[str]:
     ]
 
 
+def parser():
+    """Of the command `train`."""
+    from nanollada.trainers.commands.parser import Parser
+
+    return Parser(TrainBenchmarkArguments, prog="benchmark.py train")
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Parses arguments (or `--config file.yaml`) and measures."""
-    from trl import TrlParser
-
-    return benchmark(*TrlParser(TrainBenchmarkArguments).parse_args_and_config(argv))
+    return benchmark(*parser().parse_args_and_config(argv))

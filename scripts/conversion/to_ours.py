@@ -155,9 +155,9 @@ def summary(record: dict, output: str) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Parses arguments (or `--config file.yaml`), converts, verifies, and says what was done."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = TrlParser(ConvertArguments).parse_args_and_config(argv)
+    (args,) = Parser(ConvertArguments).parse_args_and_config(argv)
     record = convert(args)
     print(summary(record, args.output))
     return record

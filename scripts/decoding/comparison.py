@@ -188,9 +188,9 @@ def comparison_table(records: list[dict]):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Parses arguments (or `--config file.yaml`), compares, prints, and returns the records."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    args, decoding = TrlParser((CompareArguments, DecodingArguments)).parse_args_and_config(argv)
+    args, decoding = Parser((CompareArguments, DecodingArguments)).parse_args_and_config(argv)
     require_rich("the table of results")
     records = compare(args, decoding)
     from rich.console import Console

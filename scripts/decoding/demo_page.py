@@ -209,8 +209,8 @@ def open_page(args: DemoArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`), loads the models and serves the page."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = TrlParser((DemoArguments,)).parse_args_and_config(argv)
+    (args,) = Parser((DemoArguments,)).parse_args_and_config(argv)
     address = {"server_name": args.server_name, "server_port": args.server_port}
     open_page(args).launch(**address, share=False, ssr_mode=False, footer_links=[])

@@ -171,6 +171,6 @@ def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`) and generates."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    run(*TrlParser((GenerateArguments, DecodingArguments)).parse_args_and_config(argv))
+    run(*Parser((GenerateArguments, DecodingArguments)).parse_args_and_config(argv))

@@ -202,14 +202,14 @@ def main(argv: list[str] | None = None) -> dict:
     Parses arguments (or `--config file.yaml`), evaluates, saves, prints, and returns the new results; with `--suite`
     what `run_suite` or `check_suite` returns.
     """
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
     words = sys.argv[1:] if argv is None else argv
     if any(word == "--suite" or word.startswith("--suite=") for word in words):
         return _suite(argv, words)
     if {"-h", "--help"} & set(words):
         print(_suite_help(), end="\n\nWithout --suite:\n\n")
-    args, decoding = TrlParser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
+    args, decoding = Parser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
     from nanollada.scripts.reporting.tables import require_rich
 
     require_rich("the table of results")
@@ -226,14 +226,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 def _suite(argv: list[str] | None, words: list[str]) -> dict:
     """Runs a suite, or checks its errors, and prints."""
-    from trl import TrlParser
-
     from nanollada.scripts.evaluation.errors import check_suite
+    from nanollada.trainers.commands.parser import Parser
 
     if {"-h", "--help"} & set(words):
         print(_suite_help())
         raise SystemExit(0)
-    (args,) = TrlParser((SuiteArguments,)).parse_args_and_config(argv, fail_with_unknown_args=True)
+    (args,) = Parser(SuiteArguments).parse_args_and_config(argv)
     if args.check_errors is not None:
         return check_suite(args)
     content = run_suite(args)
@@ -244,7 +243,7 @@ def _suite(argv: list[str] | None, words: list[str]) -> dict:
 
 def _suite_help() -> str:
     """The suite's options, and what its file may say of each kind of task."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    options = TrlParser((SuiteArguments,)).format_help()
+    options = Parser(SuiteArguments).format_help()
     return f"{options}\nkinds of tasks, their settings (defaults) and figures:\n\n{documentation()}"

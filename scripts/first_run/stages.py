@@ -322,7 +322,7 @@ class Quickstart:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, runs everything, and returns the exit status: 3 where the run distrusts itself."""
-    from transformers import HfArgumentParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
+    (args,) = Parser(QuickstartArguments).parse_args_and_config(argv)
     return 3 if Quickstart(args).run() else 0

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from nanollada.scripts.studies.variants import (
     listed,
     needs,
 )
+from nanollada.trainers.commands.programs import recorded_command
 from nanollada.trainers.records import provenance, read_json, write_json
 
 PROGRAM = Path(__file__).parents[1] / "study.py"
@@ -124,7 +124,7 @@ class Study:
 
     def command(self) -> dict:
         """The command of this process and what it runs on, for its numbers."""
-        return {**provenance(), "command": shlex.join(["python", "scripts/study.py", *sys.argv[1:]])}
+        return {**provenance(), "command": recorded_command("study", sys.argv[1:])}
 
     def train(self, name: str, seed: int) -> None:
         from nanollada.trainers import run
@@ -281,9 +281,9 @@ def study(args: StudyArguments, **options) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs everything, or the one run of `--only`."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    parser = TrlParser(StudyArguments, allow_abbrev=False)
+    parser = Parser(StudyArguments)
     args, options = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
         raise ValueError(f"options for the trainers must be pairs `--name value`, got {options}")

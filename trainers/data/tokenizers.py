@@ -210,9 +210,9 @@ def _texts_of(example: Example) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments (or `--config file.yaml`), trains, saves, and says what was made."""
-    from trl import TrlParser
+    from nanollada.trainers.commands.parser import Parser
 
-    (args,) = TrlParser(TokenizerArguments).parse_args_and_config(argv)
+    (args,) = Parser(TokenizerArguments).parse_args_and_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.output_dir is None:
         raise ValueError("`output_dir` must be given, got None")
