@@ -73,6 +73,8 @@ def upload(
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` must be 'user/name', got {repo_id!r}")
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be a folder made by export.py, got {folder}, which is not there")
     files = files_to_upload(folder)
     verify(folder)
     sizes = [path.stat().st_size for path in files]

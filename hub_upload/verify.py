@@ -11,6 +11,7 @@ folder's own code and its card's snippets are executed: verify what you would al
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import io
@@ -437,15 +438,30 @@ def block_nanollada() -> None:
     sys.meta_path.insert(0, _Blocker)
 
 
+def _mistake(message: str) -> int:
+    """Says what is wrong with the command line, as the other programs do; the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Verifies the folder; prints a line per check, and a JSON report on one. Exit status 1 if a check fails."""
-    parser = argparse.ArgumentParser(description="Check an exported folder in a clean process without nanollada.")
+    """
+    Verifies the folder; prints a line per check, and a JSON report on one. Exit status 1 if a check fails, 2 for a
+    command line that is wrong.
+    """
+    description = "Check an exported folder in a clean process without nanollada."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     here = Path(__file__).resolve().parent
     own = {"nargs": "?", "default": here} if (here / "config.json").is_file() else {}  # part of a download
     parser.add_argument("folder", type=Path, help="Folder made by export.py (default: that of this file).", **own)
     parser.add_argument("--python", help="Interpreter of the clean process (default: this one).")
     parser.add_argument("--clean", type=Path, help=argparse.SUPPRESS)  # how the clean process is told that it is one
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = "".join(f": did you mean `{name}`?" for name in difflib.get_close_matches(unknown[0], ["--python"]))
+        return _mistake(f"unknown option `{unknown[0]}`{near}")
+    if not args.folder.is_dir():
+        return _mistake(f"`folder` must be a folder made by export.py, got {args.folder}, which is not there")
     if args.clean is not None:
         block_nanollada()
         report = _CleanProcess(args.folder, args.clean).run()

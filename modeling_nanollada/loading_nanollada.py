@@ -18,9 +18,14 @@ def load_model(model_class, path: str | os.PathLike, argument: str = "model_name
         kwargs: Those of `from_pretrained`.
 
     Raises:
-        `ValueError`: naming broken files, and missing, unexpected and mis-shaped tensors. Nothing is skipped.
+        `ValueError`: naming broken files, and missing, unexpected and mis-shaped tensors. Nothing is skipped. And as
+            `check_place`.
     """
+    check_place(path, argument)
     check_files(path)
+    if Path(path).is_dir() and not any(Path(path).glob("*config.json")):  # PEFT's is adapter_config.json
+        inside = "".join(f"; one is {config.parent}" for config in sorted(Path(path).glob("*/config.json"))[:1])
+        raise ValueError(f"`{argument}` must be a folder with config.json, got {path}{inside}")
     kwargs = {"dtype": torch.float32, **kwargs}
     model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
@@ -28,6 +33,52 @@ def load_model(model_class, path: str | os.PathLike, argument: str = "model_name
     if faults:
         raise ValueError(f"`{argument}` must hold exactly the tensors of {type(model).__name__}, got {faults}")
     return model
+
+
+def load_tokenizer(path: str | os.PathLike, argument: str = "tokenizer_name_or_path", **kwargs):
+    """
+    `AutoTokenizer.from_pretrained`, of a place that there is.
+
+    Raises:
+        `ValueError`: as `check_place`.
+    """
+    from transformers import AutoTokenizer
+
+    check_place(path, argument)
+    return AutoTokenizer.from_pretrained(path, **kwargs)
+
+
+def check_place(path: str | os.PathLike, argument: str) -> None:
+    """
+    Whether there is such a folder, or such a model on the Hub: transformers asks the Hub for whatever is no folder
+    here, again and again, and then says that it couldn't connect.
+
+    A local path begins with `/`, a dot or `~`, has more than one slash, or begins with a folder that is here; only
+    `name` and `owner/name` can be on the Hub. What lies in its cache is not asked for.
+
+    Raises:
+        `ValueError`: naming the argument, if there is neither.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    name = os.fspath(path)
+    if Path(name).exists():
+        return
+    rule = f"`{argument}` must be a folder or a model on the Hub, got {name}"
+    first, *others = Path(name).parts or (name,)
+    if name[:1] in (".", "~", "/", "") or name.count("/") > 1 or "\\" in name or others and Path(first).is_dir():
+        raise ValueError(f"{rule}: there is no such folder")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "tokenizer_config.json")):
+        return
+    try:
+        model_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{rule}: there is no such folder, and no such model that you may see") from error
+    except HfHubHTTPError:
+        return  # the Hub answers, and will say to the download what is wrong
+    except Exception as error:  # no connection, in the words of whichever HTTP library it is
+        raise ValueError(f"{rule}: there is no such folder, and the Hub can't be reached ({error})") from error
 
 
 def check_files(path: str | os.PathLike) -> None:

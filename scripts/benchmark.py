@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.commands.programs import nearest
 
 COMMANDS = {"train": "nanollada.scripts.benchmarks.training", "generate": "nanollada.scripts.benchmarks.decoding"}
 
@@ -19,7 +20,8 @@ def main(argv: list[str] | None = None):
         helps = [importlib.import_module(module).parser().format_help() for module in COMMANDS.values()]
         return print(__doc__, *helps, sep="\n")
     if not argv or argv[0] not in COMMANDS:
-        raise ValueError(f"the first word must be one of {', '.join(COMMANDS)}, got {argv[0] if argv else 'none'}")
+        word = argv[0] if argv else "none"
+        raise ValueError(f"the first word must be one of {', '.join(COMMANDS)}, got {word}{nearest(word, COMMANDS)}")
     return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
 
 

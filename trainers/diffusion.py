@@ -8,6 +8,7 @@ names.
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -70,7 +71,7 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
     eval_block_length: int | None = field(
         default=None, metadata={"help": "Block length of the evaluation; default: the one that the run ends with."}
     )
-    corruption: str = field(
+    corruption: Literal[tuple(CORRUPTIONS)] = field(
         default="masking",
         metadata={"help": "; ".join(f"{name}: {kind.help}" for name, kind in CORRUPTIONS.items()) + "."},
     )
@@ -102,7 +103,7 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
     variable_length_probability: float = field(
         default=0.01, metadata={"help": "Pretraining: share of rows cut to a random length (LLaDA: 1 %%)."}
     )
-    eos_padding: str = field(
+    eos_padding: Literal[EOS_PADDINGS] = field(
         default="max_length",
         metadata={"help": "SFT: fill answers with learnt EOS to max_length (LLaDA 1.0), to the next block, or none."},
     )

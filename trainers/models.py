@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
-from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model
+from nanollada.modeling_nanollada.loading_nanollada import check_place, check_tokenizer, load_model, load_tokenizer
 from nanollada.trainers.data.tokenizers import ensure_mask_token
 
 # What only a fresh model may choose, by the config's own names.
@@ -92,7 +91,9 @@ def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):
     Raises:
         `ValueError`: as `load_model` and `check_tokenizer`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path or args.model_name_or_path)
+    if args.model_name_or_path is not None:
+        check_place(args.model_name_or_path, "model_name_or_path")
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
     added = ensure_mask_token(tokenizer)
     chosen = {name: getattr(args, name) for name in DROPOUTS if getattr(args, name) is not None}
     if args.attn_implementation is not None:

@@ -14,6 +14,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import linear_regression
+from typing import Literal
 
 from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings, measure, score
 from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
@@ -36,7 +37,7 @@ class GenerateBenchmarkArguments:
 
     model: str | None = field(default=None, metadata={"help": "Diffusion checkpoint. Default: random weights."})
     ar_model: str | None = field(default=None, metadata={"help": "Its AR twin, for the decoder `ar`."})
-    size: str = field(default="32m", metadata={"help": f"Shape of random weights: {', '.join(SIZES)}."})
+    size: Literal[tuple(SIZES)] = field(default="32m", metadata={"help": "Shape of random weights."})
     model_block_length: int = field(default=32, metadata={"help": "Its blocks; 0: the whole row."})
     decoders: list[str] = field(
         default_factory=lambda: ["llada", "llada/2", "ar", "quota", "threshold 0.9"],

@@ -14,6 +14,7 @@ import itertools
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, matmul_rates, spread
 from nanollada.scripts.benchmarks.training_run import CONFIGURATIONS, SIZES, measure
@@ -33,16 +34,18 @@ class TrainBenchmarkArguments(SourceArguments):
         `ValueError`: for unknown names and values out of range.
     """
 
-    size: str = field(default="32m", metadata={"help": f"Shape of the model: {', '.join(SIZES)}."})
+    size: Literal[tuple(SIZES)] = field(default="32m", metadata={"help": "Shape of the model."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a row."})
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer. By default one of 6,400 entries is trained on `data`."}
     )
-    objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES), metadata={"help": ", ".join(OBJECTIVES)})
+    objectives: list[str] = field(
+        default_factory=lambda: list(OBJECTIVES), metadata={"help": "Which are trained.", "choices": OBJECTIVES}
+    )
     block_length: int = field(default=32, metadata={"help": "Block length of the objective `block`."})
     configurations: list[str] = field(
         default_factory=lambda: list(CONFIGURATIONS),
-        metadata={"help": f"{', '.join(CONFIGURATIONS)}. Ratios need `plain`."},
+        metadata={"help": "Ratios need `plain`.", "choices": tuple(CONFIGURATIONS)},
     )
     batch_size: int = field(default=8, metadata={"help": "Rows per optimizer step."})
     steps: int = field(default=5, metadata={"help": "Optimizer steps that are timed in each run."})
@@ -215,13 +218,12 @@ def options(args: TrainBenchmarkArguments, objective: str, configuration: str) -
 
 def tokenizer_for(args: TrainBenchmarkArguments):
     """The tokenizer that was asked for, or a BPE trained on the first texts."""
-    from transformers import AutoTokenizer
-
+    from nanollada.modeling_nanollada.loading_nanollada import load_tokenizer
     from nanollada.trainers.data.tokenizers import ensure_mask_token, read_texts, train_tokenizer
 
     if args.tokenizer_name_or_path is None:
         return train_tokenizer(read_texts(args, max_rows=4000))
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name_or_path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     ensure_mask_token(tokenizer)
     return tokenizer
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from nanollada.scripts.conversion.families.registry import named, names, written
 from nanollada.scripts.conversion.shape import SHAPE
@@ -25,7 +26,7 @@ class ConvertArguments:
             "help": f"Folder or .pt, .pth or .safetensors file of {', '.join(names())}, or a folder of nanollada."
         }
     )
-    to: str = field(
+    to: Literal[(*OURS, *names(written))] = field(
         metadata={"help": f"causal or masked (nanollada's AR and diffusion model), {', '.join(names(written))}."}
     )
     output: str = field(metadata={"help": "New folder."})

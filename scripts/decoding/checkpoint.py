@@ -15,7 +15,9 @@ class CheckpointArguments:
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
 
 
-def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: str | None = None):
+def load_checkpoint(
+    checkpoint: str, trust_remote_code: bool = False, device: str | None = None, argument: str = "checkpoint"
+):
     """
     The model, AR or diffusion as its config says, in float32 and ready to evaluate; and its tokenizer.
 
@@ -23,12 +25,12 @@ def load_checkpoint(checkpoint: str, trust_remote_code: bool = False, device: st
         `ValueError`: if the checkpoint lacks tensors or has others, or the tokenizer is not the model's.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model
+    from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model, load_tokenizer
 
-    model = load_model(AutoModelForCausalLM, checkpoint, "checkpoint", trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    model = load_model(AutoModelForCausalLM, checkpoint, argument, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, argument, trust_remote_code=trust_remote_code)
     check_tokenizer(model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
@@ -41,7 +43,8 @@ def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, d
         `ValueError`: for a checkpoint of the other kind, and tokenizers that differ; and as `load_checkpoint`.
     """
     paths = {"ar": ar, "diffusion": diffusion}
-    pair = {name: load_checkpoint(path, trust_remote_code, device) for name, path in paths.items() if path is not None}
+    places = {name: path for name, path in paths.items() if path is not None}
+    pair = {name: load_checkpoint(path, trust_remote_code, device, name) for name, path in places.items()}
     for name, (model, _) in pair.items():
         if is_diffusion(model) != (name == "diffusion"):
             kind = {"ar": "an autoregressive", "diffusion": "a diffusion"}[name]

@@ -30,7 +30,10 @@ class EvaluateArguments(SourceArguments, CheckpointArguments):
 
     metrics: list[str] = field(
         default_factory=lambda: ["likelihood"],
-        metadata={"help": "likelihood: score the rows. exact_match: generate the answers of prompt/answer rows."},
+        metadata={
+            "help": "likelihood: score the rows. exact_match: generate the answers of prompt/answer rows.",
+            "choices": METRICS,
+        },
     )
     samples: int = field(default=16, metadata={"help": "Diffusion: Monte Carlo masks per row, even."})
     seed: int = field(default=0, metadata={"help": "Of the masks, and of what is drawn for exact match."})
@@ -58,7 +61,10 @@ class EvaluateArguments(SourceArguments, CheckpointArguments):
         if not self.data:
             raise ValueError("`data` must name at least one source, got none")
         if self.output is None and not Path(self.checkpoint).is_dir():
-            raise ValueError(f"`output` must be given for a checkpoint that is no local folder, got {self.checkpoint}")
+            raise ValueError(
+                f"`checkpoint` must be a folder, or `output` given for a model on the Hub, got {self.checkpoint}: "
+                "there is no such folder"
+            )
 
 
 def evaluate_checkpoint(

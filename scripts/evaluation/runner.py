@@ -23,6 +23,7 @@ from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
 from nanollada.scripts.evaluation.kinds import KINDS, definitions, results_of
 from nanollada.scripts.evaluation.rows import rows_of
 from nanollada.scripts.evaluation.suite_file import read_suite
+from nanollada.trainers.commands.programs import named_file
 from nanollada.trainers.data.files import DataError
 from nanollada.trainers.records import command, file_digest, read_json, write_json, write_whole
 
@@ -35,7 +36,9 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 class SuiteArguments:
     """With `--suite`: which models are measured, by which tasks."""
 
-    suite: str = field(metadata={"help": "YAML or JSON file of tasks, as in scripts/suites."})
+    suite: str = field(
+        metadata={"help": "YAML or JSON file of tasks, or the name of a suite of the package (quickstart)."}
+    )
     checkpoints: list[str] = field(metadata={"help": "Folders of the models, AR or diffusion."})
     suite_data: str | None = field(
         default=None, metadata={"help": "Folder of the data files that the suite names. Default: where you are."}
@@ -65,6 +68,7 @@ class SuiteArguments:
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
 
     def __post_init__(self):
+        self.suite = str(named_file(self.suite, "suite", "suite"))
         for name in ("batch_size", "limit", "check_errors"):
             value = getattr(self, name)
             if value is not None and value < 1:

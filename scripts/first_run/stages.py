@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from nanollada.scripts.first_run.rows import builtin_rows, read_rows, split_rows, texts_of, users_rows
 from nanollada.trainers.records import file_digest, read_json, write_json
@@ -34,9 +35,9 @@ class QuickstartArguments:
             "help": "Your rows instead of the built-in ones: texts pretrain, chats or prompt/answer rows are SFT."
         },
     )
-    size: str = field(default="1m", metadata={"help": "1m (minutes) or 32m (Nano-LLaDA's shape; hours on a CPU)."})
+    size: Literal["1m", "32m"] = field(default="1m", metadata={"help": "32m: Nano-LLaDA's shape, hours on a CPU."})
     steps_share: float = field(default=1.0, metadata={"help": "Share of the recipes' steps, for a quick look."})
-    on_bad_rows: str = field(default="stop", metadata={"help": "stop, or skip and count them."})
+    on_bad_rows: Literal["stop", "skip"] = field(default="stop", metadata={"help": "stop, or skip and count them."})
     seed: int = field(default=42, metadata={"help": "Of the corpus, the weights, the noise and the evaluation."})
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 # The shape of a fresh model, and the step that suits it. The small one has two input and output tables, because the
 # input's third of the parameters costs no products, and few wide heads, which a CPU's attention is fastest with.
@@ -111,12 +112,12 @@ class StudyArguments:
         default=None, metadata={"help": "Held-out texts; each source is a column. Required."}
     )
     output: str = field(default="runs/study", metadata={"help": "Folder of the study."})
-    part: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "a, b, c, d."})
+    part: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "Which parts.", "choices": tuple(PARTS)})
     runs: list[str] | None = field(
         default=None, metadata={"help": f"Only these: {', '.join([*VARIANTS, *NOISE])}. Default: those of the parts."}
     )
     seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Of weights, order and noise."})
-    size: str = field(default="small", metadata={"help": "small (3M parameters) or 32m."})
+    size: Literal[tuple(SIZES)] = field(default="small", metadata={"help": "small (3M parameters) or 32m."})
     tokens: int = field(default=3_000_000, metadata={"help": "Training tokens of a run of the parts a and b."})
     small_tokens: int = field(default=200_000, metadata={"help": "Part c: tokens of the small part."})
     small_epochs: int = field(default=30, metadata={"help": "Part c: epochs over it; AR runs take half of them."})
@@ -145,6 +146,8 @@ class StudyArguments:
         for name in ("tokens", "small_tokens", "small_epochs", "small_evaluations", "eval_documents", "draws", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.tokenizer is not None and not (Path(self.tokenizer) / "tokenizer.json").is_file():
+            raise ValueError(f"`tokenizer` must be a folder with tokenizer.json, got {self.tokenizer}")
         if len({Path(source).stem for source in self.eval_data}) < len(self.eval_data):
             raise ValueError(f"`eval_data` must have files with different names, got {self.eval_data}")
 

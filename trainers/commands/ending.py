@@ -27,12 +27,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) + more
 
 
+def _is_other_rank() -> bool:
+    return os.environ.get("RANK", "0") != "0"
+
+
 def end(message: str) -> NoReturn:
     """
     Prints `error: …` and exits with status 2. Of several ranks that end alike, the first one prints: the launcher
     stops the others while they wait; one that still lives then is alone with its error and prints it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if _is_other_rank():
         time.sleep(PATIENCE)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -41,7 +45,8 @@ def end(message: str) -> NoReturn:
 
 def run_program(main: Callable[[list[str]], object], argv: list[str] | None = None) -> NoReturn:
     """
-    Runs a program's `main` with the command line, and exits with the status that it returns, if it returns one.
+    Runs a program's `main` with the command line, and exits with the status that it returns, if it returns one; 2 for
+    a user's mistake, 130 for Ctrl-C.
 
     Args:
         main (`Callable`): Takes the words behind the program's name. From Python it raises what this catches.
@@ -50,6 +55,13 @@ def run_program(main: Callable[[list[str]], object], argv: list[str] | None = No
     words = sys.argv[1:] if argv is None else argv
     try:
         status = main([word for word in words if word != TRACEBACK])
+    except KeyboardInterrupt as stop:
+        if text := str(stop) or ("" if _is_other_rank() else "interrupted"):
+            print(text, file=sys.stderr, flush=True)
+        raise SystemExit(130) from None  # as a shell has it
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except USERS as error:
         if TRACEBACK in words:
             traceback.print_exception(error)

@@ -97,8 +97,8 @@ class Parser(_Strict, TrlParser):
             self.error(str(error))
         if config.config is None:
             return words
-        self.recipe = named_file(config.config, "recipe", "config")
-        return ["--config", str(self.recipe), *words]
+        self.recipe = config.config
+        return ["--config", str(named_file(self.recipe, "recipe", "config")), *words]
 
     def set_defaults_with_config(self, **values) -> list[str]:
         names = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]

@@ -39,9 +39,7 @@ class Program:
 
 
 PROGRAMS: dict[str, Program] = {
-    "quickstart": Program(
-        "scripts/quickstart.py", "from text to two models, numbers and Hub folders, in minutes"
-    ),
+    "quickstart": Program("scripts/quickstart.py", "from text to two models, numbers and Hub folders, in minutes"),
     "train-tokenizer": Program("scripts/train_tokenizer.py", "train a tokenizer on your text"),
     "train-causal": Program("trainers/causal.py", "train an autoregressive model: pretraining and SFT"),
     "train-diffusion": Program("trainers/diffusion.py", "train a masked-diffusion model: pretraining and SFT"),

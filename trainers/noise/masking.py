@@ -4,6 +4,7 @@ Everything is a pure function of `(seed, row index, epoch)`, see `keys`.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -20,14 +21,14 @@ WEIGHTINGS = ("elbo", "unweighted")
 class MaskingSettings:
     """How many targets are masked, and what each counts; see `corrupt`."""
 
-    mask_count: str = field(
+    mask_count: Literal[MASK_COUNTS] = field(
         default="exact", metadata={"help": "exact: k of n masked, k uniform (less noise); bernoulli: the papers'."}
     )
-    noise_schedule: str = field(
+    noise_schedule: Literal[tuple(NOISE_SCHEDULES)] = field(
         default="linear",
         metadata={"help": "By formula: " + "; ".join(f"{k}: alpha = {v.formula}" for k, v in NOISE_SCHEDULES.items())},
     )
-    weighting: str = field(
+    weighting: Literal[WEIGHTINGS] = field(
         default="elbo",
         metadata={"help": "elbo: the likelihood bound; unweighted: every masked token alike (a `random` mask rate)."},
     )

@@ -408,7 +408,7 @@ def test_the_table_shows_bounds_and_errors(folder):
 def test_arguments_are_checked_before_anything_is_loaded(folder):
     with pytest.raises(ValueError, match="`data` must name at least one source, got none"):
         EvaluateArguments(checkpoint=str(folder))
-    with pytest.raises(ValueError, match="`output` must be given for a checkpoint that is no local folder, got a/b"):
+    with pytest.raises(ValueError, match="`checkpoint` must be a folder, or `output` .*, got a/b: there is no such"):
         EvaluateArguments(checkpoint="a/b", data=["x.jsonl"])
     for options, message in (
         ({"metrics": ["accuracy"]}, r"`metrics` must be among likelihood, exact_match, got \['accuracy'\]"),
