@@ -71,7 +71,9 @@ class NanoLLaDATrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP: every parameter is used; searching the graph for others costs time."}
     )
-    plot_loss: bool = field(default=True, metadata={"help": "Draw loss.png (needs the extra `plots`)."})
+    plot_loss: bool | None = field(
+        default=None, metadata={"help": "Draw loss.png. Default: if matplotlib (the extra `plots`) is installed."}
+    )
 
     def __post_init__(self):
         check_inherited(self)

@@ -20,16 +20,17 @@ class MetricsCallback(TrainerCallback):
     resumed run reads like an unbroken one. A number that is not finite is `null`.
 
     Args:
-        plot_loss (`bool`): Whether to draw. Needs matplotlib (the extra `plots`).
+        plot_loss (`bool`, *optional*): Whether to draw, with matplotlib (the extra `plots`). Defaults to whether that
+            is installed.
 
     Raises:
         `ValueError`: if `plot_loss` is set and matplotlib is missing.
     """
 
-    def __init__(self, plot_loss: bool):
+    def __init__(self, plot_loss: bool | None = None):
         if plot_loss and not is_matplotlib_available():
             raise ValueError("`plot_loss` needs matplotlib (pip install 'nanollada[plots]'), got True without it")
-        self.plot_loss = plot_loss
+        self.plot_loss = is_matplotlib_available() if plot_loss is None else plot_loss
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:

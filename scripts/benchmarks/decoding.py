@@ -21,6 +21,7 @@ from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
 from nanollada.scripts.benchmarks.training_run import SIZES
 from nanollada.scripts.reporting.plots import panels, save_figure
 from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table
+from nanollada.trainers.commands.programs import shown_name
 from nanollada.trainers.records import provenance, write_json
 
 run = in_fresh_process
@@ -247,7 +248,7 @@ def parser():
     """Of the command `generate`."""
     from nanollada.trainers.commands.parser import Parser
 
-    return Parser(GenerateBenchmarkArguments, prog="benchmark.py generate")
+    return Parser(GenerateBenchmarkArguments, prog=f"{shown_name()} generate")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -19,6 +19,7 @@ from typing import Literal
 from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, matmul_rates, spread
 from nanollada.scripts.benchmarks.training_run import CONFIGURATIONS, SIZES, measure
 from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table
+from nanollada.trainers.commands.programs import shown_name
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 from nanollada.trainers.records import provenance, write_json
 
@@ -317,7 +318,7 @@ def parser():
     """Of the command `train`."""
     from nanollada.trainers.commands.parser import Parser
 
-    return Parser(TrainBenchmarkArguments, prog="benchmark.py train")
+    return Parser(TrainBenchmarkArguments, prog=f"{shown_name()} train")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -326,4 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     from nanollada.trainers.commands.parser import Parser
 
     (args,) = Parser(QuickstartArguments).parse_args_and_config(argv)
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "the first run needs matplotlib (pip install 'nanollada[quickstart]'), which is not installed"
+        )
     return 3 if Quickstart(args).run() else 0

@@ -279,12 +279,22 @@ def study(args: StudyArguments, **options) -> dict[str, dict]:
     return {}
 
 
+def trainer_options() -> list[str]:
+    """The names of all options of the trainers."""
+    from nanollada.trainers.commands.parser import Parser
+    from nanollada.trainers.data.prepare import DataArguments
+    from nanollada.trainers.models import ModelArguments
+    from nanollada.trainers.registry import TRAINERS
+
+    parsers = [Parser((ModelArguments, DataArguments, entry.config_class)) for entry in TRAINERS.values()]
+    return list(dict.fromkeys(name for parser in parsers for name in parser.names()))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and runs everything, or the one run of `--only`."""
     from nanollada.trainers.commands.parser import Parser
 
-    parser = Parser(StudyArguments)
-    args, options = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    args, options = Parser(StudyArguments, trainer_options).parse_args_and_config(argv)
     if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
         raise ValueError(f"options for the trainers must be pairs `--name value`, got {options}")
     study(args, **{name[2:]: value for name, value in zip(options[::2], options[1::2], strict=True)})

@@ -69,4 +69,6 @@ def test_plots_need_matplotlib(monkeypatch):
     monkeypatch.setattr(callbacks, "is_matplotlib_available", lambda: False)
     with pytest.raises(ValueError, match="`plot_loss` needs matplotlib.*got True without it"):
         MetricsCallback(plot_loss=True)
-    MetricsCallback(plot_loss=False)
+    assert not MetricsCallback(plot_loss=False).plot_loss and not MetricsCallback().plot_loss
+    monkeypatch.setattr(callbacks, "is_matplotlib_available", lambda: True)
+    assert MetricsCallback().plot_loss

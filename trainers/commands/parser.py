@@ -7,16 +7,14 @@ from typing import NoReturn
 from trl import TrlParser
 
 from nanollada.trainers.commands.ending import TRACEBACK, end
-from nanollada.trainers.commands.programs import CONSOLE, is_console, named_file, nearest
+from nanollada.trainers.commands.programs import named_file, nearest, shown_name
 
 
 class _Strict(argparse.ArgumentParser):
     """What both parsers do with an option that they don't know, and with any other mistake."""
 
     def __init__(self, *args, **kwargs):
-        if is_console() and sys.argv[1:]:
-            kwargs.setdefault("prog", f"{CONSOLE} {sys.argv[1]}")
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **{"prog": shown_name(), **kwargs})
         more = "Of a mistake, show also where in the program it was noticed."
         self.add_argument(TRACEBACK, action="store_true", dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=more)
 
@@ -31,9 +29,19 @@ class _Strict(argparse.ArgumentParser):
                 return
             if name[:1] != "-" or " " in name or _is_number(name) or name in ("-", *self._option_string_actions):
                 continue
-            longs = [[form for form in action.option_strings if form[:2] == "--"] for action in self._actions]
-            near = nearest("--" + name.strip("-").replace("-", "_"), [forms[0] for forms in longs if forms])
-            self.error(f"unknown option `{name}`{near or '; `--help` lists them all'}")
+            others = self.passed_on()
+            if name not in others:
+                near = nearest("--" + name.strip("-").replace("-", "_"), [*self.names(), *others])
+                self.error(f"unknown option `{name}`{near or '; `--help` lists them all'}")
+
+    def names(self) -> list[str]:
+        """The options, each in its first long form."""
+        longs = [[form for form in action.option_strings if form[:2] == "--"] for action in self._actions]
+        return [forms[0] for forms in longs if forms]
+
+    def passed_on(self) -> list[str]:
+        """Options that are another program's to read."""
+        return []
 
 
 def _is_number(word: str) -> bool:
@@ -56,21 +64,32 @@ class Parser(_Strict, TrlParser):
     """
     A `TrlParser` that refuses abbreviations, names the option or the recipe's key that was meant, and knows the
     recipes that come with the package by name (`--config quickstart_ar`).
+
+    Args:
+        dataclass_types: As TRL's parser takes them.
+        passed_on (`Callable[[], list[str]]`, *optional*): Gives options that are returned as they are, behind the
+            objects. Called only when there is one that these dataclasses don't have.
+        kwargs: Those of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, dataclass_types, **kwargs):
+    def __init__(self, dataclass_types, passed_on=None, **kwargs):
         super().__init__(dataclass_types, **kwargs)
+        self.passes_on, self.recipe = passed_on is not None, None
+        if self.passes_on:
+            self.passed_on = passed_on
         config = "YAML file with options by name, or the name of a recipe of the package; the command line goes first."
         self.add_argument("--config", metavar="RECIPE", dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=config)
 
-    def parse_args_and_config(self, args=None, return_remaining_strings: bool = False) -> tuple:
+    def parse_args_and_config(self, args=None) -> tuple:
         """
         One object per dataclass, from the command line over the file of `--config`. Mistakes in names and forms end
         the program with status 2.
 
         Args:
             args (`Iterable[str]`, *optional*): The words. Defaults to this process's.
-            return_remaining_strings (`bool`, defaults to `False`): Options that are not known here are returned, last.
+
+        Returns:
+            `tuple`: The objects; with `passed_on` also the list of the words that are not for them.
 
         Raises:
             `ValueError`: for what the dataclasses refuse, and a file that there is not.
@@ -78,12 +97,10 @@ class Parser(_Strict, TrlParser):
         import yaml
 
         words = [str(word) for word in (sys.argv[1:] if args is None else args) if word != TRACEBACK]
-        self.passes_on, self.recipe = return_remaining_strings, None
         words = self._with_recipe(words)
-        if not self.passes_on:
-            self.check_names(words)
+        self.check_names([word for word in words if word != "--config"])
         try:
-            return super().parse_args_and_config(words, return_remaining_strings)
+            return super().parse_args_and_config(words, return_remaining_strings=self.passes_on)
         except yaml.YAMLError as error:
             raise ValueError(f"{self.recipe} must be YAML: {error}") from error
 
@@ -103,7 +120,10 @@ class Parser(_Strict, TrlParser):
     def set_defaults_with_config(self, **values) -> list[str]:
         names = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
         unknown = [key for key in values if key not in names]
-        if unknown and not self.passes_on:
+        if unknown and self.passes_on:
+            names += [name.removeprefix("--") for name in self.passed_on()]
+            unknown = [key for key in unknown if key not in names]
+        if unknown:
             self.error(f"{self.recipe} has an unknown option `{unknown[0]}`{nearest(unknown[0], names)}")
         return super().set_defaults_with_config(**values)
 

@@ -78,6 +78,11 @@ def is_console() -> bool:
     return program.stem == CONSOLE or program.name == "__main__.py" and program.parent.name in (CONSOLE, "package")
 
 
+def shown_name() -> str:
+    """What help calls the running program."""
+    return " ".join([CONSOLE, *sys.argv[1:2]]) if is_console() else Path(sys.argv[0]).name
+
+
 def has_files() -> bool:
     """Whether the programs are files that a user starts: in a checkout, unless the console command was chosen."""
     return (ROOT / "pyproject.toml").is_file() and not is_console()
