@@ -8,6 +8,7 @@ from pathlib import Path
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
 from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings, split_options
 from nanollada.scripts.decoding.writing import generate
+from nanollada.scripts.reporting.fonts import FONT_HELP, check_font
 from nanollada.scripts.reporting.tables import require_rich, rich_table
 
 TITLES = {"diffusion": "Diffusion", "ar": "AR"}  # of a GIF's panels, from left to right
@@ -31,12 +32,14 @@ class CompareArguments:
     trace_gif: str | None = field(
         default=None, metadata={"help": "A .gif file: both models write the prompt side by side, pass by pass."}
     )
+    font: str | None = field(default=None, metadata={"help": FONT_HELP})
 
     def __post_init__(self):
         if self.repeats < 1:
             raise ValueError(f"`repeats` must be at least 1, got {self.repeats}")
         if self.trace_gif is not None and Path(self.trace_gif).suffix != ".gif":
             raise ValueError(f"`trace_gif` must be a file that ends in .gif, got {self.trace_gif!r}")
+        check_font(self.font, "trace_gif", self.trace_gif)
 
 
 def read_prompts(prompts: list[str | list[dict]]) -> list[str | list[dict]]:
@@ -142,7 +145,7 @@ def _write_gif(pair: dict, ids: list[int], args: CompareArguments, options: dict
         model, tokenizer = pair[name]
         traces[title] = StepRecorder(tokenizer)
         generate(model, tokenizer, ids, seed=args.seed, recorder=traces[title], **options[name])
-    write_gif(traces, args.trace_gif)
+    write_gif(traces, args.trace_gif, args.font)
 
 
 def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 from nanollada.scripts.decoding.checkpoint import CheckpointArguments, load_checkpoint, prompt_ids
 from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings
 from nanollada.scripts.decoding.writing import Generated, generate
+from nanollada.scripts.reporting.fonts import FONT_HELP, check_font
 from nanollada.trainers.scoring.kind import is_diffusion
 
 TRACE_FORMATS = (".html", ".gif")
@@ -29,6 +30,7 @@ class GenerateArguments(CheckpointArguments):
     watch: bool = field(default=False, metadata={"help": "Show the text while it comes about."})
     watch_delay: float = field(default=0.05, metadata={"help": "Seconds to look at each step (terminals only)."})
     trace: str | None = field(default=None, metadata={"help": "An .html or .gif file for an animation of it."})
+    font: str | None = field(default=None, metadata={"help": FONT_HELP})
 
     def __post_init__(self):
         for name in ("trace", "infill"):
@@ -36,6 +38,7 @@ class GenerateArguments(CheckpointArguments):
                 raise ValueError(f"`{name}` needs a `prompt`, got {getattr(self, name)!r} without one")
         if self.trace is not None and Path(self.trace).suffix not in TRACE_FORMATS:
             raise ValueError(f"`trace` must be a file that ends in {' or '.join(TRACE_FORMATS)}, got {self.trace!r}")
+        check_font(self.font, "trace", self.trace)
         is_chat = self.chat or self.prompt is None
         if self.infill and is_chat:
             raise ValueError("`infill` fills plain text: it must not be set with `chat`, got True for both")
@@ -121,7 +124,7 @@ def run(args: GenerateArguments, decoding: DecodingArguments | None = None) -> G
         settings.update(effective_settings(model, **options))
     written, recorder = _write_and_show(args, model, tokenizer, ids, args.seed, options)
     if args.trace is not None:
-        _write_trace(recorder, Path(args.trace), args.prompt, settings)
+        _write_trace(recorder, Path(args.trace), args.prompt, settings, args.font)
     return written
 
 
@@ -158,12 +161,12 @@ def _write_and_show(args, model, tokenizer, ids, seed, options) -> tuple[Generat
     return written, recorder
 
 
-def _write_trace(recorder, path: Path, title: str, settings: dict) -> None:
+def _write_trace(recorder, path: Path, title: str, settings: dict, font: str | None) -> None:
     from nanollada.scripts.tracing.gif import write_gif
     from nanollada.scripts.tracing.page import trace_page
 
     if path.suffix == ".gif":
-        write_gif(recorder, path)
+        write_gif(recorder, path, font)
     else:
         path.write_text(trace_page(recorder, title, settings), encoding="utf-8")
     print(f"[{path}]", file=sys.stderr)

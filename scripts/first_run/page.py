@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from nanollada.scripts.first_run.expected import DISTRUST, NAMES, doubts, figures
-from nanollada.scripts.reporting.plots import panels, save_figure
 from nanollada.scripts.reporting.tables import NONE, percent, rich_table, with_error
 from nanollada.trainers.records import read_json
 
@@ -76,32 +75,15 @@ def record(checkpoint: Path, prompt, seed: int, **decoding):
 
 def draw_denoising(trace, path: Path) -> None:
     """
-    Draws a denoising: a line per step, a column per token of the answer, coloured by the step that decided it.
+    Draws a denoising: the answer after each step, coloured by the steps that decided it, a sudoku as boards.
 
     Args:
         trace ([`~scripts.tracing.recorder.TraceRecorder`]): After its `generate` call.
         path (`Path`): A PNG file.
     """
-    from matplotlib import colormaps
+    from nanollada.scripts.tracing.gif import write_png
 
-    from nanollada.scripts.tracing.pieces import TokenPieces
-
-    pieces, columns = TokenPieces(trace.tokenizer), range(len(trace.prompt), trace.kept)
-    decided_in = {column: step for step, changes in enumerate(trace.steps, 1) for column, _ in changes}
-    figure, (axes,) = panels(size=(0.42 * len(columns) + 0.8, 0.27 * len(trace.steps) + 0.8))
-    axes.set(xlim=(-1.2, len(columns)), ylim=(len(trace.steps) + 0.6, -0.6))
-    axes.axis("off")
-    palette = colormaps["viridis"].resampled(len(trace.steps) + 1)
-    for step, ids in enumerate(trace.rows()):
-        axes.text(-0.7, step, step, ha="center", va="center", color="grey", fontsize=8)
-        for place, column in enumerate(columns):
-            piece, undecided = pieces(ids)[column], ids[column] == trace.tokenizer.mask_token_id
-            text = "" if undecided else {"special": "end"}.get(piece.kind, piece.text)
-            colour = "0.92" if undecided else palette(decided_in[column])
-            box = {"boxstyle": "square,pad=0.25", "facecolor": colour, "edgecolor": "white"}
-            ink = "black" if not undecided and decided_in[column] > 0.6 * len(trace.steps) else "white"
-            axes.text(place, step, f"{text:^3}", ha="center", va="center", fontsize=8, color=ink, bbox=box)
-    save_figure(figure, path, dpi=110)
+    write_png(trace, path)
 
 
 def write_report(path: Path, folder: Path, stages: list[str], trace, title: str) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from nanollada.scripts.tracing.boards import BOARD_STYLE, find_board
 from nanollada.scripts.tracing.pieces import Cell, trace_cells
 from nanollada.scripts.tracing.recorder import NOTHING, StepRecorder
 
@@ -13,6 +14,7 @@ TEMPLATE = "trace_page.html"
 def trace_page(trace: StepRecorder, title: str, settings: dict | None = None) -> str:
     """
     An animated HTML page of a trace. It is one file that asks for nothing from elsewhere, and it plays itself once.
+    The answer to a sudoku is shown as a board.
 
     Args:
         trace ([`StepRecorder`]): After its `generate` call; of a [`TraceRecorder`] the page shows the confidence, too.
@@ -102,6 +104,8 @@ def _common(trace: StepRecorder, title: str, settings: dict | None, count: int) 
         "has_confidence": any(trace.confidence),
         "ended": trace.ended,
         "prompt_length": len(trace.prompt),
+        "board": find_board(trace),
+        "board_style": BOARD_STYLE,
         "text": trace.tokenizer.decode(trace.ids[first : trace.kept], skip_special_tokens=True),
     }
 

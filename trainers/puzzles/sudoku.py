@@ -9,6 +9,7 @@ from functools import cache
 from nanollada.trainers.puzzles.puzzle import Puzzle, needed, whole
 
 GRID_SEED = 42  # the quickstart's split of the boards
+PROMPT = "Sudoku "  # before a puzzle's digits
 
 
 @cache
@@ -37,6 +38,12 @@ def count_solutions(puzzle: str) -> int:
     for cell, digit in enumerate(puzzle):
         fitting &= _grids_with(cell, digit)
     return fitting.bit_count()
+
+
+def stated_puzzle(text: str) -> str | None:
+    """The digits of the last puzzle in a text that is put as [`sudoku_rows`] does; 81 of a 9×9 board count, too."""
+    stated = re.findall(rf"\b{PROMPT}([0-4]{{16}}|[0-9]{{81}})(?![0-9])", text)
+    return stated[-1] if stated else None
 
 
 def is_valid_solution(puzzle: str, answer: str) -> bool:
@@ -93,7 +100,7 @@ def sudoku_rows(count: int, grids: Iterable[str], seed: int, min_blanks: int = 8
                 break
         else:
             raise ValueError(f"`count` must not exceed the puzzles on `grids` ({blanks} blanks ran out), got {count}")
-        turns = (("user", f"Sudoku {puzzle}"), ("assistant", grid))
+        turns = (("user", PROMPT + puzzle), ("assistant", grid))
         messages = [{"role": role, "content": content} for role, content in turns]
         rows[puzzle] = {"messages": messages, "puzzle": puzzle, "answer": grid, "source": "sudoku"}
     return list(rows.values())
