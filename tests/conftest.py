@@ -80,3 +80,14 @@ def browser_page():
         page.set_default_timeout(60_000)
         yield page
         browser.close()
+
+
+@pytest.fixture
+def chinese_face():
+    """The face that draws Chinese here. Without one the test fails: it must not go unnoticed."""
+    from nanollada.scripts.reporting.fonts import Fonts
+
+    face = Fonts().face("你")
+    if face is None:
+        pytest.fail("this test needs a Chinese font: apt-get install -y fonts-wqy-microhei")
+    return face
