@@ -15,7 +15,8 @@ BOARD_STYLE = """
 .nanollada-board.size-4 { grid-template-columns: repeat(4, 2.1rem); }
 .nanollada-board.size-9 { grid-template-columns: repeat(9, 1.75rem); font-size: .95rem; line-height: 1.75rem; }
 .nanollada-board > * { box-sizing: border-box; overflow: hidden; height: 1lh; text-align: center; font-style: normal;
-  border: 0 solid currentColor; box-shadow: inset 0 0 0 .5px color-mix(in srgb, currentColor 35%, transparent); }
+  border: 0 solid var(--ink, currentColor);
+  box-shadow: inset 0 0 0 .5px color-mix(in srgb, var(--ink, currentColor) 35%, transparent); }
 .nanollada-board [data-clue] { font-weight: 700; }
 .nanollada-board .wrong { box-shadow: inset 0 0 0 3px #e03131; }
 .nanollada-board.size-4 > :nth-child(4n+2), .nanollada-board.size-9 > :nth-child(9n+3),

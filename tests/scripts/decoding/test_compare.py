@@ -106,6 +106,12 @@ def test_what_cannot_be_compared(folder):
             compared(checkpoints, prompts, **options)
     with pytest.raises(ValueError, match=r"`trace_gif` must be a file that ends in \.gif, got 'a.html'"):
         CompareArguments(ar, diffusion, ["a"], trace_gif="a.html")
+    for options, message in (
+        ({"font": "DejaVu Sans"}, "`font` draws a .gif: it needs `trace_gif` with one, got 'DejaVu Sans' and None"),
+        ({"font": "nowhere", "trace_gif": "a.gif"}, "`font` must be a font file or .* family, got 'nowhere'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CompareArguments(ar, diffusion, ["a"], **options)
     with pytest.raises(ValueError, match="`trace_gif` shows one prompt: `prompts` must hold one, got 2"):
         compare(CompareArguments(ar, diffusion, ["a", "b"], trace_gif="a.gif"))
 
@@ -116,14 +122,17 @@ def test_a_picture_of_both(folder, tokenizer, tmp_path, monkeypatch, capsys):
     from nanollada.scripts.tracing import gif
 
     drawn, original = [], gif.write_gif
-    monkeypatch.setattr(gif, "write_gif", lambda traces, path: (drawn.append(traces), original(traces, path)))
+    monkeypatch.setattr(
+        gif, "write_gif", lambda traces, *rest: (drawn.append((traces, *rest)), original(traces, *rest))
+    )
     words = ["--ar", pair(folder)[0], "--diffusion", pair(folder)[1], "--prompts", "The cat", "--repeats", "1"]
     words += ["--max_new_tokens", "8", "--steps", "2", "--temperature", "0.7", "--seed", "3"]
-    records = main([*words, "--trace_gif", str(tmp_path / "out.gif")])
+    records = main([*words, "--trace_gif", str(tmp_path / "out.gif"), "--font", "dejavu sans"])
     assert f"animation: {tmp_path / 'out.gif'}" in capsys.readouterr().out
     with Image.open(tmp_path / "out.gif") as animation:
         assert animation.n_frames == 8  # the AR model's passes
-    (traces,) = drawn
+    ((traces, path, font),) = drawn
+    assert (path, font) == (str(tmp_path / "out.gif"), "dejavu sans")
     assert list(traces) == ["Diffusion", "AR"] and [len(trace.steps) for trace in traces.values()] == [2, 8]
     start = len(prompt_ids(tokenizer, "The cat"))
     for record, trace in zip(records, [traces["AR"], traces["Diffusion"]], strict=True):

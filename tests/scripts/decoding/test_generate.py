@@ -4,10 +4,12 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from drawn_fonts import install, make_font
 from PIL import Image
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, NanoLLaDAGenerationConfig
@@ -361,6 +363,20 @@ def test_a_trace_from_the_command_line(checkpoints, name, tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
+def test_an_animation_with_a_font(checkpoints, tmp_path, monkeypatch):
+    """The font that is named draws the picture: here one of bars."""
+    install(monkeypatch)
+    font, pictures = make_font(tmp_path / "bars.ttf", "Bars", [chr(code) for code in range(32, 127)]), []
+    for words in ([], ["--font", font]):
+        path = tmp_path / f"{len(words)}.gif"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what random models write no font has
+            run(checkpoints, "ar", "--prompt", "The cat", "--max_new_tokens", "2", "--trace", str(path), *words)
+        with Image.open(path) as animation:
+            pictures.append(animation.convert("L").crop((0, 16, 100, 40)).tobytes())
+    assert pictures[0] != pictures[1]
+
+
 @pytest.mark.filterwarnings("ignore:.*no font of this system")
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_animation_from_the_command_line(checkpoints, name, tmp_path, capsys):
@@ -396,6 +412,9 @@ def test_options_are_checked_before_a_chat_begins(checkpoints):
         ({"trace": "x.html"}, "`trace` needs a `prompt`, got 'x.html' without one"),
         ({"trace": "x.png", "prompt": "a"}, r"`trace` must be a file that ends in \.html or \.gif, got 'x.png'"),
         ({"trace": "gif", "prompt": "a"}, r"`trace` must be a file that ends in \.html or \.gif, got 'gif'"),
+        ({"prompt": "a", "font": "b"}, "`font` draws a .gif: it needs `trace` with one, got 'b' and None"),
+        ({"prompt": "a", "font": "b", "trace": "c.html"}, "`font` draws a .gif: it needs .*, got 'b' and 'c.html'"),
+        ({"prompt": "a", "font": "b", "trace": "c.gif"}, "`font` must be a font file or .* family, got 'b'"),
         ({"infill": True}, "`infill` needs a `prompt`, got True without one"),
         ({"infill": True, "prompt": "a", "chat": True}, "`infill` fills plain text: it must not be set with `chat`"),
         ({"system": "a", "prompt": "b"}, "`system` is part of a chat: it needs `chat`, got 'a' without it"),

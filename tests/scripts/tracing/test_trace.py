@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.tracing.page import trace_fragment, trace_page, trace_view
@@ -425,6 +427,21 @@ def test_watching_elsewhere_takes_a_line_per_step(tokenizer):
     assert "<|endoftext|>" not in shown
     _, _, shown = watch(tokenizer, model, False, [0, 7, MASK], max_new_tokens=0)
     assert "<|endoftext|>" in shown  # a filled text makes no sense without what was given
+
+
+def test_chinese_takes_two_cells_a_character(char_tokenizer):
+    """The redrawn row must be as many lines as the terminal shows, or the next one starts at a wrong place."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=21, height=50)
+    watcher = TerminalWatcher(char_tokenizer, console)
+    ids = char_tokenizer("今天天气很好,我们去公园散步。" * 4).input_ids
+    watcher.put(torch.tensor(ids))
+    for done in (1, 2):
+        watcher.put_draft(torch.tensor([ids[:done] + [MASK] * (30 - done)]))
+    shown = console.file.getvalue()
+    lines = [Text.from_ansi(line).plain for line in shown.partition("\x1b[2K\x1b[1A")[0].splitlines()]
+    assert all(cell_len(line) <= 21 for line in lines) and sum(cell_len(line) > 19 for line in lines) >= 5
+    assert shown.count("\x1b[1A") == len(lines) - 1  # up again to the first
+    watcher.close()
 
 
 def test_watching_an_autoregressive_model_writes_its_text(tokenizer):

@@ -22,17 +22,18 @@ BOXES = """spans => spans.map(span => {
   return [...span.getClientRects()].map(box => [box.left - more, box.top - more, box.right + more, box.bottom + more]);
 })"""
 # Colours of letters and of what lies behind them, as a canvas paints them.
-INKS = """spans => spans.filter(span => span.textContent.trim() && !span.matches(".mask, .absent")).map(span => {
-  const paint = document.createElement("canvas").getContext("2d");
-  const grounds = [];
-  for (let node = span; node; node = node.parentElement) grounds.unshift(getComputedStyle(node).backgroundColor);
+INKS = """spans => {
+  const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const draw = (colours) => {
-    paint.fillStyle = "white";
     for (const colour of ["white", ...colours]) { paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1); }
     return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  return [span.className, draw(grounds), draw([...grounds, getComputedStyle(span).color])];
-})"""
+  return spans.filter(span => span.textContent.trim() && !span.matches(".mask, .absent")).map(span => {
+    const grounds = [];
+    for (let node = span; node; node = node.parentElement) grounds.unshift(getComputedStyle(node).backgroundColor);
+    return [span.className, draw(grounds), draw([...grounds, getComputedStyle(span).color])];
+  });
+}"""
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def test_the_newest_stay_within_their_boxes(tokenizer, show, width):
         for one, other in itertools.combinations(range(len(boxes)), 2):
             worst = max([overlap(a, b) for a in boxes[one] for b in boxes[other]], default=0)
             assert worst <= 0.5, (step, one, other)
-        marks = "all => all.map(span => [getComputedStyle(span).boxShadow, getComputedStyle(span).outlineStyle])"
-        assert all("inset" in shadow for shadow, _ in page.locator(".canvas .new").evaluate_all(marks))
+    shadows = "all => all.map(span => getComputedStyle(span).boxShadow)"
+    assert all("inset" in shadow for shadow in page.locator(".canvas .new").evaluate_all(shadows))
 
 
 def test_pieces_of_a_word_touch(tokenizer, show):
@@ -138,6 +139,8 @@ def test_boards_are_square_at_each_step(tokenizer, show, width, puzzle, answer, 
             undecided = "" if digit == "0" else digit
             assert clue == (undecided if kind.startswith("mask") else "none")
         edges = cells.evaluate_all("all => all.map(cell => getComputedStyle(cell).borderRightWidth)")
+        lines = cells.evaluate_all("all => all.map(cell => getComputedStyle(cell).borderRightColor)")
+        assert set(lines) == {page.locator(".nanollada-trace").evaluate("part => getComputedStyle(part).color")}
         box = {4: 2, 9: 3}[side]
         thick = [column % box == box - 1 and column < side - 1 for column in range(side)] * side
         assert [edge == "2px" for edge in edges] == thick
