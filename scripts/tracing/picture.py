@@ -10,6 +10,7 @@ from nanollada.scripts.tracing.pieces import Cell, trace_cells
 from nanollada.scripts.tracing.recorder import NOTHING, StepRecorder
 
 SIZE, LINE, BAR = 18, 30, 3  # of letters, of a line, and of what underlines the newest, in pixels
+BOLD = 1  # pixels from stroke to stroke
 BLOCK_WIDTH = 11  # of a place that no text ever stands in
 END = "∎"  # for an answer's end of text, which may fill many places behind it
 SQUARES = {4: 34, 9: 26}  # of a board's cells, by how many stand in a row
@@ -45,11 +46,12 @@ class Pen:
         """Of a spelt text, in pixels."""
         return round(sum(self._load(character).getlength(character) for character in text))
 
-    def write(self, draw, x: float, y: int, text: str, fill, weight: float = 0) -> None:
-        """Writes a spelt text into a Pillow drawing; `y` is the baseline, `weight` thickens the strokes."""
+    def write(self, draw, x: float, y: int, text: str, fill, bold: bool = False) -> None:
+        """Writes a spelt text into a Pillow drawing; `y` is the baseline, and bold is written twice."""
         for character in text:
             font = self._load(character)
-            draw.text((x, y), character, font=font, fill=fill, anchor="ls", stroke_width=weight)
+            for shift in (0, BOLD)[: 1 + bold]:
+                draw.text((x + shift, y), character, font=font, fill=fill, anchor="ls")
             x += font.getlength(character)
 
     def _load(self, character: str):
@@ -211,13 +213,13 @@ class Strip:
         if text and self.board.is_wrong(column, text):
             draw.rectangle((left + 2, top + 2, right - 2, bottom - 2), outline=WRONG, width=2)
         shown = text or clue
-        x, y = left + (place.width - self.pen.width(shown)) / 2, top + place.height // 2 + SIZE // 3
-        self.pen.write(draw, x, y, shown, INK if text else SOFT, weight=0.5 * bool(clue))
+        x, y = left + (place.width - self.pen.width(shown)) // 2, top + place.height // 2 + SIZE // 3
+        self.pen.write(draw, x, y, shown, INK if text else SOFT, bold=bool(clue))
 
     def _draw_lines(self, draw) -> None:
         corner, square = self.places[self.board.start], SQUARES[self.board.side]
         end = self.board.side * square
-        for line in range(self.board.side + 1):
+        for line in sorted(range(self.board.side + 1), key=lambda line: line % self.board.box == 0):  # thick ones last
             thick, at = line % self.board.box == 0, line * square
             ink, width = (INK, 2) if thick else (BLOCK, 1)
             draw.line((corner.x + at, corner.y, corner.x + at, corner.y + end), ink, width)
