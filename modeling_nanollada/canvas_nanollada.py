@@ -18,14 +18,13 @@ class Canvas:
         rows, self.prompt_length = input_ids.shape
         self.length = settings.max_length
         new_tokens = self.length - self.prompt_length
-        whole, name = config.block_length, "the model's `config.block_length`"
-        if whole is None:
-            whole, name = new_tokens, "`max_new_tokens`"
-        block_length = settings.block_length or whole or 1
-        require(whole % block_length == 0, f"`block_length` must divide {name}, got {block_length} and {whole}")
+        grid = config.block_length
+        block_length = settings.block_length or grid or new_tokens or 1
+        message = f"`block_length` must divide the model's `config.block_length`, got {block_length} and {grid}"
+        require(grid is None or grid % block_length == 0, message)
         visible = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         visible = pad(visible.bool(), (0, new_tokens), value=True)
-        lacking = -visible.sum(1) % (config.block_length or 1)  # [B]
+        lacking = -visible.sum(1) % (grid or 1)  # [B]
         width = int(lacking.max())
         self.ids = pad(input_ids, (0, new_tokens + width), value=config.mask_token_id)  # [B, W]
         self.visible = torch.cat((visible, torch.arange(width, device=input_ids.device) < lacking[:, None]), dim=1)
@@ -37,7 +36,7 @@ class Canvas:
         self.given = self.visible & (self.ids != config.mask_token_id)  # the prompt, for guidance
         self.columns = torch.arange(self.length, device=input_ids.device)
         positions = torch.arange(self.ids.shape[1], device=input_ids.device) - self.prompt_length
-        if config.block_length is not None:  # the grid of training, from the row's first token
+        if grid is not None:  # the grid of training, from the row's first token
             positions = self.visible.long().cumsum(1) - 1
         self.blocks = (positions.clamp(min=0) // block_length).expand_as(self.ids)
         self.ended = torch.zeros_like(self.undecided[:, 0])  # [B], rows that were stopped
@@ -73,12 +72,17 @@ class Canvas:
         """`[B]`: columns before the first undecided one."""
         return first_column(self.undecided[:, : self.length])
 
-    def stop_at_eos(self, eos_ids, release):
-        """Ends rows at their first generated EOS, if nothing is masked before it; `release`: their work, too."""
+    def stop_at_eos(self, eos_ids, release, cut=False):
+        """
+        Ends rows at their first generated EOS, if nothing is masked before it; `release`: their work, too; `cut`: no
+        more work behind it in any case.
+        """
         if len(eos_ids) == 0:
             return
         is_eos = torch.isin(self.ids[:, : self.length], eos_ids) & (self.columns >= self.prompt_length)
         first = first_column(is_eos)  # [B]
+        if cut:
+            self.undecided[:, : self.length] &= self.columns <= first[:, None]
         ended = first < self.decided_columns()
         self.last = torch.where(ended, torch.minimum(first, self.last), self.last)
         if release:

@@ -41,6 +41,7 @@ class Denoiser:
         canvas, settings, revises = self.canvas, self.sampler.settings, self.sampler.rule.revises
         masked = block.sum(1)  # [B]
         steps = masked  # [B]
+        end = (self.sampler.eos_ids, settings.early_stop, settings.eos_policy == "cut")
         if settings.steps is not None:  # more of them than masks are of use where decisions are taken back
             steps = torch.full_like(masked, settings.steps) if revises else masked.clamp(max=settings.steps)
         begin, last = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
@@ -56,8 +57,8 @@ class Denoiser:
                 break
             self.step(block, columns, rows, masked=masked[rows], steps=steps[rows], index=index)
             if not revises:
-                canvas.stop_at_eos(self.sampler.eos_ids, settings.early_stop)
-        canvas.stop_at_eos(self.sampler.eos_ids, settings.early_stop)
+                canvas.stop_at_eos(*end)
+        canvas.stop_at_eos(*end)
 
     def step(self, block: torch.BoolTensor, columns: slice, rows: torch.LongTensor, **counts) -> None:
         """One step of the `rows` `[R]` in their `block` `[B, W]`, whose `columns` are w; `counts` as in [`Step`]."""

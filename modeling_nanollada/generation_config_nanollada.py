@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import textwrap
 
 from transformers import GenerationConfig
 
@@ -54,7 +55,13 @@ _TOKENS = {
     "suppress_tokens": "a list of integers",
 }
 WORKING = [name for name in (*_THEIRS, *_TOKENS, "stop_strings") if name not in HARMLESS]
-_CHECKED = {**_THEIRS, **OWN_SETTINGS}
+OWN_FIELDS = {  # what the class has beside transformers' fields; the last says something about the model
+    **OWN_SETTINGS,
+    "trained_length": Setting(
+        int, AT_LEAST_ONE, "tokens of the longest row in training; a longer canvas is warned of."
+    ),
+}
+_CHECKED = {**_THEIRS, **OWN_FIELDS}
 _DEFAULTS = {name: setting.default for name, setting in _CHECKED.items() if setting.default is not None}
 _ALONE = [rule.switch for rule in RULES.values() if not rule.ranks]  # they decide without scores
 
@@ -93,6 +100,12 @@ _CONDITIONAL = (
         if rule.switch
     ),
     (
+        {"early_stop": _DEFAULTS["early_stop"]},
+        ("eos_policy",),
+        "needs another `eos_policy` than 'cut'",
+        lambda settings: settings.eos_policy != "cut",
+    ),
+    (
         {"position_score": _DEFAULTS["position_score"]},
         ("remasking", *_ALONE),
         f"needs the `remasking` 'low_confidence' and no {ticked(_ALONE, ' or ')}",
@@ -116,7 +129,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             filled. As in transformers, `max_length` is the alternative and 20 new tokens are the default.
         block_length (`int`, *optional*): Tokens per block; blocks are decoded left to right. Defaults to the model's
             `config.block_length`, else to `max_new_tokens` (one block: pure diffusion). Without
-            `config.block_length` it must divide `max_new_tokens`. With it, blocks are cut at multiples of
+            `config.block_length` the last block may be shorter. With it, blocks are cut at multiples of
             `block_length` from the row's first token, as in training, so the first and the last block may be partial;
             it must divide `config.block_length`, since a longer one would show the model half-decoded context.
         steps (`int`, *optional*): Denoising steps *per block*; a block of m masks commits ⌊m/steps⌋ tokens a step and
@@ -146,7 +159,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             no part of it: once filled, z_u sees them as it sees new tokens.
         repetition_penalty (`float`, *optional*): As in transformers; counts the tokens visible in the row.
         eos_policy (`str`, *optional*, defaults to `"none"`): `"last"`: positions whose likeliest token (drawn token,
-            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"forbid"`: never an EOS.
+            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"cut"`: no pass is spent on
+            what the output lacks: behind an EOS that is decided nothing is, and of a block's open positions those
+            behind the first that is likelier an EOS than not wait for it. `"forbid"`: never an EOS.
         early_stop (`bool`, *optional*, defaults to `True`): Stop working on a row once an EOS has nothing masked
             before it. What comes after is padded in any case, so this saves time and changes no token that is kept.
         grow_length (`bool`, *optional*, defaults to `False`): Show the model no masks behind the current block ("block
@@ -157,6 +172,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             while it is decoded, those before it (`"prefix"`) or all (`"dual"`; Fast-dLLM). Changes results.
         cache_implementation (`str`, *optional*): `"dynamic"` (default): the cache grows. `"static"`: it has its final
             size at once, so that a compiled forward sees one shape. Without a cache neither means anything.
+        trained_length (`int`, *optional*): Tokens of the longest row in the model's training, its masks included; the
+            trainer writes it. A model without `config.block_length` that is shown more at once, which it never
+            learned to fill, warns once. Changes no result.
 
     Raises:
         `ValueError`: for unknown names, for values out of range, for `do_sample` and `temperature` that contradict
@@ -166,13 +184,13 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
-        known = {*vars(GenerationConfig()), *OWN_SETTINGS}
+        known = {*vars(GenerationConfig()), *OWN_FIELDS}
         for name, value in kwargs.items():
             fine = name in known or name.startswith("_") or value is None
             require(fine, f"`{name}` is no setting of the diffusion `generate`{near_miss(name, known)}, got {value!r}")
-        for name in OWN_SETTINGS:
+        for name in OWN_FIELDS:
             setattr(self, name, kwargs.get(name))
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in OWN_SETTINGS})
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in OWN_FIELDS})
         refuse_idle(self, {name: value for name, value in kwargs.items() if value is not None}, by_word=True)
 
     @classmethod
@@ -281,8 +299,10 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         scheduled = self.commit_schedule not in (None, "equal") or self.max_commits is not None
         message = f"`commit_schedule` and `max_commits` must be unset, got {self.commit_schedule!r} and"
         require(rule.ranks or not scheduled, f"{alone} {message} {self.max_commits}")
-        late = not rule.ranks and self.eos_policy == "last"
-        require(not late, f"{alone} `eos_policy` must not be 'last', got 'last'")
+        late = self.eos_policy in ("last", "cut") and not rule.ranks
+        require(not late, f"{alone} `eos_policy` must not be {self.eos_policy!r}, got {self.eos_policy!r}")
+        message = f"`{rule.switch}` takes decisions back: `eos_policy` must not be 'cut', got 'cut'"
+        require(not rule.revises or self.eos_policy != "cut", message)
         ramp = self.commit_schedule == "ramp" and self.steps is not None
         require(not ramp, f"`steps` must be unset where `commit_schedule` is 'ramp', got {self.steps}")
 
@@ -296,10 +316,21 @@ if NanoLLaDAGenerationConfig.__doc__:  # `python -OO` has none
     NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace("\n    Ra", f"{_RULES}\n    Ra")
 
 
+def describe_settings() -> str:
+    """A list of all settings for the docstring of `generate`: ours with a line each, transformers' by name."""
+    lines = [f"as in transformers: {ticked(WORKING)}"]
+    for name, setting in OWN_FIELDS.items():
+        choices = f", one of {', '.join(map(repr, setting.allowed))}" if setting.type is str else ""
+        default = "" if setting.default is None else f", defaults to {setting.default!r}"
+        lines.append(f"`{name}` ({setting.type.__name__}{choices}{default}): {setting.help}")
+    first, rest = " " * 16 + "- ", " " * 18
+    return "\n".join(textwrap.fill(line, 117, initial_indent=first, subsequent_indent=rest) for line in lines)
+
+
 def refuse_unused(settings: dict) -> None:
     """Fields of transformers that diffusion has no use for, and unknown ones, must be unset (or at their default)."""
     off = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params(), **_OFF}
-    known = {*WORKING, *HARMLESS, *OWN_SETTINGS}
+    known = {*WORKING, *HARMLESS, *OWN_FIELDS}
     for name, value in settings.items():
         if name not in known and not name.startswith("_") and not is_same(value, off.get(name)):
             refuse(name, value, "is not supported by" if name in UNSUPPORTED else "is not known to")

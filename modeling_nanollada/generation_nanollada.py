@@ -10,15 +10,18 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation import logits_process as processors
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from .canvas_nanollada import Canvas, check_prompt
 from .denoising_nanollada import Denoiser
 from .generation_config_nanollada import (
     UNSUPPORTED,
     NanoLLaDAGenerationConfig,
+    describe_settings,
     refuse,
     refuse_idle,
     refuse_unused,
@@ -28,6 +31,8 @@ from .generation_config_nanollada import (
 from .prediction_nanollada import predictor
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler
 from .versions_nanollada import SPELLINGS, read_under_both_names
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -50,33 +55,75 @@ read_under_both_names(NanoLLaDAGenerationOutput)
 
 
 class NanoLLaDAGenerationMixin(GenerationMixin):
-    """
-    Diffusion behind transformers' own `generate`: its length settings, batches, streamers, criteria, pipelines.
+    """Diffusion behind transformers' own `generate`: its length settings, batches, streamers, criteria, pipelines."""
 
-    On top of [`NanoLLaDAGenerationConfig`], `generate` takes `generator` (a `torch.Generator`: same seed, same
-    output). What differs from an autoregressive model:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> "NanoLLaDAGenerationOutput | torch.LongTensor":
+        r"""
+        Writes behind a prompt by denoising, and fills the mask tokens inside it.
 
-    - *Infilling.* Mask tokens inside the prompt are filled, all else stays. They belong to the first block; in a model
-      with `config.block_length` to the blocks in which they lie, which come first.
-    - *Prompts* are integer ids of shape `(batch, length)`, int32 ones, too. With length 0 the whole row is generated.
-    - *Batches.* Pad on the left and pass the `attention_mask`. Rows are independent where nothing is drawn. Draws of
-      all rows come from one generator, step by step: a sampled row depends on its batch mates and on their order.
-    - *`logits_processor`* is called with the scores of all masked positions of the block, `(N, vocab_size)`, and for
-      each of them its whole row, mask tokens included, `(N, length)`. Processors of transformers that read the row
-      left to right are refused; repetitions have `repetition_penalty`. Its warpers shape draws and need some.
-    - *`stopping_criteria`* are asked after each block, for every prefix that ends in it, as if it had come token by
-      token (`max_time` once per block); the first that stops ends the row there.
-    - *Streamers* get the finished columns after each block. A `put_draft` method gets, after each step, all columns
-      from the first that was not put (with masks in the prompt: from the first mask) to the row's last one, with the
-      mask token where nothing is decided. So a draft of n columns is the last n of the row. A `put_confidence` method
-      gets, before that, the same columns' largest probabilities, NaN where nothing was open in the step.
+        The row is the prompt followed by mask tokens; block by block, left to right, each step decides a few of them.
+        What a call does not set is the checkpoint's to say (`model.generation_config`, of the class
+        `model.generation_config_class`), then the default named here.
 
-    Raises:
-        `ValueError`: for settings of transformers without a meaning here (beams, assistants, given caches,
-            `inputs_embeds`, scores as output, …) and unknown ones, saved or given; for settings that the call makes
-            and its decoding doesn't read (`top_k` without draws); for ids and masks of a wrong shape, type or range;
-            for a `block_length` that doesn't divide, and for prompts with nothing to decode.
-    """
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts, of any integer dtype; also as
+                `input_ids=`. Pad on the left and pass the `attention_mask`. Mask tokens inside a prompt are filled,
+                all else stays. They belong to the first block; in a model with `config.block_length` to the blocks in
+                which they lie, which come first. With length 0 the whole row is generated; unset is the BOS token.
+            generation_config ([`NanoLLaDAGenerationConfig`] or [`~transformers.GenerationConfig`], *optional*):
+                Settings together; keyword arguments of the same names override them.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Called with the scores of all masked
+                positions of the block, `(N, vocab_size)`, and for each of them its whole row, mask tokens included,
+                `(N, length)`. Processors of transformers that read the row left to right are refused; repetitions have
+                `repetition_penalty`. Its warpers shape draws and need some.
+            stopping_criteria ([`~transformers.StoppingCriteriaList`], *optional*): Asked after each block, for every
+                prefix that ends in it, as if it had come token by token (`max_time` once per block); the first that
+                stops ends the row there.
+            streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Gets the finished columns after
+                each block. A `put_draft` method gets, after each step, all columns from the first that was not put
+                (with masks in the prompt: from the first mask) to the row's last one, with the mask token where
+                nothing is decided. So a draft of n columns is the last n of the row. A `put_confidence` method gets,
+                before that, the same columns' largest probabilities, NaN where nothing was open in the step.
+            generator (`torch.Generator`, *optional*): Of all draws: same seed, same output. Rows are independent where
+                nothing is drawn. Draws of all rows come from one generator, step by step: a sampled row depends on its
+                batch mates and on their order.
+            kwargs: `attention_mask` (`(batch, length)`), `tokenizer` (for `stop_strings`), and the settings:
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length + new tokens)`: prompts and new tokens, the pad token behind
+            the first new EOS; with `return_dict_in_generate=True` a [`NanoLLaDAGenerationOutput`].
+
+        Raises:
+            `ValueError`: for settings of transformers without a meaning here (beams, assistants, given caches,
+                `inputs_embeds`, scores as output, …) and unknown ones, saved or given; for settings that the call
+                makes and its decoding doesn't read (`top_k` without draws); for ids and masks of a wrong shape, type
+                or range; for a `block_length` that doesn't divide `config.block_length`, and for prompts with nothing
+                to decode.
+        """
+        kwargs |= {} if generator is None else {"generator": generator}
+        return super().generate(
+            inputs,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            **kwargs,
+        )
+
+    if generate.__doc__:  # `python -OO` has none
+        generate.__doc__ = generate.__doc__.replace("        Returns:", f"{describe_settings()}\n\n        Returns:")
+
+    _warned_of_a_long_canvas = False
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)
@@ -158,6 +205,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         eos_ids = torch.cat(eos).to(self.device) if eos else torch.empty(0, dtype=torch.long, device=self.device)
         canvas = Canvas(input_ids.to(self.device), kwargs.get("attention_mask"), generation_config, self.config)
+        self._warn_of_a_long_canvas(canvas, generation_config)
         generator = kwargs.get("generator")  # the other kwargs prepare autoregressive decoding
         sampler = Sampler(generation_config, logits_processor, eos_ids, self.config.mask_token_id, generator)
         Denoiser(canvas, predictor(self, canvas, generation_config), sampler, stopping_criteria, streamer).run()
@@ -165,3 +213,18 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         if not generation_config.return_dict_in_generate:
             return sequences
         return NanoLLaDAGenerationOutput(sequences=sequences, tokens_per_forward=canvas.tokens_per_forward())
+
+    def _warn_of_a_long_canvas(self, canvas, settings):
+        """Once per model, and only where the masks of the whole row are seen from the first step on."""
+        known, shown = settings.trained_length, int(canvas.visible.sum(1).max())
+        in_blocks = self.config.block_length is not None or (settings.grow_length and int(canvas.blocks.max()) > 0)
+        if known is None or shown <= known or in_blocks or self._warned_of_a_long_canvas:
+            return
+        self._warned_of_a_long_canvas = True
+        new_tokens = known - (shown - (canvas.length - canvas.prompt_length))
+        fits = f"`max_new_tokens` to at most {new_tokens} for this prompt, or " if new_tokens > 0 else ""
+        logger.warning(
+            f"The model is shown {shown} tokens at once, prompt and masks, but none of the rows that it was trained "
+            f"on had more than {known} (`trained_length`): what it writes may be wrong. Set {fits}`block_length` "
+            "(16, say) with `grow_length=True`, which shows it one block of masks at a time."
+        )

@@ -133,7 +133,9 @@ OWN_SETTINGS = {
     "ramp_end": Setting(float, SHARE, "last share of the ramp.", 0.5),
     "max_commits": Setting(int, AT_LEAST_ONE, "at most so many tokens a step."),
     "cfg_scale": Setting(float, NOT_NEGATIVE, "classifier-free guidance; 0: off.", 0.0),
-    "eos_policy": Setting(str, ("none", "last", "forbid"), "whether ends of text are decided last, or never.", "none"),
+    "eos_policy": Setting(
+        str, ("none", "last", "cut", "forbid"), "decide ends of text last, nothing behind one (cut), or none.", "none"
+    ),
     "early_stop": Setting(bool, help="stop at an end of text with nothing undecided before it.", default=True),
     "grow_length": Setting(bool, help="no masks behind the block.", default=False),
     "approximate_cache": Setting(

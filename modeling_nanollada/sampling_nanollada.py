@@ -1,5 +1,6 @@
 """The choices of a denoising step: which distribution, which positions, which tokens."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -83,6 +84,10 @@ class Sampler:
             ends = torch.isin(step.logits.argmax(-1) if tokens is None else tokens, self.eos_ids)
             late = late.masked_scatter(step.active, ends)
             late &= (step.active & ~late).any(1, keepdim=True)  # unless there are no others
+        if self.settings.eos_policy == "cut":
+            log_share = step.logits[:, self.eos_ids].logsumexp(-1) - step.logits.logsumexp(-1)  # [N]
+            ends = step.spread(log_share, -torch.inf) > -math.log(2)
+            late = step.active & (ends.cumsum(1) > ends.long())  # behind the first of them
         # No score spans more than ln V.
         return replace(step, ranked=step.spread(scores, -torch.inf) - 1e3 * late, late=late)
 

@@ -111,10 +111,18 @@ def reference_greedy(
             best = {index: int(logits[index].argmax()) for index in todo}
             score = {index: reference_score(position_score, logits[index]) for index in todo}
             late = {index: eos_policy == "last" and best[index] == EOS for index in todo}
+            if eos_policy == "cut":
+                ends = [index for index in todo if logits[index].softmax(-1)[EOS] > 0.5]
+                late = {index: index > min(ends, default=total) for index in todo}
             order = sorted(todo, key=lambda index: (late[index], -score[index], index))
             for index in order[: len(block) // count + (step < len(block) % count)]:
                 row[index] = best[index]
                 todo.remove(index)
+            if eos_policy == "cut" and EOS in row[len(prompt) : total]:
+                end = row.index(EOS, len(prompt))
+                todo = {index for index in todo if index < end}
+        if eos_policy == "cut" and EOS in row[len(prompt) : total]:
+            break
     row = row[:total]
     if EOS in row[len(prompt) :]:
         end = row.index(EOS, len(prompt)) + 1

@@ -56,11 +56,11 @@ def random_call(rng, model):
         "position_score": rng.choice(["max_prob", "margin", "entropy", "sampled_prob"]),
         "cfg_scale": rng.choice([0.0, 0.0, 0.7]),
         "repetition_penalty": rng.choice([1.0, 1.0, 1.4]),
-        "eos_policy": rng.choice(["none", "none", "last", "forbid"]),
+        "eos_policy": rng.choice(["none", "none", "last", "cut", "forbid"]),
     }
     new = rng.choice([0, 1, 4, 6, 8])
     if grid is None:
-        options["block_length"] = rng.choice([None] + [b for b in range(1, new + 1) if new % b == 0])
+        options["block_length"] = rng.choice([None, *range(1, new + 3)])
     else:
         options["block_length"] = rng.choice([None, 1, 2, grid])
     with_masks = new == 0 or rng.random() < 0.5
@@ -87,7 +87,7 @@ def test_300_random_calls():
         prompts, new, options = random_call(rng, model)
         ids, attention_mask = left_padded(prompts)
         kwargs = {"attention_mask": attention_mask, "max_new_tokens": new, **options}
-        kwargs["early_stop"] = rng.choice([True, False])
+        kwargs["early_stop"] = None if options["eos_policy"] == "cut" else rng.choice([True, False])
         kwargs["remasking"] = rng.choice(["low_confidence", "low_confidence", "random"])
         if kwargs["remasking"] == "random":
             kwargs["position_score"] = None  # no use for one: refused

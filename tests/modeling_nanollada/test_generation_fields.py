@@ -15,7 +15,7 @@ from nanollada.modeling_nanollada import (
     NanoLLaDAGenerationConfig,
 )
 from nanollada.modeling_nanollada import generation_nanollada as generation
-from nanollada.modeling_nanollada.generation_config_nanollada import HARMLESS, OWN_SETTINGS, UNSUPPORTED, WORKING
+from nanollada.modeling_nanollada.generation_config_nanollada import HARMLESS, OWN_FIELDS, UNSUPPORTED, WORKING
 from nanollada.modeling_nanollada.layers_nanollada import NanoLLaDARMSNorm
 
 
@@ -40,7 +40,7 @@ def check_fields(names):
 
 def test_each_inherited_field_is_decided():
     check_fields(inherited_fields())
-    lists = [*WORKING, *UNSUPPORTED, *HARMLESS, *OWN_SETTINGS]
+    lists = [*WORKING, *UNSUPPORTED, *HARMLESS, *OWN_FIELDS]
     assert len(lists) == len(set(lists))
     assert set(WORKING) == {*EFFECTS, "use_cache", "cache_implementation", "bos_token_id", "stop_strings"}
     assert {*WORKING, *HARMLESS} <= inherited_fields(), "what works must be there"
@@ -271,7 +271,7 @@ NONSENSE += [True, object(), torch.tensor([1.0, 2.0]), 3 + 1j]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(inherited_fields() | set(OWN_SETTINGS)))
+@pytest.mark.parametrize("name", sorted(inherited_fields() | set(OWN_FIELDS)))
 def test_nonsense_is_refused_by_name(model, name):
     ran = []
     for value in NONSENSE:
@@ -400,7 +400,7 @@ def test_greedy_rows_are_independent_and_drawn_ones_share_a_generator(model):
         for rows in ((PROMPT, other), (other, PROMPT)):
             batch = model.generate(torch.cat(rows), generator=seeded(), **settings)
             assert torch.equal(alone, batch[0 if rows[0] is PROMPT else 1]) is equal
-    text = " ".join(generation.NanoLLaDAGenerationMixin.__doc__.split())
+    text = " ".join(model.generate.__doc__.split())
     assert "a sampled row depends on its batch mates and on their order" in text
 
 

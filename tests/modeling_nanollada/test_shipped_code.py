@@ -23,6 +23,7 @@ ALLOWED = {
     "collections",
     "functools",
     "difflib",
+    "textwrap",
     "warnings",
     "typing",
     "__future__",
