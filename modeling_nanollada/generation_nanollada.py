@@ -30,6 +30,7 @@ from .generation_config_nanollada import (
 )
 from .prediction_nanollada import predictor
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler
+from .saved_nanollada import YIELDING, prefer_the_calls_length
 from .versions_nanollada import SPELLINGS, read_under_both_names
 
 logger = logging.get_logger(__name__)
@@ -131,17 +132,33 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         self.generation_config._original_object_hash = hash(self.generation_config)  # as loaded
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        """What the call says, then the given config, then the model's, then the defaults."""
+        """
+        What the call says, then the given config, then the model's, then the defaults. Of what the model's says about
+        deciding tokens, as much goes as contradicts the call (`threshold` beside a call's `factor`).
+        """
         refuse_unused({name: kwargs[name] for name in kwargs if name in UNSUPPORTED})  # before transformers reads them
+        for yielding in YIELDING:
+            try:
+                settings, model_kwargs = self._combined_settings(generation_config, kwargs, yielding)
+                break
+            except ValueError:
+                if yielding is YIELDING[-1]:  # the call contradicts itself
+                    raise
+        settings.check_tokens(self.config.vocab_size, self.config.mask_token_id)
+        settings.temperature = settings.get_temperature()
+        settings.do_sample = settings.temperature > 0
+        prefer_the_calls_length(settings, generation_config, kwargs)
+        return settings, model_kwargs
+
+    def _combined_settings(self, generation_config, kwargs, yielding):
+        """All settings, but those of the model's own config that are `yielding`; and the other `kwargs`."""
         settings = NanoLLaDAGenerationConfig.from_config(generation_config or GenerationConfig())
-        settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        own = {name: value for name, value in self.generation_config.to_dict().items() if name not in yielding}
+        settings.update(**own, defaults_only=True, allow_custom_entries=True)
         model_kwargs = settings.update(**kwargs)
         settings.update(**settings._get_default_generation_params(), defaults_only=True)
         refuse_unused(vars(settings))
         refuse_idle(settings, set_by_the_call(generation_config, kwargs))
-        settings.check_tokens(self.config.vocab_size, self.config.mask_token_id)
-        settings.temperature = settings.get_temperature()
-        settings.do_sample = settings.temperature > 0
         return settings, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):

@@ -29,6 +29,7 @@ from .layers_nanollada import (
     select_positions,
 )
 from .loss_nanollada import FLOOR, weighted_head_loss
+from .saved_nanollada import SavedLengthsMixin
 from .versions_nanollada import (
     CACHE,
     SPELLINGS,
@@ -254,7 +255,7 @@ class NanoLLaDAModel(NanoLLaDAPreTrainedModel):
         return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
 
 
-class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
+class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, SavedLengthsMixin, GenerationMixin):
     """The autoregressive model: causal attention, next-token loss, transformers' own `generate` with a cache."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -363,7 +364,7 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, GenerationMixin):
     init_continuous_batching = generate_batch = continuous_batching_context_manager = refuse_batching
 
 
-class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin):
+class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin, SavedLengthsMixin):
     """The masked-diffusion model: predicts every hidden token from all visible ones; `generate` denoises."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
