@@ -12,6 +12,8 @@ from transformers.trainer_utils import SchedulerType
 from nanollada.trainers.arguments import check_inherited, check_schedule
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.data.collator import Collator
+from nanollada.trainers.data.prepare import PreparedData
+from nanollada.trainers.decoding.defaults import length_limit, longest_row, set_defaults
 from nanollada.trainers.resuming.stepping import SteppingTrainer
 from nanollada.trainers.scoring.likelihood import Likelihood, evaluate_likelihood
 from nanollada.trainers.weights.averaging import AveragingTrainer, check_averaging
@@ -108,6 +110,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
 
     loss_is_scaled_for_ga = True
     masks = False  # whether only a part of the targets is predicted at a time
+    rows: PreparedData | None = None  # what it trains on; from there the generation config's defaults are
 
     def __init__(self, model, args: NanoLLaDATrainingArguments, train_dataset, collator: Collator, **kwargs):
         if args.n_gpu > 1:
@@ -174,6 +177,34 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
                 logs["masked_rate"] = round(masked / max(targets, 1), 4)
             self._window = {"targets": 0, "masked": 0, "seconds": now}
         super().log(logs, *args, **kwargs)
+
+    # ---- what the model is trained for, in its generation config
+
+    def decoding_defaults(self) -> dict:
+        """Fields of the generation config that say how the model decodes of its own accord."""
+        return length_limit(longest_row(self.rows), self.rows.format == "sft")
+
+    def set_decoding(self) -> dict:
+        """Writes them, and nothing else about lengths and denoising, into the model's generation config."""
+        if self.rows is None:
+            return {}
+        fields = self.decoding_defaults()
+        set_defaults(self.plain_model, fields)
+        return fields
+
+    def choose_decoding(self) -> dict:
+        """What is chosen by trying the trained model, once it is saved; for `run.json`, with the defaults."""
+        return {"generation_config": self.set_decoding()}
+
+    def train(self, *args, **kwargs):
+        """As transformers', of a model that says from the start what it is trained for."""
+        self.set_decoding()
+        return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """A checkpoint's block length may be that of a phase: its defaults go with it."""
+        self.set_decoding()
+        super().save_model(output_dir, _internal_call)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Fills in what WSD and cosine with a floor need to know."""

@@ -16,6 +16,8 @@ from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.trainers import run
 from nanollada.trainers.base import NanoLLaDATrainer, NanoLLaDATrainingArguments
 from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.decoding.defaults import diffusion_defaults, longest_row
+from nanollada.trainers.decoding.threshold import choose_threshold
 from nanollada.trainers.noise.adaptation import noisy_embeddings, partly_causal_mask
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
 from nanollada.trainers.noise.blocks import block_ids_of
@@ -48,6 +50,7 @@ LEAST = {
     "eos_padding_block": 1,
     "repetition_penalty_weight": 0,
     "repetition_penalty_min_run": 2,
+    "threshold_rows": 0,
 }
 
 
@@ -112,6 +115,13 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
         default=0.0, metadata={"help": "Weight of the unlikelihood of wrong repeats in the model's own draft."}
     )
     repetition_penalty_min_run: int = field(default=2, metadata={"help": "Shortest run of equal tokens it punishes."})
+    threshold_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "SFT: held-out rows on which the `threshold` that the model decodes with is chosen at the end; 0: "
+            "none. Default: up to 128, as many as 2 %% of training's compute pay for, and none if those are few."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,9 +166,15 @@ class DiffusionTrainer(NanoLLaDATrainer):
     """
 
     masks = True
+    threshold = None  # chosen when the model is trained
 
     def __init__(self, model, args: DiffusionConfig, *rest, **kwargs):
         super().__init__(model, args, *rest, **kwargs)
+        if args.threshold_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`threshold_rows` needs whole weights on every rank: it must be 0 with FSDP or DeepSpeed, got "
+                f"{args.threshold_rows}"
+            )
         block_length = args.block_length if args.block_length is not None else model.config.block_length or 0
         self.schedule = BlockLengthSchedule(args.block_length_schedule or [[1.0, block_length]])
         shift = model.config.label_shift if args.label_shift is None else args.label_shift
@@ -186,6 +202,28 @@ class DiffusionTrainer(NanoLLaDATrainer):
 
     def begin_step(self) -> None:
         self.set_block_length()
+
+    def decoding_defaults(self):
+        fields = diffusion_defaults(
+            longest_row(self.rows),
+            self.rows.format == "sft",
+            self.model.config.block_length,
+            self.args.eos_padding,
+            self.args.eos_padding_block,
+        )
+        return fields if self.threshold is None else fields | {"threshold": self.threshold}
+
+    def choose_decoding(self):
+        facts = super().choose_decoding()
+        if self.rows is None or self.rows.format != "sft":
+            return facts
+        choice = choose_threshold(self)
+        self.threshold = choice["threshold"]
+        return {"generation_config": self.set_decoding(), "threshold": choice}
+
+    def train(self, *args, **kwargs):
+        self.threshold = None  # of what was trained before
+        return super().train(*args, **kwargs)
 
     def micro_batch_loss(self, model, inputs, num_items_in_batch):
         # 1. noise that belongs to the row, with its labels and weights

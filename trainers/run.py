@@ -99,6 +99,7 @@ def train(
         eval_dataset=rows.eval,
         processing_class=tokenizer,
     )
+    trainer.rows = rows
     finished = finished_run(args, resume, trainer.planned_steps())
     if finished is not None:
         return finished
@@ -137,7 +138,9 @@ def _write_last_files(trainer, facts: dict) -> None:
         (folder / "run.json").unlink(missing_ok=True)  # of the shorter run that this one went on from
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
+    facts["decoding"] = trainer.choose_decoding()  # behind the model, which takes no harm if this is broken off
     if trainer.is_world_process_zero():
+        trainer.plain_model.generation_config.save_pretrained(folder)
         facts["sha256"] = _saved_digests(folder)
         write_json(folder / "run.json", facts)
 
