@@ -114,6 +114,8 @@ def measure(
     """
     import torch
 
+    from nanollada.scripts.decoding.settings import default_decoding
+
     if threads:
         torch.set_num_threads(threads)
     device = device_name()
@@ -121,14 +123,15 @@ def measure(
     config = network.config
     ids, mask = prompts(tokenizer, data, batch_size, prompt_length, config.vocab_size, seed)
     ids, mask = ids.to(device), mask.to(device)
-    decode = decoder_of(decoder, network, new_tokens, block_length)
-    decoded, seconds = decode(ids, mask), []
-    for _ in range(calls):
-        synchronize(device)
-        start = time.perf_counter()
-        decoded = decode(ids, mask)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    with default_decoding(network):  # a decoder is what its settings say, whatever the checkpoint's own are
+        decode = decoder_of(decoder, network, new_tokens, block_length)
+        decoded, seconds = decode(ids, mask), []
+        for _ in range(calls):
+            synchronize(device)
+            start = time.perf_counter()
+            decoded = decode(ids, mask)
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
     layers = sum(value.numel() for name, value in network.named_parameters() if "embed_tokens" not in name)
     tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
@@ -244,6 +247,7 @@ def score(
     import torch
 
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
+    from nanollada.scripts.decoding.settings import default_decoding
     from nanollada.scripts.evaluation.answers import exact_match
 
     if threads:
@@ -257,8 +261,8 @@ def score(
         settings = generate_settings(settings, network.config, new_tokens, block_length)
     size = settings.get("block_length") or 1
     settings["max_new_tokens"] = -(-new_tokens // size) * size
-    record = exact_match(
-        network, tokenizer, list(itertools.islice(_rows(data), rows)), batch_size=batch_size, **settings
-    )
+    asked = list(itertools.islice(_rows(data), rows))
+    with default_decoding(network):
+        record = exact_match(network, tokenizer, asked, batch_size=batch_size, **settings)
     kept = {name: record[name] for name in ("value", "standard_error", "rows", "truncated")}
     return {**kept, "new_tokens": record["settings"]["max_new_tokens"]}

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Literal
 
 from nanollada.trainers.scoring.kind import is_diffusion
@@ -95,29 +95,56 @@ def generation_settings(model, **given) -> dict:
     for name in ("top_k", "top_p"):
         if given.get(name) and not temperature:
             raise ValueError(f"`{name}` needs a `temperature` above 0, got {given[name]} and a greedy choice")
-    if config.max_new_tokens is None and config.max_length is None:
+    if not has_own_limit(model):
         settings.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
     return settings
 
 
+def has_own_limit(model) -> bool:
+    """Whether the checkpoint says how much it writes at most."""
+    return model.generation_config.max_new_tokens is not None or model.generation_config.max_length is not None
+
+
+def new_tokens_limit(model, prompt_length: int, default: int = DEFAULT_NEW_TOKENS) -> int:
+    """
+    The most tokens that a checkpoint writes of its own accord behind a prompt; `default` where it doesn't say.
+
+    Raises:
+        `ValueError`: for a prompt that leaves no room in the checkpoint's `max_length`.
+    """
+    config = model.generation_config
+    if config.max_new_tokens is not None or config.max_length is None:
+        return default if config.max_new_tokens is None else config.max_new_tokens
+    if prompt_length >= config.max_length:
+        raise ValueError(
+            f"`max_new_tokens` must be given for a prompt of {prompt_length} tokens: the checkpoint's `max_length`, "
+            f"prompt included, is {config.max_length}"
+        )
+    return config.max_length - prompt_length
+
+
 def effective_settings(model, **given) -> dict:
-    """What decides the text, to be reported: the options that were given, and the checkpoint's own."""
+    """What decides the text, to be reported: the options that were given, and what the checkpoint adds to them."""
     names = [item.name for item in fields(DecodingArguments) if item.name != "use_cache"]  # changes no text
     own = {name: getattr(model.generation_config, name, None) for name in names}
-    settings = {**own, **generation_settings(model, **given)}
-    return {name: value for name, value in settings.items() if value is not None}
+    settings = generation_settings(model, **given)
+    if is_diffusion(model):  # some of the checkpoint's yields to what was given
+        used = model._prepare_generation_config(None, **settings)[0]
+        own |= {name: getattr(used, name, None) for name in OWN_SETTINGS if own[name] is not None}
+    if settings.get("max_new_tokens", own["max_new_tokens"]) is None:
+        own["max_length"] = model.generation_config.max_length
+    return {name: value for name, value in {**own, **settings}.items() if value is not None}
 
 
 def draws(model, **given) -> bool:
     """Whether what `generate` writes with these options depends on a seed."""
     from nanollada.modeling_nanollada.rules_nanollada import rule_of
 
-    settings, config = generation_settings(model, **given), model.generation_config
+    settings = generation_settings(model, **given)
     if not is_diffusion(model):
-        return bool(settings.get("do_sample", config.do_sample))
-    own = SimpleNamespace(**{name: settings.get(name, getattr(config, name, None)) for name in OWN_SETTINGS})
-    random = own.remasking == "random" or rule_of(own).draws
-    return bool(settings.get("temperature", config.get_temperature()) or random)
+        return bool(settings.get("do_sample", model.generation_config.do_sample))
+    used = model._prepare_generation_config(None, **settings)[0]
+    return bool(used.temperature or used.remasking == "random" or rule_of(used).draws)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,12 @@ from itertools import groupby
 from tqdm.auto import tqdm
 
 from nanollada.scripts.decoding.checkpoint import eos_ids
-from nanollada.scripts.decoding.settings import default_decoding, effective_settings, generation_settings
+from nanollada.scripts.decoding.settings import (
+    default_decoding,
+    effective_settings,
+    generation_settings,
+    has_own_limit,
+)
 from nanollada.scripts.decoding.writing import seeded_generate
 from nanollada.trainers.data.encoding import RowEncoder
 from nanollada.trainers.data.files import BadRow
@@ -29,9 +34,10 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
         rows (`Iterable`): Rows with answers, in any format of the data room: dicts, or its `Example`s.
         batch_size (`int`, defaults to 16): Rows per `generate` call.
         seed (`int`, defaults to 0): Of what is drawn, if `generation` sets a temperature.
-        generation: Options of `generate`. Greedy unless `temperature` says otherwise. `max_new_tokens` is the length
-            of the longest reference answer with its EOS, rounded up to a multiple of `block_length` if that is given:
-            the same for every row and both kinds of model. (A diffusion model must be told it beforehand.)
+        generation: Options of `generate`. Greedy unless `temperature` says otherwise. Without `max_new_tokens` the
+            checkpoint's own limit holds. Where it has none, that is the length of the longest reference answer with
+            its EOS, rounded up to a multiple of `block_length` if that is given: the same for every row and both kinds
+            of model. (A diffusion model must be told it beforehand.)
 
     Returns:
         `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `rows` (n), `correct`, `truncated`
@@ -41,17 +47,17 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
         `ValueError`: for rows without an answer or that cannot be read, and if there are none.
     """
     questions = questions_of(tokenizer, rows)
-    longest = max(len(answer) for _, answer in questions)
-    block_length = generation.get("block_length") or 1
-    generation.setdefault("max_new_tokens", -(-longest // block_length) * block_length)
+    if not has_own_limit(model):
+        longest, unit = max(len(answer) for _, answer in questions), generation.get("block_length") or 1
+        generation.setdefault("max_new_tokens", -(-longest // unit) * unit)
     generation.setdefault("temperature", 0.0)
     settings = generation_settings(model, **generation)
-    questions.sort(key=lambda question: len(question[0]))  # little padding
-    correct = truncated = 0
+    correct, truncated, start = 0, 0, 0
     bar = tqdm(total=len(questions), desc="Answering", unit=" rows")
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
+    for places in batches_of_prompts(model, [prompt for prompt, _ in questions], batch_size, settings):
+        batch = [questions[place] for place in places]
         answers = answers_to(model, tokenizer, [prompt for prompt, _ in batch], seed + start, settings)
+        start += len(places)
         for (_, reference), (answer, ended) in zip(batch, answers, strict=True):
             correct += _text(tokenizer, answer) == _text(tokenizer, reference)
             truncated += not ended
@@ -126,6 +132,18 @@ def greedy_answers(
             rows = new_tokens(model, [pairs[place][0] for place in places], pad_token_id, 0, settings)
         written |= zip(places, rows, strict=True)
     return [written[place] for place in range(len(pairs))]
+
+
+def batches_of_prompts(model, prompts: list[list[int]], batch_size: int, settings: dict) -> Iterator[list[int]]:
+    """
+    Places of the prompts in batches of like length. Where the checkpoint says `max_length`, prompt included, and the
+    settings say nothing, only prompts of one length share a batch: its padding would be taken from their canvas.
+    """
+    shared = "max_new_tokens" in settings or model.generation_config.max_new_tokens is not None
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for _, group in groupby(order, key=lambda place: shared or len(prompts[place])):
+        places = list(group)
+        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
 
 
 def batches_of_length(pairs: list[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from tqdm.auto import tqdm
 
 from nanollada.scripts.decoding.checkpoint import load_checkpoint
-from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings
+from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, new_tokens_limit
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to, batches_of_length, greedy_answers
 from nanollada.trainers.data.chats import placeholders, render_hidden
@@ -73,7 +73,8 @@ class NanoLLaDALM(TemplateLM):
             is longer is an error, but for rolling likelihoods, which are cut into rows of so many tokens.
         rolling_context (`int`, *optional*): Tokens of context at least that such a row repeats. Default: half of it,
             in whole blocks.
-        max_gen_toks (`int`, defaults to 256): Tokens to write, where the task does not say.
+        max_gen_toks (`int`, *optional*): Tokens to write, where the task does not say. By default as many as the
+            checkpoint says, and 256 where that doesn't say, either.
         device (`str`, *optional*): Default: cuda if there is one, else cpu; so also for "cuda:0", which lm-eval's
             command line says where nothing was said.
         dtype (`str`, defaults to `"float32"`): Of the weights: float32, bfloat16, float16 or float64.
@@ -97,7 +98,7 @@ class NanoLLaDALM(TemplateLM):
         eval_block_length: int | None = None,
         max_length: int | None = None,
         rolling_context: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int | None = None,
         device: str | None = None,
         dtype: str = "float32",
         trust_remote_code: bool = False,
@@ -120,7 +121,7 @@ class NanoLLaDALM(TemplateLM):
         if self.samples % 2:
             raise ValueError(f"`samples` must be a positive even number (two draws in each stratum), got {samples}")
         self.seed, self.batch_size = _integer("seed", seed, 0), _integer("batch_size", batch_size, 1)
-        self.max_gen_toks = _integer("max_gen_toks", max_gen_toks, 1)
+        self.max_gen_toks = max_gen_toks if max_gen_toks is None else _integer("max_gen_toks", max_gen_toks, 1)
         self.pretrained, self.dtype, self.decoding = pretrained, dtype, decoding
         self._load(trust_remote_code, device, eval_block_length)
         most = self.model.config.max_position_embeddings
@@ -310,8 +311,8 @@ class NanoLLaDALM(TemplateLM):
         for number, request in enumerate(requests):
             with _of(number, request):
                 context, options = request.args
-                settings, until = self.settings_of(options)
                 ids = self.tok_encode(context, add_special_tokens=True)
+                settings, until = self.settings_of(options, len(ids))
                 self._check(ids, settings["max_new_tokens"])
             groups.setdefault(json.dumps([settings, until], sort_keys=True), []).append((number, ids))
         plan = [
@@ -356,7 +357,7 @@ class NanoLLaDALM(TemplateLM):
         for key, batch in together.items():
             yield batch, keyed_seed(self.seed, *key)
 
-    def settings_of(self, options: dict) -> tuple[dict, list[str]]:
+    def settings_of(self, options: dict, prompt_length: int = 0) -> tuple[dict, list[str]]:
         """From a task's `generation_kwargs` to the options of `generate`, and the strings to stop at."""
         given = {name: value for name, value in options.items() if value is not None}
         until = given.pop("until", [])
@@ -377,7 +378,10 @@ class NanoLLaDALM(TemplateLM):
             idle = [name for name in ("top_k", "top_p") if given.pop(name, None)]
             if idle:
                 logger.warning("%s of the task's `generation_kwargs` is of no use without draws", ", ".join(idle))
-        room = _integer("max_gen_toks", rooms[0] if rooms else self.max_gen_toks, 1)
+        room = rooms[0] if rooms else self.max_gen_toks
+        if room is None:
+            room = min(new_tokens_limit(self.model, prompt_length, 256), max(1, self.max_length - prompt_length))
+        room = _integer("max_gen_toks", room, 1)
         return {"temperature": 0.0, **self.decoding, **given, "max_new_tokens": room}, [text for text in until if text]
 
     def _answers(self, prompts: list[list[int]], settings: dict, until: list[str], seed: int) -> list[str]:

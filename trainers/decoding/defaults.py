@@ -1,11 +1,11 @@
 """The decoding that a model was trained for, in the fields of its generation config."""
 
-from nanollada.modeling_nanollada.rules_nanollada import OWN_SETTINGS
+from nanollada.modeling_nanollada.generation_config_nanollada import OWN_FIELDS
 
 PLAIN_TEXT = 128  # new tokens of a pretrained model at most: nothing ends its text
 
 # What a trainer decides anew, whatever the checkpoint said that it went on from.
-DECIDED = ("max_new_tokens", "max_length", *OWN_SETTINGS)
+DECIDED = ("max_new_tokens", "max_length", *OWN_FIELDS)
 
 
 def length_limit(longest: int, has_answers: bool) -> dict:

@@ -3,7 +3,7 @@
 import math
 import re
 
-from nanollada.scripts.decoding.settings import effective_settings
+from nanollada.scripts.decoding.settings import effective_settings, has_own_limit, new_tokens_limit
 from nanollada.scripts.evaluation.answers import questions_of
 from nanollada.scripts.evaluation.bench import (
     Bench,
@@ -109,14 +109,23 @@ def questions(bench: Bench, task: Task, rows: list[Row], sizes: range | None = N
     return asked
 
 
-def length_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding: list[dict]) -> int:
-    """Tokens to write: as set, else of the longest reference with its end, in whole blocks of every setting."""
+def length_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding: list[dict]) -> dict:
+    """
+    `max_new_tokens`: as set, else of the longest reference with its end, in whole blocks of every setting; nothing
+    where it is not set and the checkpoint has a limit of its own.
+    """
+    if task.max_new_tokens is None and has_own_limit(bench.model):
+        for row, (prompt, _) in zip(rows, asked, strict=True):
+            with row.faults():
+                new_tokens_limit(bench.model, len(prompt))
+            bench.require_room(row, len(prompt) + 1, "prompt and answer")
+        return {}
     unit = math.lcm(*(options.get("block_length") or 1 for options in decoding))
     length = task.max_new_tokens or max(len(answer) for _, answer in asked)
     length = -(-length // unit) * unit
     for row, (prompt, _) in zip(rows, asked, strict=True):
         bench.require_room(row, len(prompt) + length, "prompt and answer")
-    return length
+    return {"max_new_tokens": length}
 
 
 def verdict(task: Task, row: Row, answer: str) -> dict[str, float]:
@@ -143,7 +152,7 @@ def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
     decoding = own_settings(bench, {**task.greedy, **task.decoding})
     asked = questions(bench, task, rows)
-    decoding["max_new_tokens"] = length_for(bench, task, rows, asked, [task.decoding])
+    decoding |= length_for(bench, task, rows, asked, [task.decoding])
     said = write_answers(bench, task, [prompt for prompt, _ in asked], decoding)
     records = []
     for row, (ids, ended) in zip(rows, said, strict=True):

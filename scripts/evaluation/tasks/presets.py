@@ -17,8 +17,12 @@ from nanollada.trainers.scoring.estimates import mean, ratio
 
 PRESETS = {
     "cfg": {"off": {"cfg_scale": 0.0}, "on": {"cfg_scale": 1.5}},
-    # LLaDA 1.0 decides one token a step in blocks; 2.0 all that is surer than a threshold (2512.15745, §3.5)
-    "llada_styles": {"llada_1": {"block_length": 32}, "llada_2": {"block_length": 32, "threshold": 0.95}},
+    # LLaDA 1.0 decides one token a step in blocks (nothing is surer than 1); 2.0 all that is surer than a threshold
+    # (2512.15745, §3.5)
+    "llada_styles": {
+        "llada_1": {"block_length": 32, "threshold": 1.0},
+        "llada_2": {"block_length": 32, "threshold": 0.95},
+    },
 }
 RULE = f"two or more mappings by name, or {' or '.join(PRESETS)}"
 
@@ -50,7 +54,7 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     length = length_for(bench, task, rows, asked, list(presets.values()))
     results, records, columns = [], [], {}
     for name, options in presets.items():
-        options["max_new_tokens"] = length
+        options |= length
         answers = [_one(bench, task, place, rows[place], asked[place][0], options) for place in range(len(rows))]
         records += [{"preset": name, **record} for record in answers]
         own = {"preset": name, "generate": effective_settings(bench.model, **options)}

@@ -5,7 +5,7 @@ from typing import ClassVar
 from nanollada.scripts.decoding.checkpoint import prompt_ids
 from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, split_options
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
-from nanollada.scripts.evaluation.answers import answers_to
+from nanollada.scripts.evaluation.answers import answers_to, batches_of_prompts
 from nanollada.scripts.evaluation.bench import Bench, Row, Task, mapping, settings
 from nanollada.trainers.data.formats import parse_row
 
@@ -60,11 +60,13 @@ def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: 
     prompts of like length; drawn ones in fixed groups in order, each with a seed of its own.
     """
     settings, drawn = generation_settings(bench.model, **decoding), draws(bench.model, **decoding)
-    order = range(len(prompts)) if drawn else sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    size, said = DRAWN_TOGETHER if drawn else bench.batch_size, {}
-    for start in range(0, len(prompts), size):
-        places = list(order[start : start + size])
-        seed = keyed_seed(bench.seed, task.name, start)
+    batches = batches_of_prompts(bench.model, prompts, bench.batch_size, settings)
+    if drawn:
+        every = range(len(prompts))
+        batches = (list(every[start : start + DRAWN_TOGETHER]) for start in every[::DRAWN_TOGETHER])
+    said = {}
+    for places in batches:
+        seed = keyed_seed(bench.seed, task.name, len(said))
         answers = answers_to(bench.model, bench.tokenizer, [prompts[place] for place in places], seed, settings)
         said.update(zip(places, answers, strict=True))
         bench.progress(len(places))
