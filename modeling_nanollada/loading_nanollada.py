@@ -60,7 +60,7 @@ def check_place(path: str | os.PathLike, argument: str) -> None:
         `ValueError`: naming the argument, if there is neither.
     """
     from huggingface_hub import model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     name = os.fspath(path)
     if Path(name).exists():
@@ -69,10 +69,12 @@ def check_place(path: str | os.PathLike, argument: str) -> None:
     first, *others = Path(name).parts or (name,)
     if name[:1] in (".", "~", "/", "") or name.count("/") > 1 or "\\" in name or others and Path(first).is_dir():
         raise ValueError(f"{rule}: there is no such folder")
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "tokenizer_config.json")):
-        return
     try:
+        if any(isinstance(try_to_load_from_cache(name, f"{part}config.json"), str) for part in ("", "tokenizer_")):
+            return
         model_info(name, timeout=10)
+    except HFValidationError as error:
+        raise ValueError(f"{rule}: there is no such folder") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{rule}: there is no such folder, and no such model that you may see") from error
     except HfHubHTTPError:
