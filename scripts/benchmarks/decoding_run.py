@@ -259,8 +259,7 @@ def score(
     new_tokens = new_tokens or max(map(len, answers))
     if decoder != "ar":
         settings = generate_settings(settings, network.config, new_tokens, block_length)
-    size = settings.get("block_length") or 1
-    settings["max_new_tokens"] = -(-new_tokens // size) * size
+    settings["max_new_tokens"] = new_tokens
     asked = list(itertools.islice(_rows(data), rows))
     with default_decoding(network):
         record = exact_match(network, tokenizer, asked, batch_size=batch_size, **settings)

@@ -36,8 +36,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
         seed (`int`, defaults to 0): Of what is drawn, if `generation` sets a temperature.
         generation: Options of `generate`. Greedy unless `temperature` says otherwise. Without `max_new_tokens` the
             checkpoint's own limit holds. Where it has none, that is the length of the longest reference answer with
-            its EOS, rounded up to a multiple of `block_length` if that is given: the same for every row and both kinds
-            of model. (A diffusion model must be told it beforehand.)
+            its EOS: the same for every row and both kinds of model. (A diffusion model must be told it beforehand.)
 
     Returns:
         `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `rows` (n), `correct`, `truncated`
@@ -48,8 +47,7 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
     """
     questions = questions_of(tokenizer, rows)
     if not has_own_limit(model):
-        longest, unit = max(len(answer) for _, answer in questions), generation.get("block_length") or 1
-        generation.setdefault("max_new_tokens", -(-longest // unit) * unit)
+        generation.setdefault("max_new_tokens", max(len(answer) for _, answer in questions))
     generation.setdefault("temperature", 0.0)
     settings = generation_settings(model, **generation)
     correct, truncated, start = 0, 0, 0

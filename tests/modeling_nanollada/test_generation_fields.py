@@ -1,12 +1,13 @@
 """Every setting of the diffusion `generate` works, is refused by name or is known to be harmless; no nonsense runs."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
 from generation_models import EOS, MASK, PAD, PROMPT, SHAPE, VOCABULARY, build, left_padded, seeded
-from transformers import CompileConfig, GenerationConfig, TypicalLogitsWarper, pipeline
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, TypicalLogitsWarper, pipeline
 
 from nanollada.modeling_nanollada import (
     NanoLLaDAConfig,
@@ -184,6 +185,18 @@ def test_an_unknown_name_is_refused_when_written_down(tmp_path):
     model = NanoLLaDAForMaskedLM.from_pretrained(tmp_path)  # may be trained, or put right; but not decode
     with pytest.raises(ValueError, match="`treshold` is not known to the diffusion `generate`.* got 0.9"):
         model.generate(PROMPT, max_new_tokens=2)
+
+
+def test_generate_documents_every_setting(model):
+    """`help(model.generate)` says what it takes; the arguments stand where transformers has them."""
+    text = " ".join(model.generate.__doc__.split())
+    for name, setting in OWN_FIELDS.items():
+        assert f"- `{name}` ({setting.type.__name__}" in text and setting.help in text
+    assert all(f"`{name}`" in text for name in WORKING)
+    own, theirs = (list(inspect.signature(call).parameters) for call in (model.generate, GenerationMixin.generate))
+    assert own[:4] == theirs[1:5] and {*own[4:-1]} == {"streamer", "generator"}
+    config = NanoLLaDAGenerationConfig(max_new_tokens=3)
+    assert torch.equal(model.generate(PROMPT, config), model.generate(input_ids=PROMPT, max_new_tokens=3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

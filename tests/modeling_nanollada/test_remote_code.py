@@ -45,6 +45,7 @@ verify.block_nanollada()
 
 import torch, transformers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ids = torch.arange(4, 36).view(2, 16)
 report = {"transformers": transformers.__version__, "python": sys.executable}
@@ -60,6 +61,13 @@ for source, target in json.loads(sys.argv[2]).items():
     output = model.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
     facts = {"class": type(model).__name__, "module": type(model).__module__}
     facts |= {"names": names, "output": output.tolist(), "is_diffusion": model.is_diffusion}
+    if model.is_diffusion:
+        where = "generation_config_nanollada.NanoLLaDAGenerationConfig"
+        for settings in (model.generation_config_class, get_class_from_dynamic_module(where, str(source))):
+            chosen = settings(max_new_tokens=4, do_sample=False, eos_policy="none")
+            facts["output"] += model.generate(ids[:1, :5], generation_config=chosen).tolist()
+        facts["settings"] = type(model.generation_config) is model.generation_config_class
+        facts["help"] = model.generate.__doc__
     if target is not None:
         optimizer = torch.optim.SGD(model.train().parameters(), lr=1.0)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -179,11 +187,19 @@ def test_same_logits_without_nanollada(visits, checkpoints, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_generates_without_nanollada(visits, checkpoints, name):
     for visit_name, folder in (("first", checkpoints[name]), ("second", visits["tuned"][checkpoints[name]])):
-        (output,) = visits[visit_name][folder.name]["output"]
+        output, *again = visits[visit_name][folder.name]["output"]
+        assert all(row == output for row in again) and len(again) == (2 if name.startswith("diffusion") else 0)
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert output == model.generate(IDS[:1, :5], max_new_tokens=4, do_sample=False)[0].tolist()
         assert output[:5] == IDS[0, :5].tolist()
         assert model.config.mask_token_id not in output
+
+
+@pytest.mark.parametrize("name", ["diffusion", "diffusion-trainer"])
+def test_the_arguments_of_generate_are_documented_without_nanollada(visits, checkpoints, name):
+    facts = visits["first"][checkpoints[name].name]
+    assert facts["settings"] is True and facts["help"] == NanoLLaDAForMaskedLM.generate.__doc__
+    assert "- `block_length` (int): tokens per block, left to right." in facts["help"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,6 +1,5 @@
 """Questions with answers that can be checked."""
 
-import math
 import re
 
 from nanollada.scripts.decoding.settings import effective_settings, has_own_limit, new_tokens_limit
@@ -109,10 +108,10 @@ def questions(bench: Bench, task: Task, rows: list[Row], sizes: range | None = N
     return asked
 
 
-def length_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding: list[dict]) -> dict:
+def length_for(bench: Bench, task: Task, rows: list[Row], asked: list) -> dict:
     """
-    `max_new_tokens`: as set, else of the longest reference with its end, in whole blocks of every setting; nothing
-    where it is not set and the checkpoint has a limit of its own.
+    `max_new_tokens`: as set, else of the longest reference with its end; nothing where it is not set and the
+    checkpoint has a limit of its own.
     """
     if task.max_new_tokens is None and has_own_limit(bench.model):
         for row, (prompt, _) in zip(rows, asked, strict=True):
@@ -120,9 +119,7 @@ def length_for(bench: Bench, task: Task, rows: list[Row], asked: list, decoding:
                 new_tokens_limit(bench.model, len(prompt))
             bench.require_room(row, len(prompt) + 1, "prompt and answer")
         return {}
-    unit = math.lcm(*(options.get("block_length") or 1 for options in decoding))
     length = task.max_new_tokens or max(len(answer) for _, answer in asked)
-    length = -(-length // unit) * unit
     for row, (prompt, _) in zip(rows, asked, strict=True):
         bench.require_room(row, len(prompt) + length, "prompt and answer")
     return {"max_new_tokens": length}
@@ -152,7 +149,7 @@ def run_generation(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """How often the answer is right, and for extractive questions also F1. Greedy unless `decoding` draws."""
     decoding = own_settings(bench, {**task.greedy, **task.decoding})
     asked = questions(bench, task, rows)
-    decoding |= length_for(bench, task, rows, asked, [task.decoding])
+    decoding |= length_for(bench, task, rows, asked)
     said = write_answers(bench, task, [prompt for prompt, _ in asked], decoding)
     records = []
     for row, (ids, ended) in zip(rows, said, strict=True):

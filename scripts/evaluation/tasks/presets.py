@@ -51,7 +51,7 @@ def run_presets(bench: Bench, task: Task, rows: list[Row]) -> Outcome:
     """
     presets = {name: {**task.greedy, **task.decoding, **part} for name, part in task.presets.items()}
     asked = questions(bench, task, rows)
-    length = length_for(bench, task, rows, asked, list(presets.values()))
+    length = length_for(bench, task, rows, asked)
     results, records, columns = [], [], {}
     for name, options in presets.items():
         options |= length

@@ -178,8 +178,8 @@ def test_the_clock_starts_with_the_call(pair, names):
 
 
 def test_errors_of_the_call_reach_who_follows_it(pair, names):
-    writings = prepare(pair, names, "The", False, 0, max_new_tokens=6, block_length=4)
-    with pytest.raises(ValueError, match="`block_length` must divide `max_new_tokens`, got 4 and 6"):
+    writings = prepare(pair, names, "The", False, 0, max_new_tokens=0)
+    with pytest.raises(ValueError, match="`max_new_tokens` must be > 0 for a prompt without mask tokens, got 0"):
         list(write_all(writings))
 
 
@@ -300,8 +300,8 @@ def test_the_page_streams_stops_and_complains(address, pair, browser_page):
     page.goto(address)
     page.locator("#prompt textarea").wait_for()
     # A setting that only `generate` finds out, and one that is refused at once: both messages come to the page.
-    fill(page, prompt="The", max_new_tokens=6, block_length=4)
-    for message in ("`block_length` must divide `max_new_tokens`, got 4 and 6", "`prompt` must not hold <|mask|> for"):
+    fill(page, prompt="The", max_new_tokens=0)
+    for message in ("`max_new_tokens` must be > 0 for a prompt without", "`prompt` must not hold <|mask|> for"):
         page.locator("#write").click()
         page.get_by_text(message).wait_for()
         fill(page, prompt="The <|mask|>")

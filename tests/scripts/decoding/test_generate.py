@@ -346,8 +346,8 @@ def test_watching_shows_the_text_once(checkpoints, models, tokenizer, name, caps
 def test_the_terminal_is_given_back_after_an_error(checkpoints, monkeypatch):
     closed = []
     monkeypatch.setattr("nanollada.scripts.tracing.terminal.TerminalWatcher.close", lambda self: closed.append(True))
-    with pytest.raises(ValueError, match="`block_length` must divide `max_new_tokens`, got 4 and 6"):
-        run(checkpoints, "diffusion", "--prompt", "T", "--max_new_tokens", "6", "--block_length", "4", "--watch")
+    with pytest.raises(ValueError, match="`max_new_tokens` must be > 0 for a prompt without mask tokens, got 0"):
+        run(checkpoints, "diffusion", "--prompt", "T", "--max_new_tokens", "0", "--watch")
     assert closed
 
 

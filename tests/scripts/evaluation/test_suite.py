@@ -248,9 +248,10 @@ def test_the_results_of_the_run_are_written_first(folder, measured, monkeypatch)
 
 
 def test_errors_of_a_model_name_the_task(folder):
-    blocks = {"name": "odd", "kind": "statistics", "rows": 1, "max_new_tokens": 5, "decoding": {"block_length": 4}}
+    frozen = {"approximate_cache": "dual", "use_cache": False}
+    blocks = {"name": "odd", "kind": "statistics", "rows": 1, "max_new_tokens": 5, "decoding": frozen}
     (folder / "suite.yaml").write_text(yaml.safe_dump({"tasks": [blocks]}))
-    with pytest.raises(ValueError, match="task odd of diffusion: `block_length` must divide `max_new_tokens`, got"):
+    with pytest.raises(ValueError, match="task odd of diffusion: `approximate_cache` needs `use_cache`, got"):
         main(words(folder, checkpoints=["diffusion"]))
 
 
