@@ -2,6 +2,9 @@
 
 python scripts/benchmark.py train --data rows.jsonl --size 32m --max_length 256
 python scripts/benchmark.py generate --model checkpoint --ar_model its_twin --score_data answers.jsonl
+python scripts/benchmark.py length --models checkpoint --score_data answers.jsonl
+
+`--help` after the command lists its options.
 """
 
 import importlib
@@ -10,7 +13,12 @@ import sys
 from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.commands.programs import nearest
 
-COMMANDS = {"train": "nanollada.scripts.benchmarks.training", "generate": "nanollada.scripts.benchmarks.decoding"}
+COMMANDS = {
+    "train": "nanollada.scripts.benchmarks.training",
+    "generate": "nanollada.scripts.benchmarks.decoding",
+    "length": "nanollada.scripts.benchmarks.lengths",
+}
+
 
 
 def main(argv: list[str] | None = None):

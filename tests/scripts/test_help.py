@@ -17,6 +17,7 @@ PROGRAMS = [path.relative_to(ROOT).as_posix() for path in FILES if 'if __name__ 
 COMMANDS = [
     ("scripts/benchmark.py", "train"),
     ("scripts/benchmark.py", "generate"),
+    ("scripts/benchmark.py", "length"),
     ("scripts/lm_eval_nanollada.py", "run"),
 ]
 
