@@ -1,21 +1,32 @@
-"""4×4 sudoku by brute force."""
+"""Sudoku by brute force, 4×4 and 9×9."""
 
 
-def brute_force(board):
-    """All solutions by trying every digit in the first blank, rules checked on the coordinates; no table, no bits."""
-    if "0" not in board:
-        rows = [board[start : start + 4] for start in (0, 4, 8, 12)]
-        boxes = [board[start : start + 2] + board[start + 4 : start + 6] for start in (0, 2, 8, 10)]
-        return [board] * all(set(unit) == set("1234") for unit in [*rows, *boxes, *zip(*rows, strict=True)])
-    cell = board.index("0")
-    row, column = divmod(cell, 4)
-    seen = {
-        board[other]
-        for other in range(16)
-        if other // 4 == row or other % 4 == column or (other // 8, other % 4 // 2) == (cell // 8, column // 2)
-    }
-    found = []
-    for digit in "1234":
-        if digit not in seen:
-            found += brute_force(board[:cell] + digit + board[cell + 1 :])
-    return found
+def units_of(side):
+    """For each cell its row, its column and its box."""
+    box = int(side**0.5)
+    cells = (divmod(cell, side) for cell in range(side * side))
+    return [{("row", row), ("column", column), ("box", row // box, column // box)} for row, column in cells]
+
+
+def brute_force(board, most=1000):
+    """
+    The solutions of a board of 16 or 81 digits, 0 for a blank, in order; at most `most` of them. By trying every digit
+    in the blank with the fewest choices, rules checked on the coordinates; no table, no bits.
+    """
+    side = {16: 4, 81: 9}[len(board)]
+    units = units_of(side)
+    peers = [[b for b, other in enumerate(units) if b != a and other & unit] for a, unit in enumerate(units)]
+    if any(digit != "0" and digit in (board[peer] for peer in peers[cell]) for cell, digit in enumerate(board)):
+        return []
+
+    def filled(digits):
+        blanks = [cell for cell, digit in enumerate(digits) if digit == "0"]
+        if not blanks:
+            return [digits]
+        choices = {cell: set("123456789"[:side]) - {digits[peer] for peer in peers[cell]} for cell in blanks}
+        cell, solved = min(blanks, key=lambda blank: len(choices[blank])), []
+        for digit in sorted(choices[cell]):
+            solved += filled(digits[:cell] + digit + digits[cell + 1 :]) if len(solved) < most else []
+        return solved
+
+    return sorted(filled(board)[:most])
