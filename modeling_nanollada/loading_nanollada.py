@@ -2,9 +2,11 @@
 
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 
 def load_model(model_class, path: str | os.PathLike, argument: str = "model_name_or_path", **kwargs):
@@ -26,8 +28,9 @@ def load_model(model_class, path: str | os.PathLike, argument: str = "model_name
     if Path(path).is_dir() and not any(Path(path).glob("*config.json")):  # PEFT's is adapter_config.json
         inside = "".join(f"; one is {config.parent}" for config in sorted(Path(path).glob("*/config.json"))[:1])
         raise ValueError(f"`{argument}` must be a folder with config.json, got {path}{inside}")
-    kwargs = {"dtype": torch.float32, **kwargs}
-    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    kwargs = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    with without_bars() if Path(path).is_dir() else nullcontext():  # a download keeps its bar
+        model, report = model_class.from_pretrained(path, **kwargs)
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "shape": "mismatched_keys"}
     faults = [f"{kind}: {', '.join(sorted(map(str, report[key])))}" for kind, key in kinds.items() if report[key]]
     if faults:
@@ -81,6 +84,19 @@ def check_place(path: str | os.PathLike, argument: str) -> None:
         return  # the Hub answers, and will say to the download what is wrong
     except Exception as error:  # no connection, in the words of whichever HTTP library it is
         raise ValueError(f"{rule}: there is no such folder, and the Hub can't be reached ({error})") from error
+
+
+@contextmanager
+def without_bars():
+    """transformers' bars over the tensors and files of a local folder stay away, for they stand between our lines."""
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_files(path: str | os.PathLike) -> None:

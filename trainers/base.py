@@ -11,6 +11,7 @@ from transformers.trainer_utils import SchedulerType
 
 from nanollada.trainers.arguments import check_inherited, check_schedule
 from nanollada.trainers.callbacks import MetricsCallback
+from nanollada.trainers.console.lines import show_lines
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.prepare import PreparedData
 from nanollada.trainers.decoding.defaults import length_limit, longest_row, set_defaults
@@ -126,6 +127,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
         super().__init__(model, args, train_dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
         self.add_callback(MetricsCallback(args.plot_loss))
+        show_lines(self)
 
     def create_accelerator_and_postprocess(self):
         """FSDP2 in bf16: weights and activations only. By default the loss and its weights would be rounded, too."""

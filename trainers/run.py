@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.trainer_utils import has_length
 
 from nanollada.trainers import records
-from nanollada.trainers.commands.programs import name_of, recorded_command
+from nanollada.trainers.commands.programs import command_of, name_of, recorded_command
+from nanollada.trainers.console.overview import beginning, commands_for, ending, plan_of, say
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group
 from nanollada.trainers.records import file_digest, hardware, versions, write_json
+from nanollada.trainers.resuming.checkpoints import checkpoints_of
 from nanollada.trainers.resuming.finished import checkpoint_to_resume, finished_run
+from nanollada.trainers.resuming.stopping import interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ def train(
     args,
     model: ModelArguments | None = None,
     command: str | None = None,
+    next_steps: bool = True,
 ) -> dict:
     """
     A whole run: model, tokenizer and data from their arguments, training (or resuming), evaluation, and the files.
@@ -74,6 +79,7 @@ def train(
         args: The trainer's config.
         model ([`~trainers.models.ModelArguments`], *optional*): The model and its tokenizer.
         command (`str`, *optional*): What `run.json` names as the command of the run. Defaults to this process's.
+        next_steps (`bool`, *optional*, defaults to `True`): Whether to end with the commands that use the model.
 
     Returns:
         `dict`: the facts in `run.json`; `sha256` (of its files) on the rank alone that writes them.
@@ -83,6 +89,7 @@ def train(
             the checkpoint is damaged, or lies behind the run's last step; if `max_length` exceeds the model's
             `max_position_embeddings`.
         `FloatingPointError`: if the run diverges, naming the step.
+        [`~trainers.resuming.stopping.Interrupted`]: a `KeyboardInterrupt`, behind a checkpoint, at Ctrl-C or SIGTERM.
     """
     entry, chosen = trainer, model or ModelArguments()
     resume = checkpoint_to_resume(args)
@@ -100,35 +107,57 @@ def train(
         processing_class=tokenizer,
     )
     trainer.rows = rows
-    finished = finished_run(args, resume, trainer.planned_steps())
+    steps = trainer.planned_steps()
+    finished = finished_run(args, resume, steps)
     if finished is not None:
         return finished
     trainer.accelerator.wait_for_everyone()  # every rank has read the folder
     started = time.perf_counter()
     if trainer.is_world_process_zero() and resume is None:
         (Path(args.output_dir) / "run.json").unlink(missing_ok=True)  # of an earlier run, which this one replaces
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.check_weights()
     facts = {
         "nanollada_version": versions()["nanollada"],
         "model_class": entry.model_class.__name__,
         "init": chosen.model_name_or_path,
-        "objective": trainer.objective(),
         "command": command or records.command(),
-        "seed": args.seed,
-        "ema_decay": args.ema_decay,
-        "data": rows.report,
+        **_facts_before(trainer, steps, rows.report),
+    }
+    say(args, beginning(facts, resume, args.output_dir))
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.check_weights()
+    facts |= {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
-        "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - started, 1),
-        "hardware": hardware(),
-        "versions": versions(),
         **trainer.final_evaluation(rows.eval),
     }
     _write_last_files(trainer, facts)
+    say(args, ending(facts, args.output_dir))
+    if next_steps:
+        say(args, commands_for(facts, args.output_dir, _first_words(tokenizer, rows)))
     return facts
+
+
+def _facts_before(trainer, steps: int, report: dict) -> dict:
+    """What `run.json` says and is known before training; counts of a stream are filled in while it is read."""
+    return {
+        "objective": trainer.objective(),
+        "seed": trainer.args.seed,
+        "ema_decay": trainer.args.ema_decay,
+        "data": report,
+        "training": plan_of(trainer, steps, report),
+        "parameters": trainer.model.num_parameters(),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _first_words(tokenizer, rows) -> str:
+    """A prompt of the kind that the model knows: what the first held-out (or training) row begins with."""
+    stored = rows.eval if rows.eval is not None else rows.train
+    ids = stored[0]["input_ids"][:8] if has_length(stored) else []  # a stream is not read for it
+    return tokenizer.decode(ids, skip_special_tokens=True).strip() or "The"
 
 
 def _write_last_files(trainer, facts: dict) -> None:
@@ -175,8 +204,13 @@ def use_fork_server(args) -> None:
         server.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
 
 
-def main(trainer: TrainerEntry, argv: list[str] | None = None) -> dict:
-    """Parses `--config recipe.yaml` and the command line over it, and runs `train`."""
+def main(trainer: TrainerEntry, argv: list[str] | None = None, next_steps: bool = True) -> dict:
+    """
+    Parses `--config recipe.yaml` and the command line over it, and runs `train`.
+
+    Raises:
+        [`~trainers.resuming.stopping.Interrupted`]: at Ctrl-C or SIGTERM, saying what is saved and how to go on.
+    """
     from nanollada.trainers.commands.parser import Parser
 
     parser = Parser((ModelArguments, DataArguments, trainer.config_class), description=trainer.help)
@@ -185,4 +219,21 @@ def main(trainer: TrainerEntry, argv: list[str] | None = None) -> dict:
     with own_process_group():  # which the arguments start
         model, data, args = parser.parse_args_and_config(argv)
         use_fork_server(args)
-        return train(trainer, data=data, args=args, model=model, command=command)
+        try:
+            return train(trainer, data=data, args=args, model=model, command=command, next_steps=next_steps)
+        except KeyboardInterrupt as error:  # its frames hold the trainer, and so the group's threads: a new one leaves
+            newest = next(iter(checkpoints_of(args.output_dir)), None)
+            again = trainer.console and command_of(trainer.console, *resuming_arguments(argv))
+            stop = interrupted(error, args, newest, again)
+    raise stop
+
+
+def resuming_arguments(argv: list[str]) -> list[str]:
+    """A command line that goes on from the newest checkpoint, whatever it went on from before."""
+    name, kept, words = "--resume_from_checkpoint", [], iter(map(str, argv))
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return [*kept, name, "last"]

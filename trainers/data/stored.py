@@ -171,4 +171,5 @@ def _write(path: Path, features, items: Iterable[dict[str, Any]]):
 def _bar(items: Iterable, source: str = "") -> Iterable:
     from datasets.utils import tqdm
 
-    return tqdm(items, desc=f"Reading {source}" if source else "Rows", unit=" rows")
+    # On a terminal alone, and only where there is something to wait for.
+    return tqdm(items, desc=f"Reading {source}" if source else "Rows", unit=" rows", disable=None, delay=1)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -126,6 +127,23 @@ def step_of(path: str | os.PathLike) -> int | None:
     """The step in a checkpoint's name, or `None`."""
     number = Path(path).name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else None
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
+    """
+    Deletes checkpoints of a run until `limit` are left: first those of later steps, which the run has gone back from,
+    then the oldest. By the steps in their names: a folder's time is not reliable on every file system.
+
+    Args:
+        newest (`Path`): The one just written, which stays.
+        limit (`int`, *optional*): None or 0: all stay.
+        best (`str`, *optional*): The one with the best model, which stays, too.
+    """
+    others = [path for path in checkpoints_of(newest.parent) if path != newest and path != Path(best or newest)]
+    kept = 2 if best and Path(best) != newest and Path(best).is_dir() else 1
+    others.sort(key=lambda path: (step_of(path) < step_of(newest), step_of(path)))
+    for path in others[: max(len(others) + kept - limit, 0)] if limit else []:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

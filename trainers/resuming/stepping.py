@@ -20,6 +20,7 @@ from nanollada.trainers.data.keyed import (
     StreamedSteps,
     digest_of,
 )
+from nanollada.trainers.resuming.stopping import leave_signals_alone
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class SteppingTrainer(Trainer):
             batch_sampler=self.micro_batches,
             collate_fn=StepCollator(self.data_collator),
             num_workers=workers,
+            worker_init_fn=leave_signals_alone,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

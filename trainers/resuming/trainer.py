@@ -9,9 +9,18 @@ from pathlib import Path
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import has_length
 
-from nanollada.trainers.resuming.checkpoints import MANIFEST, STATE, checkpoints_of, fault_of, write_manifest
+from nanollada.modeling_nanollada.loading_nanollada import without_bars
+from nanollada.trainers.resuming.checkpoints import (
+    MANIFEST,
+    STATE,
+    checkpoints_of,
+    fault_of,
+    rotate_checkpoints,
+    write_manifest,
+)
+from nanollada.trainers.resuming.stopping import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +72,17 @@ class ResumingTrainer(Trainer):
 
     A run that goes on from its last step, or from the evaluation that early stopping ended it with, trains no further
     step and writes its last files. A loss, a gradient norm or weights that aren't finite end the run on all ranks
-    before anything of them is saved.
+    before anything of them is saved. SIGINT (Ctrl-C) and SIGTERM, on any rank, end it behind a checkpoint of the step.
 
     Raises:
         `FloatingPointError`: in `train`, naming the step, what is not finite, and the newest whole checkpoint.
+        [`Interrupted`]: in `train`, a `KeyboardInterrupt` that names the checkpoint.
         `ValueError`: if the best model's checkpoint is gone or damaged.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._stop_signals, self._saved = StopSignals(), None
         self.add_callback(LossWindow(self))
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_min_delta))
@@ -92,6 +103,36 @@ class ResumingTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        self._stop_if_asked()
+
+    # ---- interruption
+
+    def train(self, *args, **kwargs):
+        """As transformers'; a signal ends it behind a checkpoint."""
+        self._stop_signals = StopSignals(announce=self.is_world_process_zero())
+        with self._stop_signals:
+            return super().train(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.state.epoch % 1 or not has_length(self.train_dataset):  # else what a pass ends with is still to come
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """All ranks together, if a signal came to one; `save_strategy` and `save_only_model` may have saved less."""
+        asked = self._stop_signals.requested
+        if self.args.world_size > 1:
+            count = torch.tensor(float(asked), device=self.args.device)
+            asked = self.accelerator.reduce(count, "sum").item() > 0
+        if not asked:
+            return
+        step = self.state.global_step
+        if self._saved != (step, len(self.state.log_history)) or self.args.save_only_model:
+            self.args.save_only_model = False
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        folder = str(Path(self.args.output_dir) / f"checkpoint-{step}")
+        raise Interrupted(f"interrupted after step {step}: {folder} is saved", folder)
 
     # ---- divergence
 
@@ -154,8 +195,12 @@ class ResumingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each rank writes its own generators
         if self.args.should_save:
             write_manifest(folder, self.state.global_step)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+        self._saved = (self.state.global_step, len(self.state.log_history))
+
+    def _save(self, *args, **kwargs):
+        with without_bars():
+            super()._save(*args, **kwargs)
 
     def begin_checkpoint(self, folder: Path) -> None:
         """The first process's part before anything else is written."""
@@ -186,6 +231,12 @@ class ResumingTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         config = json.loads((Path(resume_from_checkpoint) / "config.json").read_text(encoding="utf-8"))
         self.model.config.block_length = config.get("block_length")
+
+    def _issue_warnings_after_load(self, load_result):
+        """A tied head is not in the file, and so is not missing."""
+        tied = self.model.all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_rng_state(self, checkpoint):
         own = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{self.args.process_index}.pth"

@@ -1,0 +1,154 @@
+"""What a run says of itself, once before it trains and once when its files are written: the facts in `run.json`."""
+
+import logging
+import shlex
+import textwrap
+
+from tqdm import tqdm
+from transformers.trainer_utils import SchedulerType, has_length
+
+WIDTH = 110
+
+
+def say(args, text: str) -> None:
+    """Prints on the first process, past a progress bar; nothing where `log_level` is "error" or "critical"."""
+    if not args.process_index and args.get_process_log_level() <= logging.WARNING:
+        tqdm.write(text)
+
+
+def block(title: str, lines: dict[str, str | None]) -> str:
+    """A title, and names with what they are, aligned; those without a value are left out."""
+    width = max(map(len, lines)) + 2
+    texts = []
+    for name, value in lines.items():
+        indents = {"initial_indent": f"  {name:<{width}}", "subsequent_indent": " " * (width + 2)}
+        keep = {"break_long_words": False, "break_on_hyphens": False}
+        if value is not None:  # a command or a path is copied, so it keeps its line
+            texts += (
+                [indents["initial_indent"] + value] if "/" in value else textwrap.wrap(value, WIDTH, **indents, **keep)
+            )
+    return "\n".join([title, *texts])
+
+
+def plan_of(trainer, steps: int, report: dict) -> dict:
+    """
+    How a run trains, for `run.json`.
+
+    Args:
+        trainer: Before it trains.
+        steps (`int`): All that are planned.
+        report (`dict`): Of the rows, see [`~trainers.data.prepare.PreparedData`].
+
+    Returns:
+        `dict`: `steps` and `epochs` that are planned (`None` for a stream), `rows_per_step` with its factors
+            `device_rows`, `accumulation` and `processes`, `step_tokens` (target tokens, the mean; `None` for a
+            stream), `device`, `precision`, `learning_rate`, `schedule` (in words).
+    """
+    args, known = trainer.args, has_length(trainer.train_dataset)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    autocast = trainer.accelerator.mixed_precision
+    weights = str(trainer.model.dtype).removeprefix("torch.")
+    return {
+        "steps": steps,
+        "epochs": steps * rows / report["rows"] if known else None,
+        "rows_per_step": rows,
+        "device_rows": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "step_tokens": round(rows * report["target_tokens"] / report["rows"]) if known else None,
+        "device": args.device.type,
+        "precision": weights if autocast == "no" else f"{autocast}, weights {weights}",
+        "learning_rate": args.learning_rate,
+        "schedule": schedule_in_words(args, steps),
+    }
+
+
+def schedule_in_words(args, steps: int) -> str:
+    """What the learning rate does over the steps of a run."""
+    warmup, floor = args.get_warmup_steps(steps), f"{args.min_lr_ratio:.0%}"
+    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+        kwargs = args.lr_scheduler_kwargs or {}
+        decay = kwargs.get("num_decay_steps", -int(-args.lr_decay_ratio * steps // 1))
+        floor = f"{kwargs.get('min_lr_ratio', args.min_lr_ratio):.0%}"
+        shape = f"constant, then falling to {floor} over the last {decay:,}"
+    elif args.lr_scheduler_type == SchedulerType.COSINE_WITH_MIN_LR and not args.lr_scheduler_kwargs:
+        shape = f"then a cosine down to {floor}"
+    else:
+        shape = SchedulerType(args.lr_scheduler_type).value
+    return f"warm-up over {warmup:,} step{'s' if warmup != 1 else ''}, {shape}" if warmup else shape
+
+
+def beginning(facts: dict, resumed: str | None, output_dir: str) -> str:
+    """
+    The block before training.
+
+    Args:
+        facts (`dict`): What `run.json` will hold and is known before: `model_class`, `init`, `parameters`,
+            `objective`, `data`, `training` (of `plan_of`).
+        resumed (`str`, *optional*): The checkpoint that the run goes on from.
+        output_dir (`str`): Where it writes.
+    """
+    data, plan = facts["data"], facts["training"]
+    counted = plan["epochs"] is not None
+    packed = "texts, packed into rows of" if data["format"] == "pretrain" else "prompts with answers, rows of up to"
+    held_out = f"{data['eval']['rows']:,} held out" if data["eval"]["rows"] else "none held out"
+    rows = f"{data['rows']:,} to train on" if counted else "a stream to train on"
+    factors = f"{plan['device_rows']} a device × {plan['accumulation']} accumulated × {plan['processes']} "
+    factors += "process" if plan["processes"] == 1 else "processes"
+    tokens = f", about {plan['step_tokens']:,} target tokens" if counted else ""
+    epochs = f" ({plan['epochs']:.3g} epochs)" if counted else ""
+    lines = {
+        "model": f"{facts['model_class']}, {facts['parameters']:,} parameters, "
+        + (f"from {facts['init']}" if facts["init"] else "fresh"),
+        "objective": facts["objective"]["name"],
+        "rows": f"{rows}, {held_out}: {packed} {data['max_length']} tokens",
+        "epoch": f"{data['target_tokens']:,} target tokens" if counted else None,
+        "steps": f"{plan['steps']:,}{epochs}",
+        "a step": f"{plan['rows_per_step']:,} rows ({factors}){tokens}",
+        "device": f"{facts['hardware']}; {plan['precision']}",
+        "learning rate": f"{plan['learning_rate']:g}: {plan['schedule']}",
+        "writes to": output_dir,
+        "goes on from": resumed,
+    }
+    return block("Training", lines) + "\n"
+
+
+def ending(facts: dict, output_dir: str) -> str:
+    """The block behind training: where the model is, its figures, the time, and what to do with it."""
+    evaluation = facts["evaluation"]
+    lines = {
+        "model": output_dir,
+        "held out": figures(evaluation) if evaluation else "no rows were held out: nothing was scored",
+        "time": f"{clock(facts['seconds'])} for {facts['steps']:,} steps, {facts['tokens_seen']:,} tokens",
+    }
+    return "\n" + block("Done", lines)
+
+
+def figures(evaluation: dict) -> str:
+    """Nats per token and bits per byte with their errors; ≤ marks a bound."""
+    nats, bits = (f"{evaluation[name]:.3f}" for name in ("nats_per_token", "bits_per_byte"))
+    errors = {"masks": "bits_per_byte_standard_error", "rows": "bits_per_byte_sampling_error"}
+    errors = {what: evaluation[name] for what, name in errors.items()}  # exact: no masks; a single row: no error
+    errors = ", ".join(f"± {error:.3f} over {what}" for what, error in errors.items() if error)
+    sign = "≤ " if evaluation["bound"] else ""
+    kind = "a bound" if evaluation["bound"] else "exact"
+    return f"{sign}{nats} nats per token, {sign}{bits} bits per byte ({', '.join(filter(None, (kind, errors)))})"
+
+
+def commands_for(facts: dict, output_dir: str, prompt: str) -> str:
+    """Commands that use the model: a chat, or a text that goes on from `prompt`; and its scores."""
+    ask = ["--chat"] if facts["data"]["format"] == "sft" else ["--prompt", prompt]
+    sources = facts["data"]["eval"]["sources"] or facts["data"]["sources"]
+    length = ["--max_length", str(facts["data"]["max_length"])]
+    commands = {
+        "write": ["python", "scripts/generate.py", "--checkpoint", output_dir, *ask],
+        "score": ["python", "scripts/evaluate.py", "--checkpoint", output_dir, "--data", *sources, *length],
+    }
+    return block("Next", {name: shlex.join(words) for name, words in commands.items()})
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
