@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import uuid
 from pathlib import Path
 
 EVALUATION = "evaluation.json"
@@ -87,7 +88,8 @@ def save_evaluation(evaluation: dict, path: str | os.PathLike) -> dict:
         print(f"{path}: dropped {len(old['results'])} results, {why}", file=sys.stderr)
     merged = {**evaluation, "version": VERSION, "results": [*kept, *evaluation["results"]]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")  # a killed run leaves no half file
+    # A killed run leaves no half file, and two at once don't write the same one.
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     beside.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
     return merged

@@ -10,6 +10,8 @@ import os
 import platform
 import shlex
 import sys
+import uuid
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,15 +27,28 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes beside, to the disk, and renames: a file that exists is whole, after a kill and after a power cut."""
+@contextmanager
+def written_beside(path: str | os.PathLike):
+    """
+    A path for the body to write a file to. It then takes the file's place, on the disk: a file that exists is whole,
+    after a kill and after a power cut. Its name is nobody else's: the last of two processes that write one file wins.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode())
-    flush(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     if os.name == "posix":
         flush(path.parent)
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """A text file, see `written_beside`."""
+    with written_beside(path) as partial:
+        partial.write_bytes(text.encode())
 
 
 def write_json(path: str | os.PathLike, value, indent: int = 2) -> None:

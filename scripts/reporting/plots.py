@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nanollada.scripts.reporting.fonts import use_installed_fonts
+from nanollada.trainers.records import written_beside
 
 
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4), **options):
@@ -25,8 +26,6 @@ def save_figure(figure, path: str | Path, dpi: int = 120) -> None:
     Writes a PNG file beside and renames it: a killed run leaves no half picture. Names and titles in any script are
     drawn with the fonts that are installed, as [`use_installed_fonts`] does.
     """
-    path = Path(path)
     use_installed_fonts(figure, str(path))
-    beside = path.with_name(path.name + ".partial")
-    figure.savefig(beside, dpi=dpi, format="png")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=dpi, format="png")

@@ -2,8 +2,13 @@
 
 import json
 import logging
+import os
+import shutil
+import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from nanollada.trainers.data.formats import Example
@@ -48,6 +53,7 @@ class TokenizerArguments(SourceArguments):
     max_rows: int | None = field(
         default=None, metadata={"help": "Train on the first rows only, of all sources together."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace another tokenizer that `output_dir` holds."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,7 +193,7 @@ def read_texts(args: SourceArguments, max_rows: int | None = None) -> Iterator[s
         raise ValueError("`data` must name at least one source, got none")
     policy = RowPolicy(args.on_bad_rows)
     examples = (ex for source in resolve_sources(args.data, args) for ex in read_examples(source, policy))
-    bar = tqdm(examples, desc="Reading", unit=" rows", total=max_rows)
+    bar = tqdm(examples, desc="Reading", unit=" rows", total=max_rows, disable=None, delay=1)
     for number, example in enumerate(bar, start=1):
         yield from _texts_of(example)
         if number == max_rows:
@@ -208,14 +214,62 @@ def _texts_of(example: Example) -> Iterator[str]:
         yield example.prompt + example.completion
 
 
+def save_tokenizer(tokenizer, folder: str | os.PathLike, overwrite: bool = False) -> bool:
+    """
+    Saves a tokenizer so that a killed process leaves none that is half new.
+
+    Args:
+        folder (`str` or `os.PathLike`): Other files in it stay.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace another tokenizer.
+
+    Returns:
+        `bool`: Whether anything was written: the same tokenizer is left as it is.
+
+    Raises:
+        `ValueError`: if the folder holds another tokenizer, and `overwrite` is not set. A model with its rows would
+            read other tokens.
+    """
+    folder = Path(folder)
+    partial = folder.absolute().with_name(f"{folder.absolute().name}.{uuid.uuid4().hex}.partial")
+    try:
+        tokenizer.save_pretrained(partial)
+        last = "tokenizer.json"  # which makes a folder a tokenizer's
+        names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == last, name))
+        if (folder / last).exists():
+            if all(_same_file(partial / name, folder / name) for name in names):
+                return False
+            if not overwrite:
+                raise ValueError(
+                    f"`output_dir` holds another tokenizer: choose another folder or set `overwrite`, got {folder}"
+                )
+        if not folder.exists():
+            os.replace(partial, folder)
+            return True
+        for name in names:
+            os.replace(partial / name, folder / name)
+        return True
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parses arguments (or `--config file.yaml`), trains, saves, and says what was made."""
+    """Parses arguments (or `--config file.yaml`), trains, saves, and says what was made and what comes next."""
     from nanollada.trainers.commands.parser import Parser
+    from nanollada.trainers.commands.programs import command_of
 
     (args,) = Parser(TokenizerArguments).parse_args_and_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.output_dir is None:
         raise ValueError("`output_dir` must be given, got None")
-    tokenizer = train_tokenizer(read_texts(args, args.max_rows), args.vocab_size, args.kind, show_progress=True)
-    tokenizer.save_pretrained(args.output_dir)
-    print(f"{args.kind} tokenizer with {len(tokenizer)} entries: {args.output_dir}")
+    texts, watched = read_texts(args, args.max_rows), sys.stderr.isatty()
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.kind, show_progress=watched)
+    written = save_tokenizer(tokenizer, args.output_dir, args.overwrite)
+    there = "" if written else " (unchanged: it was there)"
+    print(f"{args.kind} tokenizer with {len(tokenizer):,} entries: {args.output_dir}{there}")
+    words = ["--data", *args.data, "--tokenizer_name_or_path", args.output_dir]
+    words += ["--output_dir", Path(args.output_dir).with_name("ar")]
+    print(f"Next: {command_of('train-causal', *words)}")

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanollada.trainers.records import read_json, write_json
+from nanollada.trainers.records import read_json, write_json, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -164,10 +164,9 @@ def mean_of_files(paths: list[Path]) -> dict[str, torch.Tensor]:
 
 def save_whole_tensors(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file that appears only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
     tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, path)
+    with written_beside(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def _check_layout(path: Path, layout: dict, first_path: Path, first_layout: dict) -> None:

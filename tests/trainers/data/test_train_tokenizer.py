@@ -1,13 +1,17 @@
 """Both kinds of tokenizer: exact round trips, ids, template, saving, and the program."""
 
 import json
+import os
+import shlex
 
 import pytest
 from transformers import AutoTokenizer
 
+from nanollada.trainers import run
 from nanollada.trainers.data.files import DataError
 from nanollada.trainers.data.sources import SourceArguments
-from nanollada.trainers.data.tokenizers import SPECIAL_TOKENS, main, read_texts, train_tokenizer
+from nanollada.trainers.data.tokenizers import SPECIAL_TOKENS, main, read_texts, save_tokenizer, train_tokenizer
+from nanollada.trainers.registry import TRAINERS
 
 CHAT = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a test."}]
 RENDERED = "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nIt is a test.<|im_end|>\n"
@@ -188,3 +192,53 @@ def test_program_refuses(tmp_path):
         main(["--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="`max_rows` must be at least 1, got 0"):
         main(["--data", "x.txt", "--output_dir", "out", "--max_rows", "0"])
+
+
+def test_another_tokenizer_is_not_overwritten(tmp_path, capsys):
+    """The same one is left as it is; files that are none of a tokenizer's stay."""
+    rows, out = write_sources(tmp_path), tmp_path / "out"
+    train = ["--data", *rows, "--output_dir", str(out), "--vocab_size"]
+    main([*train, "265"])
+    (out / "notes.txt").write_text("mine")
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    main([*train, "265"])
+    assert "(unchanged: it was there)" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    with pytest.raises(ValueError, match=f"`output_dir` holds another tokenizer: .*`overwrite`, got {out}"):
+        main([*train, "262"])
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    main([*train, "262", "--overwrite"])
+    assert len(AutoTokenizer.from_pretrained(out)) == 262 and (out / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kill_leaves_no_half_tokenizer(tokenizer, char_tokenizer, tmp_path, monkeypatch):
+    """A folder has all files of one, or its `tokenizer.json` comes last."""
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_tokenizer(tokenizer, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    moved, replace = [], os.replace
+    save_tokenizer(tokenizer, tmp_path / "old")
+    monkeypatch.setattr("os.replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    assert save_tokenizer(char_tokenizer, tmp_path / "old", overwrite=True)
+    assert moved[-1] == "tokenizer.json" and len(moved) > 1
+
+
+def test_the_next_command_is_one(tmp_path, capsys):
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"hello world, said cat {number}"}) + "\n" for number in range(200)))
+    main(["--data", str(rows), "--output_dir", str(tmp_path / "tokenizer"), "--vocab_size", "265"])
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
+    words = shlex.split(command.removeprefix("Next: "))
+    assert words[:3] == ["accelerate", "launch", "trainers/causal.py"]
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 8, "max_steps": 1}
+    small |= {"plot_loss": False, "use_cpu": True}
+    facts = run.main(TRAINERS["ar"], [*words[3:], *(f"--{name}={value}" for name, value in small.items())])
+    assert facts["steps"] == 1 and (tmp_path / "ar" / "model.safetensors").exists()
