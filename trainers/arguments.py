@@ -4,6 +4,7 @@ import dataclasses
 import logging
 
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available, is_trackio_available
 from transformers.trainer_utils import SchedulerType
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,10 @@ SCHEDULES = {
 }
 
 
+# `report_to`: what the extra `logging` has.
+REPORTERS = {"tensorboard": is_tensorboard_available, "trackio": is_trackio_available}
+
+
 def default_of(field: dataclasses.Field):
     """A dataclass field's default value."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -104,6 +109,16 @@ def check_inherited(args) -> None:
         if name not in REFUSED:
             raise ValueError(f"`{name}` is new in this transformers and not known to do anything here, got {value!r}")
         raise ValueError(f"`{name}` must be {own[name]!r}: {REFUSED[name]}, got {value!r}")
+
+
+def check_reporters(args) -> None:
+    """
+    Raises:
+        `ValueError`: for a `report_to` whose package is missing.
+    """
+    for name in (name for name in args.report_to if name in REPORTERS):
+        if not REPORTERS[name]():
+            raise ValueError(f"`report_to` {name} needs its package (pip install 'nanollada[logging]'), got none")
 
 
 def check_schedule(args) -> None:

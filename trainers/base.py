@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from nanollada.trainers.arguments import check_inherited, check_schedule
+from nanollada.trainers.arguments import check_inherited, check_reporters, check_schedule
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.console.lines import show_lines
 from nanollada.trainers.data.collator import Collator
@@ -77,11 +77,16 @@ class NanoLLaDATrainingArguments(TrainingArguments):
     plot_loss: bool | None = field(
         default=None, metadata={"help": "Draw loss.png. Default: if matplotlib (the extra `plots`) is installed."}
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Where logs go beside metrics.jsonl: tensorboard, trackio (the extra `logging`), wandb, …"},
+    )
 
     def __post_init__(self):
         check_inherited(self)
         super().__post_init__()
         check_schedule(self)
+        check_reporters(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name in ("lr_decay_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:

@@ -131,6 +131,7 @@ class ResumingTrainer(Trainer):
             self.args.save_only_model = False
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and loggers
         folder = str(Path(self.args.output_dir) / f"checkpoint-{step}")
         raise Interrupted(f"interrupted after step {step}: {folder} is saved", folder)
 
