@@ -1,11 +1,12 @@
 """What a run says of itself, once before it trains and once when its files are written: the facts in `run.json`."""
 
 import logging
-import shlex
 import textwrap
 
 from tqdm import tqdm
 from transformers.trainer_utils import SchedulerType, has_length
+
+from nanollada.trainers.commands.programs import command_of
 
 WIDTH = 110
 
@@ -18,16 +19,13 @@ def say(args, text: str) -> None:
 
 def block(title: str, lines: dict[str, str | None]) -> str:
     """A title, and names with what they are, aligned; those without a value are left out."""
-    width = max(map(len, lines)) + 2
-    texts = []
+    width, texts = max(map(len, lines)) + 2, [title]
     for name, value in lines.items():
-        indents = {"initial_indent": f"  {name:<{width}}", "subsequent_indent": " " * (width + 2)}
-        keep = {"break_long_words": False, "break_on_hyphens": False}
-        if value is not None:  # a command or a path is copied, so it keeps its line
-            texts += (
-                [indents["initial_indent"] + value] if "/" in value else textwrap.wrap(value, WIDTH, **indents, **keep)
-            )
-    return "\n".join([title, *texts])
+        first, rest = f"  {name:<{width}}", " " * (width + 2)
+        if value is not None:  # a path or a command is there to be copied: it keeps its line
+            wrapped = [value] if "/" in value else textwrap.wrap(value, WIDTH - width, break_on_hyphens=False)
+            texts += [f"{first if number == 0 else rest}{line}" for number, line in enumerate(wrapped)]
+    return "\n".join(texts)
 
 
 def plan_of(trainer, steps: int, report: dict) -> dict:
@@ -141,10 +139,10 @@ def commands_for(facts: dict, output_dir: str, prompt: str) -> str:
     sources = facts["data"]["eval"]["sources"] or facts["data"]["sources"]
     length = ["--max_length", str(facts["data"]["max_length"])]
     commands = {
-        "write": ["python", "scripts/generate.py", "--checkpoint", output_dir, *ask],
-        "score": ["python", "scripts/evaluate.py", "--checkpoint", output_dir, "--data", *sources, *length],
+        "write": command_of("generate", "--checkpoint", output_dir, *ask),
+        "score": command_of("evaluate", "--checkpoint", output_dir, "--data", *sources, *length),
     }
-    return block("Next", {name: shlex.join(words) for name, words in commands.items()})
+    return block("Next", commands)
 
 
 def clock(seconds: float) -> str:

@@ -72,8 +72,9 @@ def test_a_run_says_what_run_json_says(kind, job, tmp_path, capsys):
     assert last["held out"].startswith(f"{sign}{evaluation['nats_per_token']:.3f} nats per token, {sign}")
     assert last["time"] == f"{clock(facts['seconds'])} for 4 steps, {facts['tokens_seen']:,} tokens"
     commands = {name: shlex.split(command) for name, command in fields(output, "Next").items()}
-    assert commands["write"][:4] == ["python", "scripts/generate.py", "--checkpoint", str(tmp_path / "a run")]
-    assert commands["write"][4] == "--prompt" and commands["score"][1] == "scripts/evaluate.py"
+    assert commands["write"][1].endswith("scripts/generate.py")
+    assert commands["write"][2:5] == ["--checkpoint", str(tmp_path / "a run"), "--prompt"]
+    assert commands["score"][1].endswith("evaluate.py") and commands["score"][2:4] == commands["write"][2:4]
 
     between = output.split("\n\n")[1].splitlines()
     forms = [

@@ -237,7 +237,7 @@ def test_the_next_command_is_one(tmp_path, capsys):
     main(["--data", str(rows), "--output_dir", str(tmp_path / "tokenizer"), "--vocab_size", "265"])
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
     words = shlex.split(command.removeprefix("Next: "))
-    assert words[:3] == ["accelerate", "launch", "trainers/causal.py"]
+    assert words[1] == "launch" and words[2].endswith("trainers/causal.py")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 8, "max_steps": 1}
     small |= {"plot_loss": False, "use_cpu": True}
     facts = run.main(TRAINERS["ar"], [*words[3:], *(f"--{name}={value}" for name, value in small.items())])

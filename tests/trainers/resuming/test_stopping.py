@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(case, job, tmp_path, monkeypatch, cap
     assert re.search(f"{'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: the step is fin", capfd.readouterr().err)
 
     words = shlex.split(command)
-    assert words[:3] == ["accelerate", "launch", "trainers/causal.py"]
+    assert words[1] == "launch" and words[2].endswith("trainers/causal.py")
     facts = main(KINDS["causal"], words[3:])
     assert {name for name in facts if facts[name] != expected[name]} <= {"seconds", "command"}
     first, second = weights(tmp_path / "unbroken"), weights(tmp_path / "run")
