@@ -20,7 +20,6 @@ COMMANDS = {
 }
 
 
-
 def main(argv: list[str] | None = None):
     """Hands over to the command that the first argument names, and returns what it returns."""
     argv = sys.argv[1:] if argv is None else argv
