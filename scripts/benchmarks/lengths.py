@@ -148,8 +148,13 @@ def table(results: list[dict]):
     return rich_table("answers by how long they may get", header, rows)
 
 
+def parser():
+    """Of the command `length`."""
+    from nanollada.trainers.commands.parser import Parser
+
+    return Parser(LengthBenchmarkArguments, prog="benchmark.py length")
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     """Parses arguments (or `--config file.yaml`) and measures."""
-    from trl import TrlParser
-
-    return benchmark(*TrlParser(LengthBenchmarkArguments).parse_args_and_config(argv))
+    return benchmark(*parser().parse_args_and_config(argv))
