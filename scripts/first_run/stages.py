@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanollada.scripts.first_run.rows import builtin_rows, read_rows, split_rows, texts_of, users_rows
+from nanollada.trainers.commands.programs import command_of
 from nanollada.trainers.records import file_digest, read_json, write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -22,6 +24,7 @@ FULL_SIZE = {
     "tie_word_embeddings": False,
     "learning_rate": 1e-3,
 }
+MOST_NEW_TOKENS = 32
 PROMPTS = ("What does the function `os.path.join` do?", "In which module is the class `Counter` defined?")
 
 
@@ -159,7 +162,9 @@ class Quickstart:
         from nanollada.trainers.registry import TRAINERS
 
         recipe = RECIPES / f"quickstart_{stage}.yaml"
-        run.main(TRAINERS[stage.removesuffix("_sft")], ["--config", str(recipe), *self.overrides(stage)])
+        run.main(
+            TRAINERS[stage.removesuffix("_sft")], ["--config", str(recipe), *self.overrides(stage)], next_steps=False
+        )
 
     def overrides(self, stage: str) -> list[str]:
         """What this run changes in a recipe, as command-line arguments."""
@@ -211,8 +216,7 @@ class Quickstart:
             options = {"samples": 8, "seed": self.args.seed, "batch_size": 32, "max_length": length}
             evaluation = evaluate_checkpoint(str(checkpoint), data, on_bad_rows=self.args.on_bad_rows, **options)
             if stage.endswith("_sft") and self.sudoku is not None:
-                decoding = {"max_new_tokens": self.new_tokens(checkpoint)}
-                options = {"metrics": ["exact_match"], "seed": self.args.seed, "batch_size": 100, "decoding": decoding}
+                options = {"metrics": ["exact_match"], "seed": self.args.seed, "batch_size": 100}
                 evaluation["results"] += evaluate_checkpoint(str(checkpoint), str(self.sudoku), **options)["results"]
             save_evaluation(evaluation, checkpoint / EVALUATION)
             write_json(self.folder / "results.json", {**self.results(), stage: evaluation})
@@ -231,22 +235,12 @@ class Quickstart:
         current = all(known.get(name) == value for name, value in now.items())
         return current and (checkpoint / EVALUATION).exists()
 
-    def new_tokens(self, checkpoint: Path | None = None) -> int:
+    def limit(self) -> dict:
         """
-        How much a model may write: a sudoku's answer and its EOS, to the end of a block of 16, as SFT pads its rows;
-        without sudokus 32 tokens.
+        How much a model may write, where that isn't the checkpoint's to say: models of a user's texts may never end
+        one, and nobody reads a page of it here.
         """
-        if self.sudoku is None:
-            return 32
-        from transformers import AutoTokenizer
-
-        import nanollada.modeling_nanollada  # noqa: F401, else a second call would ask whether to run remote code
-        from nanollada.scripts.decoding.checkpoint import prompt_ids
-
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint or self.final("diffusion"))
-        row = read_rows(self.sudoku)[0]
-        prompt, answer = len(prompt_ids(tokenizer, row["prompt"])), len(tokenizer(row["answer"]).input_ids) + 1
-        return -(-(prompt + answer) // 16) * 16 - prompt
+        return {"max_new_tokens": MOST_NEW_TOKENS} if self.args.data else {}
 
     def prompts(self) -> list:
         """What the two models are compared on: questions and a sudoku, or what the user's test rows begin with."""
@@ -265,7 +259,7 @@ class Quickstart:
         if not path.exists():
             pair = {kind: str(self.final(kind)) for kind in ("ar", "diffusion")}
             args = CompareArguments(**pair, prompts=self.prompts(), repeats=2, seed=self.args.seed)
-            write_json(path, compare(args, DecodingArguments(max_new_tokens=self.new_tokens())))
+            write_json(path, compare(args, DecodingArguments(**self.limit())))
         self.console.print(comparison_table(json.loads(path.read_text())))
 
     def export(self) -> None:
@@ -286,13 +280,22 @@ class Quickstart:
         from nanollada.scripts.first_run.page import draw_denoising, record, shown_prompt, write_report
 
         prompt = self.prompts()[-1]
-        trace = record(self.final("diffusion"), prompt, self.args.seed, max_new_tokens=self.new_tokens())
+        trace = record(self.final("diffusion"), prompt, self.args.seed, **self.limit())
         draw_denoising(trace, self.folder / "denoising.png")
         stages = [stage for stage in STAGES if self.done(stage)]
         write_report(self.folder / "report.html", self.folder, stages, trace, shown_prompt(prompt))
 
     def done(self, stage: str) -> bool:
         return (self.folder / stage / "run.json").exists()
+
+    def next_commands(self) -> list[str]:
+        """What to try on the diffusion model, ready to paste: a prompt, and a chat where it has learnt to."""
+        prompt, words = self.prompts()[-1], ["--checkpoint", self.final("diffusion"), "--watch"]
+        if isinstance(prompt, str):
+            limit = [part for name, value in self.limit().items() for part in (f"--{name}", value)]
+            return [command_of("generate", *words, "--prompt", prompt, *limit)]
+        words.append("--chat")
+        return [command_of("generate", *words, "--prompt", prompt[-1]["content"]), command_of("generate", *words)]
 
     def finish(self) -> list[str]:
         """The table, where everything is, and what to try next; last, what speaks against the run."""
@@ -310,10 +313,9 @@ class Quickstart:
         }
         for name, place in where.items():
             self.console.print(f"[bold]{name}[/bold]: {place}", soft_wrap=True)
-        chat = "--chat " if self.has_answers else ""
-        self.console.print(
-            f"\nNext: python scripts/generate.py --checkpoint {self.final('diffusion')} {chat}--watch", soft_wrap=True
-        )
+        self.console.print("\nNext:")
+        for line in self.next_commands():
+            self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         against = doubts(self.folder)
         if against:
             self.console.print(f"\n[bold red]{DISTRUST}[/bold red]", soft_wrap=True)
@@ -323,7 +325,7 @@ class Quickstart:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line, runs everything, and returns the exit status: 3 where the run distrusts itself."""
+    """Runs what the command line says; returns the exit status: 3 where the run distrusts itself, 130 for Ctrl-C."""
     from nanollada.trainers.commands.parser import Parser
 
     (args,) = Parser(QuickstartArguments).parse_args_and_config(argv)
@@ -331,4 +333,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(
             "the first run needs matplotlib (pip install 'nanollada[quickstart]'), which is not installed"
         )
-    return 3 if Quickstart(args).run() else 0
+    run = Quickstart(args)
+    try:
+        return 3 if run.run() else 0
+    except KeyboardInterrupt as stop:  # of a training with what it saved
+        again = command_of("quickstart", *(sys.argv[1:] if argv is None else argv))
+        print(getattr(stop, "saved", "interrupted"), f"Go on with: {again}", sep="\n", file=sys.stderr)
+        return 130

@@ -1,6 +1,7 @@
 """The quickstart distrusts itself; and its own results stay apart from what other programs add to evaluation.json."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from nanollada.scripts.first_run.expected import DISTRUST, EXPECTED, NAMES, RECO
 from nanollada.scripts.first_run.page import result_rows, write_report
 from nanollada.scripts.first_run.stages import Quickstart, QuickstartArguments
 from nanollada.trainers.models import config_for
+from nanollada.trainers.resuming.stopping import Interrupted
 
-# README's table.
+# A run with transformers 5.24, and its diffusion SFT in blocks of 64 (modeling_nanollada/DECODING.md, "Length").
 RECORDED = {
-    "ar": {"text": 2.546},
-    "diffusion": {"text": 2.650},
-    "ar_sft": {"text": 3.522, "sft": 0.223, "exact_match": 0.655},
-    "diffusion_sft": {"text": 3.787, "sft": 0.269, "exact_match": 1.0},
+    "ar": {"text": 2.519},
+    "diffusion": {"text": 2.615},
+    "ar_sft": {"text": 3.433, "sft": 0.206, "exact_match": 0.715},
+    "diffusion_sft": {"text": 3.562, "sft": 0.257, "exact_match": 1.0},
 }
 
 
@@ -90,11 +92,11 @@ def test_a_run_far_outside_is_doubted(finished, tokenizer, stage, name, value, t
     folder = finished({stage: {name: value}}, versions={**RECORDED_WITH, "transformers": "5.99.0"})
     first, *causes = doubts(folder)
     assert first == told
-    assert any("transformers 5.99.0 (recorded with 5.23.0)" in cause for cause in causes)
+    assert any("transformers 5.99.0 (recorded with 5.24.0)" in cause for cause in causes)
     assert all(any(word in cause for cause in causes) for word in ("recipes", "resumed", "AR + SFT 765"))
     page = page_of(folder, tokenizer)
-    assert page.index("Don&#39;t trust this run") < page.index(told) < page.index("recorded with 5.23.0")
-    assert page.index("recorded with 5.23.0") < page.index("<h2>Results</h2>")
+    assert page.index("Don&#39;t trust this run") < page.index(told) < page.index("recorded with 5.24.0")
+    assert page.index("recorded with 5.24.0") < page.index("<h2>Results</h2>")
 
 
 @pytest.mark.parametrize("settings", [{"steps_share": 0.5}, {"data": ["my.jsonl"]}, {"size": "32m"}])
@@ -102,16 +104,40 @@ def test_nothing_is_known_of_other_settings(finished, settings):
     assert doubts(finished({"ar_sft": {"exact_match": 0.0}}, settings)) == []
 
 
-@pytest.mark.parametrize(("solved", "status"), [(0.0, 3), (0.655, 0)])
+@pytest.mark.parametrize(("solved", "status"), [(0.0, 3), (0.715, 0)])
 def test_the_end_says_so(finished, capsys, monkeypatch, solved, status):
     """On the console and by the exit status, after all is done."""
     folder = finished({"ar_sft": {"exact_match": solved}}, {"on_bad_rows": "stop", "digests": {}, "seed": 42})
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "sft_train.jsonl").write_text("")
+    (folder / "corpus" / "sudoku_test.jsonl").write_text(json.dumps(SUDOKU))
     for name in ("make_corpus", "make_tokenizer", "evaluate", "compare", "export", "report"):
         monkeypatch.setattr(Quickstart, name, lambda self: None)
     assert stages.main(["--output", str(folder)]) == status
     shown = capsys.readouterr().out
     assert (DISTRUST in shown) == ("share of sudokus solved 0.000" in shown) == (status == 3)
-    assert "Next: python scripts/generate.py" in shown
+    _, *lines = shown[shown.index("\nNext:\n") + 1 :].splitlines()
+    options = ["--checkpoint", str(folder / "diffusion_sft"), "--watch", "--chat"]
+    assert shlex.split(lines[0])[-6:] == [*options, "--prompt", "Sudoku 1234341221434320"]
+    assert shlex.split(lines[1])[-4:] == options
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (Interrupted("interrupted after step 37", "x", "accelerate …"), "interrupted after step 37"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_ctrl_c_names_the_command_that_goes_on(tmp_path, capsys, monkeypatch, stop, said):
+    def raises(self):
+        raise stop
+
+    monkeypatch.setattr(Quickstart, "make_corpus", raises)
+    assert stages.main(["--output", str(tmp_path / "my run")]) == 130
+    first, command = capsys.readouterr().err.splitlines()[-2:]
+    assert first == said and command.startswith("Go on with: ")
+    assert shlex.split(command)[-2:] == ["--output", str(tmp_path / "my run")]
 
 
 # ---- results of several programs in one evaluation.json

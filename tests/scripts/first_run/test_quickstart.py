@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,6 +96,36 @@ def test_users_rows_are_sorted_by_kind(tmp_path):
     assert run.prompts()[0][0]["role"] == "user"
 
 
+def next_words(run):
+    return [shlex.split(line)[shlex.split(line).index("--checkpoint") :] for line in run.next_commands()]
+
+
+def test_the_next_commands_fit_the_rows(tmp_path):
+    """A sudoku and a chat; of a user's chats a question and a chat; of other rows a prompt that is no chat."""
+    kinds = {
+        "chat": {"messages": [{"role": "user", "content": "it's?"}, {"role": "assistant", "content": "so"}]},
+        "pair": {"prompt": "1 + 1 = ", "completion": "2"},
+        "text": {"text": "One comes before two. " * 9},
+    }
+    expected = {"chat": [["--chat", "--prompt", "it's?"], ["--chat"]], "pair": [["--prompt", "1 + 1 = "]]}
+    expected["text"] = [["--prompt", kinds["text"]["text"][:60]]]
+    for kind, row in kinds.items():
+        run = Quickstart(QuickstartArguments(output=str(tmp_path / f"a {kind}"), data=["my.jsonl"]))
+        run.corpus.mkdir()
+        name = "text" if kind == "text" else "sft"
+        for part in ("train", "test"):
+            (run.corpus / f"{name}_{part}.jsonl").write_text(json.dumps(row) + "\n")
+        start = ["--checkpoint", str(run.folder / ("diffusion" if kind == "text" else "diffusion_sft")), "--watch"]
+        limit = ["--max_new_tokens", "32"] if kind != "chat" else []
+        assert next_words(run) == [start + words + limit for words in expected[kind]]
+    run = Quickstart(QuickstartArguments(output=str(tmp_path / "built in")))
+    run.corpus.mkdir()
+    (run.corpus / "sft_train.jsonl").write_text("")
+    (run.corpus / "sudoku_test.jsonl").write_text('{"prompt": [{"role": "user", "content": "Sudoku 0"}]}\n')
+    assert [words[3:] for words in next_words(run)] == [["--chat", "--prompt", "Sudoku 0"], ["--chat"]]
+    assert run.limit() == {}
+
+
 class Page(HTMLParser):
     """Collects what a page loads from elsewhere, and its tags."""
 
@@ -152,12 +183,12 @@ def test_the_main_job_survives_a_kill(tmp_path):
     finish(start(tmp_path), tmp_path)
     assert (tmp_path / "run" / "ar" / "run.json").stat().st_mtime_ns == before  # not done twice
     check_run(tmp_path / "run", STAGES)
-    assert "Next: python scripts/generate.py" in (tmp_path / "log").read_text()
+    assert "--checkpoint run/diffusion_sft --watch --chat" in (tmp_path / "log").read_text()
     sudoku = json.loads((tmp_path / "run" / "diffusion_sft" / "evaluation.json").read_text())["results"][-1]
     assert sudoku["metric"] == "exact_match" and sudoku["rows"] == 200
     finish(start(tmp_path), tmp_path)  # of a finished run: its page again, and no question
     shown = (tmp_path / "log").read_text()
-    assert "Next: python scripts/generate.py" in shown and "custom code" not in shown
+    assert "--checkpoint run/diffusion_sft --watch --chat" in shown and "custom code" not in shown
 
 
 @pytest.mark.slow
