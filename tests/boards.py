@@ -1,5 +1,7 @@
 """Sudoku by brute force, 4×4 and 9×9."""
 
+import re
+
 
 def units_of(side):
     """For each cell its row, its column and its box."""
@@ -30,3 +32,8 @@ def brute_force(board, most=1000):
         return solved
 
     return sorted(filled(board)[:most])
+
+
+def shown_sudokus(text):
+    """The digits of all that reads as a sudoku to solve."""
+    return re.findall(r"[Ss]udoku:?\s+(\d{6,})", text)

@@ -1,6 +1,10 @@
 """Fixtures that many tests share: tiny, made in memory, offline."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from interpreters import make_newest, make_oldest
@@ -47,6 +51,33 @@ def oldest_python(tmp_path_factory) -> str:
 def newest_python(tmp_path_factory) -> str:
     """Likewise, with the newest that pyproject.toml allows."""
     return make_newest(tmp_path_factory.mktemp("environments") / "newest")
+
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload")
+
+
+def pytest_addoption(parser):
+    text = "folder of a finished run of scripts/quickstart.py, for the slow tests on its models; else they make one"
+    parser.addoption("--quickstart", help=text)
+
+
+@pytest.fixture(scope="session")
+def quickstart(request, tmp_path_factory) -> Path:
+    """A checkout with a whole quickstart behind it, in `runs/quickstart`; what it printed is in `log`. Slow."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, folder / room)
+    for file in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / file, folder)
+    if finished := request.config.getoption("--quickstart"):
+        shutil.copytree(finished, folder / "runs" / "quickstart")
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "COLUMNS": "80"}
+    with open(folder / "log", "w") as log:
+        command = [sys.executable, "scripts/quickstart.py"]
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, (folder / "log").read_text()[-3000:]
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

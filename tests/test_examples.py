@@ -1,21 +1,15 @@
 """The sudokus that documents and sources show: each has one solution, and no training row has it."""
 
-import re
 from pathlib import Path
 
 import pytest
-from boards import brute_force
+from boards import brute_force, shown_sudokus
 
 from nanollada.trainers.puzzles.sudoku import GRID_SEED, split_grids
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload", "tests")
 KINDS = (".md", ".py", ".html", ".yaml", ".json", ".ipynb", ".txt")
-
-
-def shown_sudokus(text):
-    """The digits of all that reads as a sudoku to solve."""
-    return re.findall(r"[Ss]udoku:?\s+(\d{6,})", text)
 
 
 def files():

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -98,30 +97,27 @@ def write_task(folder):
 
 
 @pytest.mark.slow
-def test_every_command_and_snippet_runs(tmp_path):
-    """In order, beside a quickstart run of a few steps; `--max_steps`, `--limit` and the Hub are kept small."""
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, tmp_path / room)
+def test_every_command_and_snippet_runs(quickstart):
+    """In order, beside a finished quickstart; `--max_steps`, `--limit` and the Hub are kept small."""
     rows = [{"text": f"Number {i} comes before {i + 1}. " * 8} for i in range(300)]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (quickstart / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": tools, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": tools, "HF_DATASETS_CACHE": str(quickstart / "cache"), "HF_HUB_OFFLINE": "1"}
 
     def run(line):
-        done = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(shlex.split(line), cwd=quickstart, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
 
-    run("python scripts/quickstart.py --steps_share 0.01")
-    write_foreign_model(tmp_path / "models" / "Qwen3-0.6B", tmp_path / "runs" / "quickstart" / "tokenizer")
-    write_task(tmp_path)
+    write_foreign_model(quickstart / "models" / "Qwen3-0.6B", quickstart / "runs" / "quickstart" / "tokenizer")
+    write_task(quickstart)
     lines = [line for page in PAGES for line in commands(page)]
     assert len(lines) >= 20
     for line in dict.fromkeys(lines):
         if "quickstart.py" in line or "minimind" in line:
-            continue  # run above with few steps; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
+            continue  # the fixture ran it; Nano-LLaDA's run needs the Hub and a GPU, see test_recipes.py
         line += " --max_steps 6 --eval_steps 2" if line.startswith("accelerate") else ""
         run(line + (" --limit 3 --samples 4" if "--suite" in line else ""))
     for page in PAGES:
         for number, snippet in enumerate(blocks(page.read_text(encoding="utf-8"), "python")):
-            (tmp_path / f"snippet_{page.parent.name}_{number}.py").write_text(snippet)
+            (quickstart / f"snippet_{page.parent.name}_{number}.py").write_text(snippet)
             run(f"python snippet_{page.parent.name}_{number}.py")
