@@ -14,7 +14,13 @@ from lm_eval.api.model import TemplateLM
 from tqdm.auto import tqdm
 
 from nanollada.scripts.decoding.checkpoint import load_checkpoint
-from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, new_tokens_limit
+from nanollada.scripts.decoding.settings import (
+    DecodingArguments,
+    draws,
+    generation_settings,
+    has_own_limit,
+    new_tokens_limit,
+)
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
 from nanollada.scripts.evaluation.answers import answers_to, batches_of_length, greedy_answers
 from nanollada.trainers.data.chats import placeholders, render_hidden
@@ -380,7 +386,9 @@ class NanoLLaDALM(TemplateLM):
                 logger.warning("%s of the task's `generation_kwargs` is of no use without draws", ", ".join(idle))
         room = rooms[0] if rooms else self.max_gen_toks
         if room is None:
-            room = min(new_tokens_limit(self.model, prompt_length, 256), max(1, self.max_length - prompt_length))
+            room = new_tokens_limit(self.model, prompt_length, 256)
+            if has_own_limit(self.model):  # which ends at the last position
+                room = min(room, max(1, self.max_length - prompt_length))
         room = _integer("max_gen_toks", room, 1)
         return {"temperature": 0.0, **self.decoding, **given, "max_new_tokens": room}, [text for text in until if text]
 
