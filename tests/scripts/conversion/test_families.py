@@ -36,8 +36,11 @@ MEMBERS = (of_transformers("seed_oss", "SeedOssForCausalLM", switches, {"qk_norm
 
 
 def program(monkeypatch, *words):
+    """Its exit status."""
     monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, words)])
-    runpy.run_path(str(PROGRAM), run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    return end.value.code or 0
 
 
 @pytest.fixture
@@ -56,8 +59,8 @@ def test_a_new_family_is_a_file_and_an_entry(seed_oss, tokenizer, tmp_path, monk
     model = randomise(SeedOssForCausalLM(config))
     model.save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
-    program(monkeypatch, "--source", tmp_path / "theirs", "--to", "causal", "--output", tmp_path / "ours")
-    program(monkeypatch, "--source", tmp_path / "ours", "--to", "seed_oss", "--output", tmp_path / "back")
+    for source, kind, output in (("theirs", "causal", "ours"), ("ours", "seed_oss", "back")):
+        assert program(monkeypatch, "--source", tmp_path / source, "--to", kind, "--output", tmp_path / output) == 0
     ids = some_ids()
     ours = NanoLLaDAForCausalLM.from_pretrained(tmp_path / "ours")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -66,26 +69,28 @@ def test_a_new_family_is_a_file_and_an_entry(seed_oss, tokenizer, tmp_path, monk
     for name, parameter in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], parameter), name
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        program(monkeypatch, "--help")
+    assert program(monkeypatch, "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "causal or masked (nanollada's AR and diffusion model), qwen3, llama, qwen2, seed_oss." in shown
     assert "mistral, minimind, seed_oss." in shown
     assert "| seed_oss | a folder of transformers' SeedOssForCausalLM | yes |" in documentation()
     edited = json.loads((tmp_path / "theirs" / "config.json").read_text()) | {"model_type": "gemma"}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(edited))
-    with pytest.raises(ValueError, match="`model_type` of the source must be one of .*, seed_oss, got 'gemma'"):
-        program(monkeypatch, "--source", tmp_path / "theirs", "--to", "causal", "--output", tmp_path / "other")
+    words = ("--source", tmp_path / "theirs", "--to", "causal", "--output", tmp_path / "other")
+    assert program(monkeypatch, *words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: `model_type` of the source must be one of ") and ", seed_oss, got 'gemma'" in error
 
 
-def test_what_it_has_no_place_for_is_named(seed_oss, tokenizer, tmp_path, monkeypatch):
+def test_what_it_has_no_place_for_is_named(seed_oss, tokenizer, tmp_path, monkeypatch, capsys):
     from nanollada.configuration_nanollada import NanoLLaDAConfig
 
     config = NanoLLaDAConfig(**{**SIZES, "vocab_size": len(tokenizer)}, mask_token_id=tokenizer.mask_token_id)
     NanoLLaDAForCausalLM(config).save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="seed_oss has `qk_norm` False where the rest is as here, got True"):
-        program(monkeypatch, "--source", tmp_path / "ours", "--to", "seed_oss", "--output", tmp_path / "out")
+    words = ("--source", tmp_path / "ours", "--to", "seed_oss", "--output", tmp_path / "out")
+    assert program(monkeypatch, *words) == 2
+    assert "seed_oss has `qk_norm` False where the rest is as here, got True" in capsys.readouterr().err
 
 
 def test_the_readme_has_the_table():

@@ -204,7 +204,8 @@ def test_a_new_puzzle_is_a_file_and_an_entry(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.jsonl"
     words = ["--puzzle", "reversal", "--rows", "20", "--options", '{"letters": 3}', "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [str(program), *words])
-    runpy.run_path(str(program), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(program), run_name="__main__")
     chats = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
     assert len(chats) == 20 and all(side_of(chat[0]["content"]) == "train" for chat in chats)
     assert all(chat[0]["content"].split()[1][::-1] == chat[1]["content"] for chat in chats)
@@ -215,5 +216,6 @@ def test_a_new_puzzle_is_a_file_and_an_entry(tmp_path, monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "reversal: a word, to be written backwards" in shown and "letters (a whole number from 1 to 9)" in shown
     monkeypatch.setattr(sys, "argv", [str(program), *words[:5], '{"letters": 10}', *words[6:]])
-    with pytest.raises(ValueError, match="`letters` must be a whole number from 1 to 9, got 10"):
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(program), run_name="__main__")
+    assert "error: `letters` must be a whole number from 1 to 9, got 10" in capsys.readouterr().err
