@@ -3,8 +3,6 @@
 python scripts/benchmark.py train --data rows.jsonl --size 32m --max_length 256
 python scripts/benchmark.py generate --model checkpoint --ar_model its_twin --score_data answers.jsonl
 python scripts/benchmark.py length --models checkpoint --score_data answers.jsonl
-
-`--help` after the command lists its options.
 """
 
 import importlib

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from nanollada.scripts.benchmarks.decoding_run import questions
 from nanollada.scripts.benchmarks.machine import device_name, in_fresh_process, spread, synchronize
 from nanollada.scripts.reporting.tables import percent, require_rich, rich_table
+from nanollada.trainers.commands.programs import shown_name
 from nanollada.trainers.records import provenance, write_json
 from nanollada.trainers.scoring.estimates import share
 
@@ -152,7 +153,7 @@ def parser():
     """Of the command `length`."""
     from nanollada.trainers.commands.parser import Parser
 
-    return Parser(LengthBenchmarkArguments, prog="benchmark.py length")
+    return Parser(LengthBenchmarkArguments, prog=f"{shown_name()} length")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
