@@ -1,14 +1,11 @@
 """What a run says of itself, once before it trains and once when its files are written: the facts in `run.json`."""
 
 import logging
-import textwrap
 
 from tqdm import tqdm
 from transformers.trainer_utils import SchedulerType, has_length
 
 from nanollada.trainers.commands.programs import command_of
-
-WIDTH = 110
 
 
 def say(args, text: str) -> None:
@@ -18,14 +15,9 @@ def say(args, text: str) -> None:
 
 
 def block(title: str, lines: dict[str, str | None]) -> str:
-    """A title, and names with what they are, aligned; those without a value are left out."""
-    width, texts = max(map(len, lines)) + 2, [title]
-    for name, value in lines.items():
-        first, rest = f"  {name:<{width}}", " " * (width + 2)
-        if value is not None:  # a path or a command is there to be copied: it keeps its line
-            wrapped = [value] if "/" in value else textwrap.wrap(value, WIDTH - width, break_on_hyphens=False)
-            texts += [f"{first if number == 0 else rest}{line}" for number, line in enumerate(wrapped)]
-    return "\n".join(texts)
+    """A title, and names with what they are, aligned, a line each; those without a value are left out."""
+    width = max(map(len, lines)) + 2
+    return "\n".join([title, *(f"  {name:<{width}}{value}" for name, value in lines.items() if value is not None)])
 
 
 def plan_of(trainer, steps: int, report: dict) -> dict:

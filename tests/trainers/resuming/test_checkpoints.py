@@ -13,6 +13,7 @@ from nanollada.trainers.resuming.checkpoints import (
     check_checkpoint,
     fault_of,
     last_complete_checkpoint,
+    rotate_checkpoints,
     write_manifest,
 )
 from nanollada.trainers.weights.merging import MergeCandidates
@@ -188,3 +189,23 @@ def test_an_export_takes_a_checkpoint_and_leaves_its_records_behind(tmp_path, to
     assert (tmp_path / "run" / "checkpoint-2" / MANIFEST).is_file()
     export(tmp_path / "run" / "checkpoint-2", tmp_path / "hub")
     assert (tmp_path / "hub" / "model.safetensors").is_file() and not (tmp_path / "hub" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [1, 2, 3, 4, 8, 9]), (0, None, [1, 2, 3, 4, 8, 9]), (1, None, [4]), (3, None, [2, 3, 4])]
+    + [
+        (4, None, [1, 2, 3, 4]),
+        (1, 2, [2, 4]),
+        (2, 9, [4, 9]),
+        (3, 1, [1, 3, 4]),
+        (1, 4, [4]),
+        (9, 1, [1, 2, 3, 4, 8, 9]),
+    ],
+)
+def test_which_checkpoints_stay(limit, best, left, tmp_path):
+    """Of a run that went back from step 9 and has just written step 4: the later ones go first, then the oldest."""
+    for step in (1, 2, 3, 8, 9, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate_checkpoints(tmp_path / "checkpoint-4", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert sorted(int(path.name.removeprefix("checkpoint-")) for path in tmp_path.iterdir()) == left

@@ -174,7 +174,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(job, tmp_path):
     output, errors = process.communicate(timeout=60)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert fault_of(checkpoint) is None and f"{checkpoint} is saved" in errors and "Go on with: " in errors
-    assert "DataLoader worker" not in errors
+    assert "DataLoader worker" not in errors and "Traceback" not in errors and process.returncode == 130
 
 
 @pytest.mark.slow
