@@ -202,6 +202,17 @@ def _name(value) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\S(.*\S)?", value, re.DOTALL) is not None
 
 
+def _listed(value, rule: tuple) -> bool:
+    return isinstance(value, list) and all(map(rule[1], value))
+
+
+def _example(value) -> bool:
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    said = prompt if isinstance(prompt, list) else [{"content": prompt}]
+    said = [message.get("content") if isinstance(message, dict) else None for message in said]
+    return bool(said) and all(isinstance(text, str) for text in (*said, value.get("answer")))
+
+
 def _or_null(rule: tuple) -> tuple:
     return f"{rule[0]} or null", lambda value: value is None or rule[1](value)
 
@@ -216,6 +227,11 @@ SEED = ("a whole number", _whole)
 NAME = ("a name", _name)
 FLAG = ("true or false", lambda value: isinstance(value, bool))
 OBJECT = ("an object", lambda value: isinstance(value, dict))
+INTERVAL = (
+    "two shares in ascending order",
+    lambda value: _listed(value, SHARE) and len(value) == 2 and value[0] <= value[1],
+)
+EXAMPLES = ("objects with `prompt`, a text or messages, and `answer`", lambda value: _listed(value, ("", _example)))
 DIGEST = ("64 hexadecimal digits", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value))
 
 RUN = {"command": _or_null(NAME), "seed": _or_null(SEED)}
@@ -223,6 +239,7 @@ FIELDS = {"task": NAME, "metric": NAME, "standard_error": _or_null(SIZE), "mask_
 FIELDS |= dict.fromkeys(("rows", "tokens", "bytes", "documents"), _or_null(COUNT))
 FIELDS |= dict.fromkeys(("correct", "truncated"), _or_null(AMOUNT))
 FIELDS |= {**dict.fromkeys(("kind", "language", "unit", "data"), _or_null(NAME)), "chance": _or_null(SHARE)}
+FIELDS |= {"interval": _or_null(INTERVAL), "examples": _or_null(EXAMPLES)}
 FIELDS |= {"data_sha256": _or_null(DIGEST), "settings": _or_null(OBJECT), **RUN}
 
 

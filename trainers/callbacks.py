@@ -72,12 +72,12 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
     return metrics
 
 
-def draw_loss(metrics: list[dict], path, format: str = "png") -> None:
-    """Draws training loss and evaluation loss (nats per token) over steps, to a path or an open file."""
+def draw_loss(metrics: list[dict], path, format: str = "png", size: tuple[float, float] = (7, 4)) -> None:
+    """Draws training loss and evaluation loss (nats per token) over steps, to a path or an open file, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):

@@ -19,8 +19,9 @@ from typing import Literal
 from nanollada.scripts.benchmarks.decoding_run import DECODERS, PLAIN, decoder_settings, measure, score
 from nanollada.scripts.benchmarks.machine import in_fresh_process, spread
 from nanollada.scripts.benchmarks.training_run import SIZES
+from nanollada.scripts.evaluation.report import bar
 from nanollada.scripts.reporting.plots import panels, save_figure
-from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table
+from nanollada.scripts.reporting.tables import ranged, require_rich, rich_table, share_with_error
 from nanollada.trainers.commands.programs import shown_name
 from nanollada.trainers.records import provenance, write_json
 
@@ -212,7 +213,7 @@ def table(record: dict):
                 f"{result['tokens_per_forward']:.2f}",
                 *(ranged(result[f"times_{name}"]) for name in ("llada", "ar")),
                 f"{result['peak_bytes'] / 1e6:,.0f}",
-                f"{scored['value']:.1%} ± {scored['standard_error']:.1%}" if scored else "",
+                share_with_error(scored) if scored else "",
             ]
         )
     return rich_table("generate", [*header, score_title(record["scores"])], rows)
@@ -233,9 +234,8 @@ def plot(record: dict, path: str | Path) -> None:
     for item in points:
         scored, speed = record["scores"][item["decoder"]], item["tokens_per_second"]
         reach = [[speed["median"] - speed["low"]], [speed["high"] - speed["median"]]]
-        axes.errorbar(
-            speed["median"], scored["value"], xerr=reach, yerr=scored["standard_error"], marker="o", capsize=2
-        )
+        spread = [[side] for side in bar(scored, 1.0)]
+        axes.errorbar(speed["median"], scored["value"], xerr=reach, yerr=spread, marker="o", capsize=2)
         axes.annotate(item["decoder"], (speed["median"], scored["value"]), textcoords="offset points", xytext=(5, 5))
     axes.set(xscale="log", xlabel="new tokens per second", ylabel="exact match")
     axes.set_title(

@@ -241,8 +241,8 @@ def score(
     new_tokens: int = 0,
 ) -> dict:
     """
-    Exact match with the normal EOS: `value`, `standard_error`, `rows`, `truncated`, and the answers' `new_tokens` (0:
-    as many as the longest needs). LLaDA's loops decode as a quota does.
+    Exact match with the normal EOS: `value`, `standard_error`, `interval`, `rows`, `truncated`, and the answers'
+    `new_tokens` (0: as many as the longest needs). LLaDA's loops decode as a quota does.
     """
     import torch
 
@@ -263,5 +263,5 @@ def score(
     asked = list(itertools.islice(_rows(data), rows))
     with default_decoding(network):
         record = exact_match(network, tokenizer, asked, batch_size=batch_size, **settings)
-    kept = {name: record[name] for name in ("value", "standard_error", "rows", "truncated")}
+    kept = {name: record[name] for name in ("value", "standard_error", "interval", "rows", "truncated")}
     return {**kept, "new_tokens": record["settings"]["max_new_tokens"]}

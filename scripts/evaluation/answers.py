@@ -22,6 +22,8 @@ from nanollada.trainers.data.sources import RowPolicy
 from nanollada.trainers.scoring.estimates import share
 from nanollada.trainers.scoring.kind import is_diffusion
 
+EXAMPLES = 3  # of what was asked, kept with the figures: cards and the demo show them
+
 
 def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed: int = 0, **generation) -> dict:
     """
@@ -39,13 +41,15 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
             its EOS: the same for every row and both kinds of model. (A diffusion model must be told it beforehand.)
 
     Returns:
-        `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `rows` (n), `correct`, `truncated`
-            (answers that had not ended within `max_new_tokens`), and the `settings` of `generate`.
+        `dict`: `metric`, `value` (the share p), `standard_error` (√(p(1 − p) / n)), `interval` (Wilson's for 95 %),
+            `rows` (n), `correct`, `truncated` (answers that had not ended within `max_new_tokens`), `examples` (the
+            first rows' `prompt` and `answer`), and the `settings` of `generate`.
 
     Raises:
         `ValueError`: for rows without an answer or that cannot be read, and if there are none.
     """
-    questions = questions_of(tokenizer, rows)
+    examples = list(_examples(rows))
+    questions = questions_of(tokenizer, examples)
     if not has_own_limit(model):
         generation.setdefault("max_new_tokens", max(len(answer) for _, answer in questions))
     generation.setdefault("temperature", 0.0)
@@ -62,27 +66,36 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
         bar.update(len(batch))
     bar.close()
     estimate = share([True] * correct + [False] * (len(questions) - correct))
-    figures = {name: estimate[name] for name in ("value", "standard_error", "rows")}
-    counts = {"correct": correct, "truncated": truncated}
+    figures = {name: estimate[name] for name in ("value", "standard_error", "interval", "rows")}
+    counts = {"correct": correct, "truncated": truncated, "examples": list(map(_shown, examples[:EXAMPLES]))}
     return {"metric": "exact_match", **figures, **counts, "settings": effective_settings(model, **generation)}
+
+
+def _examples(rows: Iterable) -> Iterator[Example]:
+    """Rows as examples with answers."""
+    for number, row in enumerate(rows, start=1):
+        try:
+            example = row if isinstance(row, Example) else Example("`rows`", number, **parse_row(row))
+        except BadRow as error:
+            raise ValueError(f"`rows`, row {number}: {error}") from error
+        if example.format != "sft":
+            raise ValueError(f"exact match needs answers: {example.source}, row {example.row} is a plain `text`")
+        yield example
+
+
+def _shown(example: Example) -> dict:
+    """What was asked, a text or messages, and the reference answer."""
+    if example.messages is None:
+        return {"prompt": example.prompt, "answer": example.completion}
+    *prompt, last = (dict(message) for message in example.messages)
+    return {"prompt": prompt, "answer": last["content"]}
 
 
 def questions_of(tokenizer, rows: Iterable) -> list[tuple[list[int], list[int]]]:
     """Token ids of (prompt, answer), split where training splits them."""
-
-    def examples():
-        for number, row in enumerate(rows, start=1):
-            try:
-                example = row if isinstance(row, Example) else Example("`rows`", number, **parse_row(row))
-            except BadRow as error:
-                raise ValueError(f"`rows`, row {number}: {error}") from error
-            if example.format != "sft":
-                raise ValueError(f"exact match needs answers: {example.source}, row {example.row} is a plain `text`")
-            yield example
-
     questions = []
     encoder = RowEncoder(tokenizer, max_length=sys.maxsize, assistant_turns="last")
-    for _, document in encoder.encode(examples(), RowPolicy("stop")):
+    for _, document in encoder.encode(_examples(rows), RowPolicy("stop")):
         ids, labels = document["input_ids"], document["labels"]
         start = next(i for i, label in enumerate(labels) if label != IGNORE)
         questions.append((ids[:start], ids[start:]))

@@ -18,6 +18,7 @@ from nanollada.scripts.evaluation.kinds import documentation, results_of
 from nanollada.scripts.evaluation.runner import SuiteArguments, run_suite
 from nanollada.scripts.evaluation.suite_file import parse_task
 from nanollada.scripts.evaluation.tasks.text import score_text
+from nanollada.scripts.reporting.tables import require_rich, share_with_error
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 from nanollada.trainers.records import command
 
@@ -189,8 +190,11 @@ def _place(result: dict) -> tuple:
 def _cells(result: dict, nats: dict | None) -> tuple[str, str, str]:
     """Metric, value and scope of a share, or of bits per byte with its nats per token."""
     if nats is None:
-        value = f"{result['value']:.2%} ± {result['standard_error']:.2%}"
-        return result["metric"], value, f"{result['rows']:,} rows, {result['truncated']:,} answers cut off"
+        return (
+            result["metric"],
+            share_with_error(result, 2),
+            f"{result['rows']:,} rows, {result['truncated']:,} answers cut off",
+        )
     value = f"{result['value']:.4f} bits/byte (exact)"
     if result["bound"]:
         value = f"≤ {result['value']:.4f} ± {result['mask_error']:.4f} bits/byte"
@@ -216,8 +220,6 @@ def main(argv: list[str] | None = None) -> dict:
     if {"-h", "--help"} & set(words):
         print(_suite_help(), end="\n\nWithout --suite:\n\n")
     args, decoding = Parser((EvaluateArguments, DecodingArguments)).parse_args_and_config(argv)
-    from nanollada.scripts.reporting.tables import require_rich
-
     require_rich("the table of results")
     options = {item.name: getattr(args, item.name) for item in fields(args) if item.name != "output"}
     evaluation = evaluate_checkpoint(**options, decoding=decoding.given())

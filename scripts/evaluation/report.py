@@ -4,7 +4,8 @@ from pathlib import Path
 
 from nanollada.scripts.evaluation.kinds import KINDS, metric_of
 from nanollada.scripts.reporting.plots import panels, save_figure
-from nanollada.scripts.reporting.tables import markdown, percent, with_error
+from nanollada.scripts.reporting.tables import markdown, share_with_error, with_error
+from nanollada.trainers.scoring.estimates import wilson
 
 # ---- tables
 
@@ -17,10 +18,7 @@ def cell(result: dict | None) -> str:
     if unit == "share, difference":
         return f"{100 * value:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
     if unit == "share":
-        text = percent(value, error)
-        if "interval" in result and not error:
-            low, high = result["interval"]
-            text = f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+        text = share_with_error(result)
         return text + (f" (open {100 * result['open_share']:.1f} %)" if result.get("open_share") else "")
     digits = metric_of(result["kind"], result["metric"]).digits
     text = with_error(value, error, digits, result["bound"])
@@ -153,7 +151,7 @@ def _draw_panel(axes, key: tuple[str, str], results: list[dict], models: list[st
 def bar(result: dict, scale: float) -> tuple[float, float]:
     """How far the error bar reaches to both sides: a standard error, or Wilson's interval where there is none."""
     value, error = result["value"], result["standard_error"]
-    if "interval" in result and not error:
-        low, high = result["interval"]
+    if value in (0, 1) and result.get("rows") and result.get("unit", "share") == "share":
+        low, high = wilson(value, result["rows"])
         return scale * (value - low), scale * (high - value)
     return scale * (error or 0.0), scale * (error or 0.0)

@@ -1,11 +1,12 @@
 """One HTML page of a quickstart run, and the table at its end. Everything on it is read from the run's files."""
 
+import base64
 import io
 import json
 from pathlib import Path
 
 from nanollada.scripts.first_run.expected import DISTRUST, NAMES, doubts, figures
-from nanollada.scripts.reporting.tables import NONE, percent, rich_table, with_error
+from nanollada.scripts.reporting.tables import NONE, rich_table, share_with_error, with_error
 from nanollada.trainers.records import read_json
 
 COLUMNS = (
@@ -14,6 +15,7 @@ COLUMNS = (
     ("exact_match", "sudokus solved"),
 )
 
+LEGEND = "± one standard error, [a, b] Wilson's 95 % interval; ≤ marks an upper bound"
 TEMPLATE = Path(__file__).parent / "report_page.html"
 
 
@@ -27,7 +29,7 @@ def result_cell(result: dict | None) -> str:
     if result is None:
         return NONE
     if result["metric"] == "exact_match":
-        return percent(result["value"], result["standard_error"])
+        return share_with_error(result)
     return with_error(result["value"], result["mask_error"] if result["bound"] else None, bound=result["bound"])
 
 
@@ -49,16 +51,18 @@ def results_table(folder: Path, stages: list[str]):
 
     header = [Column(name, no_wrap=True) for name in ("model", *(title for _, title in COLUMNS))]
     rows = [row[: len(header)] for row in result_rows(folder, stages)]
-    return rich_table("± one standard error; ≤ marks an upper bound", header, rows, box=SIMPLE)
+    return rich_table(LEGEND, header, rows, box=SIMPLE)
 
 
 def loss_svg(folder: Path) -> str:
-    """The loss curve of a run as an inline SVG."""
+    """The loss curve of a run as an inline SVG in the page's colours: its ink, and `--paper` behind it."""
     from nanollada.trainers.callbacks import draw_loss, read_metrics
 
     buffer = io.StringIO()
-    draw_loss(read_metrics(folder), buffer, format="svg")
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    draw_loss(read_metrics(folder), buffer, format="svg", size=(4.6, 3))
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    svg = svg.replace("<svg ", '<svg fill="currentColor" ', 1)  # letters have no colour of their own
+    return svg.replace("#ffffff", "var(--paper)").replace("#000000", "currentColor")
 
 
 def record(checkpoint: Path, prompt, seed: int, **decoding):
@@ -92,7 +96,8 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
 
     Args:
         path (`Path`): The page.
-        folder (`Path`): The run: a folder per stage, `settings.json`, `results.json` and `comparison.json`.
+        folder (`Path`): The run: a folder per stage, `settings.json`, `results.json`, `comparison.json` and
+            `denoising.png`.
         stages (`list[str]`): The stages to show.
         trace ([`~scripts.tracing.recorder.TraceRecorder`]): A denoising to show.
         title (`str`): What was denoised.
@@ -100,12 +105,14 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    from nanollada.scripts.tracing.boards import board_html
     from nanollada.scripts.tracing.page import trace_fragment
 
-    comparison = [
-        {**record, "shown": shown_prompt(record["prompt"])}
-        for record in json.loads((folder / "comparison.json").read_text())
-    ]
+    comparison = json.loads((folder / "comparison.json").read_text())
+    for answer in comparison:
+        answer["shown"] = shown_prompt(answer["prompt"])
+        board = board_html(answer["shown"], answer["text"])
+        answer["board"] = board and Markup(board)
     last = read_json(folder / stages[-1] / "run.json")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = page.render(
@@ -116,6 +123,8 @@ def write_report(path: Path, folder: Path, stages: list[str], trace, title: str)
         rows=result_rows(folder, stages),
         notes=f"Seed {last['seed']}; {last['hardware']}; torch {last['versions']['torch']}, transformers "
         f"{last['versions']['transformers']}. Each model's run.json and evaluation.json name the commands.",
+        legend=LEGEND,
+        picture=base64.b64encode((folder / "denoising.png").read_bytes()).decode(),
         curves=[(NAMES[stage], Markup(loss_svg(folder / stage))) for stage in stages],
         trace=Markup(trace_fragment(trace, title, {"seed": last["seed"]})),
         comparison=comparison,

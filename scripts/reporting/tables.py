@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
+from nanollada.trainers.scoring.estimates import wilson
+
 NONE = "–"
 
 
@@ -58,6 +60,22 @@ def with_error(value: float | None, error: float | None = None, digits: int = 3,
 def percent(share: float, error: float | None = None, digits: int = 1) -> str:
     """`71.5 % ± 3.2`: a share with its standard error."""
     return f"{100 * share:.{digits}f} %" + ("" if error is None else f" ± {100 * error:.{digits}f}")
+
+
+def share_with_error(result: dict, digits: int = 1) -> str:
+    """
+    A measured share, `71.5 % ± 3.2`; where all or none hit, its error would be 0, and Wilson's interval stands there,
+    `0.0 % [0.0, 1.9]`.
+
+    Args:
+        result (`dict`): `value`, `standard_error` and `rows`.
+        digits (`int`, defaults to 1): Behind the point.
+    """
+    share = result["value"]
+    if share not in (0, 1) or not result.get("rows"):
+        return percent(share, result["standard_error"], digits)
+    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, result["rows"]))
+    return f"{percent(share, digits=digits)} [{low}, {high}]"
 
 
 def ranged(values: dict | None, form: str = "{:.2f}") -> str:

@@ -13,11 +13,17 @@ def share(hits: Sequence[bool]) -> dict:
     (Wilson 1927), which has a width where all or none hit and the standard error has none.
     """
     count = len(hits)
-    p, z = sum(hits) / count, QUANTILE
+    p = sum(hits) / count
+    error = math.sqrt(p * (1 - p) / count)
+    return {"value": p, "standard_error": error, "rows": count, "interval": wilson(p, count)}
+
+
+def wilson(p: float, count: int) -> list[float]:
+    """Wilson's interval for 95 % (1927) of a share p of `count` decisions."""
+    z = QUANTILE
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    interval = [max(centre - half, 0.0), min(centre + half, 1.0)]
-    return {"value": p, "standard_error": math.sqrt(p * (1 - p) / count), "rows": count, "interval": interval}
+    return [max(centre - half, 0.0), min(centre + half, 1.0)]
 
 
 def mean(values: Sequence[float]) -> dict:

@@ -395,7 +395,7 @@ def test_the_table_shows_bounds_and_errors(folder):
         "± 0.0200 bits/byte over rows",
         "1.2000 bits/byte (exact)",
         "2.4000 nats/token",
-        "90.00% ± 3.00%",
+        "90.00 % ± 3.00",
         "100 rows, 2 answers cut off",
         "1,000 tokens, 4,000 bytes, 7 documents",
         "blocks of 4",

@@ -43,7 +43,7 @@ FOUND = {
         result("diffusion", "text", "bits_per_byte", "bits/byte", 1.6, 0.05, bound=True, mask_error=0.004),
         result("ar", "choice", "acc", "share", 0.25, chance=0.25, open_share=0.0),
         result("diffusion", "choice", "acc", "share", 0.5, chance=0.25, open_share=0.031),
-        result("ar", "pairs", "accuracy/g", "share", 1.0, 0.0, chance=0.5, interval=[0.722, 1.0], group="g"),
+        result("ar", "pairs", "accuracy/g", "share", 1.0, 0.0, chance=0.5, group="g"),
         result("diffusion", "presets", "accuracy/on − off", "share, difference", -0.031, 0.02),
     ],
 }  # fmt: skip
@@ -59,7 +59,7 @@ FOUND = {
         ),
         (result("m", "text", "bits_per_byte", "bits/byte", 1.23456, None, mask_error=0.0), "1.235"),
         (result("m", "choice", "acc", "share", 0.6251, 0.0217, open_share=0.012), "62.5 % ± 2.2 (open 1.2 %)"),
-        (result("m", "choice", "acc", "share", 0.0, 0.0, interval=[0.0, 0.0370]), "0.0 % [0.0, 3.7]"),
+        (result("m", "choice", "acc", "share", 0.0, 0.0, rows=100), "0.0 % [0.0, 3.7]"),
         (result("m", "presets", "d", "share, difference", 0.031, 0.02), "+3.1 ± 2.0"),
         (result("m", "speed", "tokens_per_second", "tokens/s", 158.4612, None), "158.46"),
     ],
@@ -118,6 +118,8 @@ def test_the_plot(tmp_path, monkeypatch):
 
 
 def test_error_bars():
-    assert bar({"value": 0.5, "standard_error": 0.1, "interval": [0.3, 0.7]}, 100) == (10.0, 10.0)
-    assert bar({"value": 1.0, "standard_error": 0.0, "interval": [0.7, 1.0]}, 100) == (pytest.approx(30), 0.0)
+    assert bar({"value": 0.5, "standard_error": 0.1, "rows": 5, "unit": "share"}, 100) == (10.0, 10.0)
+    below = 100 * 1.959964**2 / (5 + 1.959964**2)  # Wilson's, of 5 of 5
+    assert bar({"value": 1.0, "standard_error": 0.0, "rows": 5, "unit": "share"}, 100) == (pytest.approx(below), 0.0)
+    assert bar({"value": 1.0, "standard_error": 0.2, "rows": 5, "unit": "bits/byte"}, 1) == (0.2, 0.2)
     assert bar({"value": 1.0, "standard_error": None}, 1) == (0.0, 0.0)
