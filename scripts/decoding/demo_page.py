@@ -8,19 +8,47 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids, refuse_masks
+from nanollada.scripts.decoding.examples import answers_chats, example_prompts
 from nanollada.scripts.decoding.settings import DEFAULT_NEW_TOKENS, effective_settings, split_options
 from nanollada.scripts.decoding.writing import generate
 
 TITLES = {"diffusion": "Diffusion", "ar": "Autoregressive"}  # in the order in which they write and stand
 LARGEST_SEED = 2**63 - 1  # torch's
 FIELDS = {
-    "max_new_tokens": f"Tokens to write. Empty: the checkpoint's, or {DEFAULT_NEW_TOKENS}",
+    "max_new_tokens": f"Tokens to write at most. Empty: the checkpoint's, or {DEFAULT_NEW_TOKENS}",
     "temperature": "0 or empty: the likeliest token",
     "steps": "Diffusion: per block. Empty: a token per step",
     "block_length": "Diffusion: tokens per block. Empty: the model's, or all",
     "threshold": "Diffusion: decide all that is surer than this",
     "seed": "Of whatever is drawn",
 }
+TOKEN = "◆"  # in place of a special token's name
+INTRODUCTION = f"""# nanollada
+
+{{what}} Type or choose a prompt, press Enter, and watch the text come about.
+
+Then move the slider back through the steps: a token's colour is the step that decided it, a block is undecided yet,
+and {TOKEN} is a token without text, such as the end of a message.
+"""
+WHAT = {
+    True: "A diffusion model fills in its text in any order, an autoregressive model beside it writes left to right.",
+    False: "A diffusion model fills in its text in any order.",
+}
+COLOURS = {  # neutral grays that can be read on the blocks of either scheme, and white on orange
+    **dict.fromkeys(("block_info_text_color", "body_text_color_subdued", "block_title_text_color"), "*neutral_600"),
+    **dict.fromkeys(("block_label_text_color", "input_placeholder_color"), "*neutral_600"),
+    **dict.fromkeys(("block_info_text_color_dark", "body_text_color_subdued_dark"), "*neutral_300"),
+    **dict.fromkeys(("block_title_text_color_dark", "block_label_text_color_dark"), "*neutral_200"),
+    "input_placeholder_color_dark": "*neutral_400",
+    **dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_700"),
+    **dict.fromkeys(
+        ("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "*primary_800"
+    ),
+}
+STYLE = """
+#views > * { flex: 1 1 0; min-width: 0; }
+@media (max-width: 700px) { #views { flex-direction: column; } #views > * { flex: none; width: 100%; } }
+"""
 
 
 @dataclass
@@ -60,7 +88,8 @@ class Writing(NamedTuple):
         from nanollada.scripts.tracing.page import trace_view
 
         last = len(self.recorder.steps)
-        return trace_view(self.recorder, self.title, self.settings, last if step is None else min(step, last))
+        step = last if step is None else min(step, last)
+        return trace_view(self.recorder, self.title, self.settings, step, special=TOKEN)
 
 
 def read_fields(**values: str) -> dict:
@@ -139,9 +168,16 @@ def count_steps(writings: dict[str, Writing]) -> int:
     return max((len(writing.recorder.steps) for writing in writings.values()), default=0)
 
 
+def first_values(pair: dict) -> dict[str, str]:
+    """What the fields start with: the diffusion checkpoint's own settings, and the seed 0."""
+    settings = {"seed": 0, **effective_settings(pair["diffusion"][0])}
+    return {name: str(settings.get(name, "")) for name in FIELDS}
+
+
 def build_page(pair: dict, names: dict):
     """
-    The page, as `gradio.Blocks`.
+    The page, as `gradio.Blocks`. It starts as the diffusion checkpoint says: with chat on for one that answers
+    messages, its own decoding settings, and prompts of the kind that it knows.
 
     Args:
         pair (`dict`): Models and tokenizers, of `load_pair`.
@@ -150,6 +186,9 @@ def build_page(pair: dict, names: dict):
     import gradio as gr
 
     shown = [name for name in TITLES if name in pair]
+    tokenizer, start = pair["diffusion"][1], first_values(pair)
+    chats = answers_chats(names["diffusion"], tokenizer)
+    prompts = example_prompts(names["diffusion"], tokenizer, chats)
 
     def write(prompt, is_chat, *values):
         try:
@@ -173,17 +212,18 @@ def build_page(pair: dict, names: dict):
         return views if len(views) > 1 else views[0]
 
     with gr.Blocks(title="nanollada", analytics_enabled=False, fill_width=True) as page:
-        prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
-        is_chat = gr.Checkbox(label="Chat: the prompt is a message to answer", elem_id="chat")
-        with gr.Row():
-            start = {"seed": "0"}  # text, for an empty number field would count as 0
-            fields = [gr.Textbox(start.get(n, ""), label=n, info=info, elem_id=n) for n, info in FIELDS.items()]
+        gr.Markdown(INTRODUCTION.format(what=WHAT["ar" in pair]), elem_id="introduction")
+        prompt = gr.Textbox(label="Prompt", max_lines=8, info="Enter writes.", elem_id="prompt")
+        gr.Examples([[text] for text in prompts], [prompt], elem_id="examples")
+        is_chat = gr.Checkbox(chats, label="Chat: the prompt is a message to answer", elem_id="chat")
+        with gr.Row():  # of text, for an empty number field would count as 0
+            fields = [gr.Textbox(start[name], label=name, info=info, elem_id=name) for name, info in FIELDS.items()]
         with gr.Row():
             go = gr.Button("Write", variant="primary", elem_id="write")
             stop = gr.Button("Stop", elem_id="stop")
         info = "The texts after so many forward passes of each model"
         slider = gr.Slider(0, 1, 0, step=1, label="Step", info=info, interactive=False, elem_id="step")
-        with gr.Row():
+        with gr.Row(elem_id="views"):
             views = [gr.HTML(elem_id=name) for name in shown]
         writings = gr.State({})
         inputs, outputs = [prompt, is_chat, *fields], [writings, slider, *views]
@@ -192,6 +232,13 @@ def build_page(pair: dict, names: dict):
         stop.click(open_slider, writings, slider, cancels=[writing], **hidden)
         slider.input(look, [slider, writings], views, trigger_mode="always_last", **hidden)
     return page
+
+
+def gradio_theme():
+    """gradio's own look, with helper texts and buttons that can be read."""
+    import gradio as gr
+
+    return gr.themes.Default().set(**COLOURS)
 
 
 def open_page(args: DemoArguments):
@@ -213,4 +260,6 @@ def main(argv: list[str] | None = None) -> None:
 
     (args,) = Parser((DemoArguments,)).parse_args_and_config(argv)
     address = {"server_name": args.server_name, "server_port": args.server_port}
-    open_page(args).launch(**address, share=False, ssr_mode=False, footer_links=[])
+    page = open_page(args)
+    looks = {"theme": gradio_theme(), "css": STYLE, "footer_links": []}
+    page.launch(**address, **looks, share=False, ssr_mode=False)

@@ -46,13 +46,20 @@ def trace_fragment(
     return _fragment({**values, "autoplay": False})
 
 
-def trace_view(trace: StepRecorder, title: str, settings: dict | None = None, step: int | None = None) -> str:
+def trace_view(
+    trace: StepRecorder,
+    title: str,
+    settings: dict | None = None,
+    step: int | None = None,
+    special: str | None = None,
+) -> str:
     """
     One step as a `<section>` with its style and no script; also of a trace in the making.
 
     Args:
         trace, title, settings: As for [`trace_page`].
         step (`int`, *optional*): From 0 (the start) to the last step, which is the default.
+        special (`str`, *optional*): What stands in place of the names of special tokens.
 
     Raises:
         `ValueError`: if nothing was recorded, or for a step that there is not.
@@ -65,6 +72,11 @@ def trace_view(trace: StepRecorder, title: str, settings: dict | None = None, st
         raise ValueError(f"`step` must be between 0 and {last}, got {step}")
     values = _common(trace, title, settings, last)
     cells = trace_cells(trace, step)[0]
+    if special is not None:
+        cells = [
+            cell._replace(piece=cell.piece._replace(text=special)) if cell.piece.kind == "special" else cell
+            for cell in cells
+        ]
     return _fragment({**values, **_figures(trace, cells, step), "final": cells, "autoplay": False, "playable": False})
 
 

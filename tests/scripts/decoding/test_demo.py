@@ -1,5 +1,6 @@
 """The demo's page: what it shows is what `generate` gives, step by step; bad settings come back as messages."""
 
+import json
 import re
 import socket
 import subprocess
@@ -11,27 +12,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from colours import contrast
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids
 from nanollada.scripts.decoding.demo_page import (
+    FIELDS,
     LARGEST_SEED,
+    TOKEN,
     DemoArguments,
     build_page,
     count_steps,
+    first_values,
     prepare,
     read_fields,
     write_all,
 )
+from nanollada.scripts.decoding.examples import answers_chats, example_prompts
 from nanollada.scripts.decoding.writing import generate
 from nanollada.scripts.tracing.pieces import trace_cells
 from nanollada.scripts.tracing.recorder import TraceRecorder
 from nanollada.trainers.models import config_for
+from nanollada.trainers.puzzles.sudoku import count_solutions
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM}
 ROOT = Path(__file__).parents[3]
 EOS = 2
+QUESTION = "What is it?"
 PROMPT = "The {{cat}} ${1 + 1} <b>&amp;"  # markup of pages and templates is text
 
 
@@ -45,6 +53,9 @@ def names(tokenizer, tmp_path_factory):
         model.lm_head.weight.data[EOS] = 0  # texts go on to their limit
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    asked = [{"prompt": [{"role": "user", "content": QUESTION}], "answer": "It is a test"}]
+    evaluation = {"version": 2, "results": [{"task": "questions", "examples": asked}]}
+    (folder / "diffusion" / "evaluation.json").write_text(json.dumps(evaluation))
     return {name: str(folder / name) for name in CLASSES}
 
 
@@ -65,7 +76,7 @@ class View(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
-        self.canvas = self.canvas and tag == "span" or "canvas" in given.get("class", "").split()
+        self.canvas = self.canvas and tag in ("span", "b", "i") or "canvas" in given.get("class", "").split()
         if self.canvas and tag == "span":
             self.cells.append([given.get("class"), given.get("style"), given.get("title"), ""])
         self.into = {"dt": self.terms, "dd": self.values}.get(tag)
@@ -75,7 +86,7 @@ class View(HTMLParser):
             self.text, self.into = "", "text"
 
     def handle_endtag(self, tag):
-        self.canvas = self.canvas and tag != "p"
+        self.canvas = self.canvas and tag != "div"
         self.into = None
 
     def handle_data(self, data):
@@ -101,7 +112,9 @@ def expected(pair, name, step=None, prompt=PROMPT, **given):
 
 def check(view, cells, recorder, step):
     """A view against a trace: tokens, the steps that decided them, confidence."""
-    assert [cell[3] for cell in view.cells] == [cell.piece.text for cell in cells]
+    assert [cell[3] for cell in view.cells] == [
+        TOKEN if cell.piece.kind == "special" else cell.piece.text for cell in cells
+    ]
     titles = [cell[2] or "" for cell in view.cells]
     assert [int((re.findall(r"step (\d+)", title) or [0])[0]) for title in titles] == [cell.when for cell in cells]
     shown = [re.findall(r"confidence ([\d.]+)", title) for title in titles]
@@ -183,6 +196,41 @@ def test_errors_of_the_call_reach_who_follows_it(pair, names):
         list(write_all(writings))
 
 
+def test_fields_start_as_the_checkpoint_says(pair, monkeypatch):
+    config = pair["diffusion"][0].generation_config
+    assert first_values(pair) == {**dict.fromkeys(FIELDS, ""), "max_new_tokens": "128", "seed": "0"}
+    for name, value in {"max_new_tokens": 48, "block_length": 16, "threshold": 0.9}.items():
+        monkeypatch.setattr(config, name, value)
+    own = {"max_new_tokens": "48", "block_length": "16", "threshold": "0.9", "seed": "0"}
+    assert first_values(pair) == {**dict.fromkeys(FIELDS, ""), **own}
+
+
+def test_examples_are_of_the_checkpoints_world(names, tokenizer, char_tokenizer, tmp_path):
+    assert example_prompts(names["diffusion"], tokenizer, True) == [QUESTION]
+    assert QUESTION not in example_prompts(names["diffusion"], tokenizer, False)  # a message is no beginning of a text
+    assert QUESTION not in example_prompts(names["ar"], tokenizer, True)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": [{"task": "sudoku_test"}]}))
+    boards = [prompt.removeprefix("Sudoku ") for prompt in example_prompts(str(tmp_path), tokenizer, True)]
+    assert len(boards) == 3 and [count_solutions(board) for board in boards] == [1, 1, 1]
+    spelt = example_prompts(names["ar"], char_tokenizer, False)
+    assert spelt and all(prompt_ids(char_tokenizer, prompt) for prompt in spelt)
+
+
+def test_chat_is_on_for_who_answers_messages(names, tokenizer, plain_tokenizer, tmp_path):
+    assert answers_chats(names["diffusion"], tokenizer) and not answers_chats(names["diffusion"], plain_tokenizer)
+    for kind, chats in (("pretrain", False), ("sft", True)):
+        (tmp_path / "run.json").write_text(json.dumps({"data": {"format": kind}}))
+        assert answers_chats(str(tmp_path), tokenizer) == chats
+
+
+def test_no_token_is_called_by_its_name(pair, names):
+    """Of a chat's template, and of the end that a model writes."""
+    for writing in prepare(pair, names, "Why?", True, 0, max_new_tokens=4).values():
+        list(write_all({"x": writing}))
+        view = View(writing.show())
+        assert TOKEN in [cell[3] for cell in view.cells] and not any("<|" in cell[3] for cell in view.cells)
+
+
 def test_the_page_asks_nobody(pair, names):
     """No analytics, and a column for each model that there is."""
     page = build_page(pair, names)
@@ -260,6 +308,7 @@ def test_the_page_shows_what_generate_gives(address, pair, browser_page):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     page.locator("#prompt textarea").wait_for()
+    page.locator("#chat input").uncheck()
     given = {"max_new_tokens": 24, "temperature": 0.8, "steps": 4, "block_length": 12, "seed": 5}
     fill(page, prompt=PROMPT, **given)
     write(page, {"diffusion": 8, "ar": 24})
@@ -299,6 +348,7 @@ def test_the_page_streams_stops_and_complains(address, pair, browser_page):
     page = browser_page
     page.goto(address)
     page.locator("#prompt textarea").wait_for()
+    page.locator("#chat input").uncheck()
     # A setting that only `generate` finds out, and one that is refused at once: both messages come to the page.
     fill(page, prompt="The", max_new_tokens=0)
     for message in ("`max_new_tokens` must be > 0 for a prompt without", "`prompt` must not hold <|mask|> for"):
@@ -306,7 +356,7 @@ def test_the_page_streams_stops_and_complains(address, pair, browser_page):
         page.get_by_text(message).wait_for()
         fill(page, prompt="The <|mask|>")
     # A long text comes step by step, and can be stopped.
-    fill(page, prompt="The", max_new_tokens=1500, block_length="")
+    fill(page, prompt="The", max_new_tokens=1500)
     page.locator("#write").click()
     masks = page.locator("#diffusion .canvas .mask")
     page.wait_for_function("() => document.querySelectorAll('#diffusion .canvas .mask').length > 0")
@@ -331,3 +381,47 @@ def test_the_page_streams_stops_and_complains(address, pair, browser_page):
         made, recorder, cells = expected(pair, name, prompt="The", **given)
         check(view_of(page, name), cells, recorder, 8)
         assert view_of(page, name).text == made.text
+
+
+# Every text outside of the traces, with its colour and the first opaque colour behind it.
+TEXTS = """() => [...document.querySelectorAll('.gradio-container *')].flatMap(element => {
+  const own = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  if (!own || element.closest('.nanollada-trace, style, script') || !element.checkVisibility()) return [];
+  let behind = element;
+  while (behind && /^rgba\\(.*, 0\\)$/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+  const paper = behind ? getComputedStyle(behind).backgroundColor : 'rgb(255, 255, 255)';
+  return [[element.textContent.trim().slice(0, 40), getComputedStyle(element).color, paper]];
+})"""
+
+
+@pytest.mark.slow
+def test_the_page_explains_itself_at_any_width_and_in_the_dark(address, pair, browser_page):
+    page = browser_page
+    ids = prompt_ids(pair["diffusion"][1], [{"role": "user", "content": QUESTION}])
+    texts = {name: generate(*pair[name], ids, max_new_tokens=12).text for name in CLASSES}
+    for scheme, widths in {"light": (390, 699, 1280), "dark": (390, 1280)}.items():
+        page.emulate_media(color_scheme=scheme)
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(address)
+            page.get_by_role("heading", name="nanollada").wait_for()
+            page.locator("#examples").get_by_text(QUESTION).click()
+            page.wait_for_function(f"() => document.querySelector('#prompt textarea').value === {QUESTION!r}")
+            assert page.locator("#chat input").is_checked()
+            fill(page, max_new_tokens=12)
+            page.locator("#prompt textarea").press("Enter")
+            for name in CLASSES:
+                page.locator(f"#{name} dd", has_text=re.compile("^12 of 12$")).wait_for()
+                page.locator(f"#{name} pre").wait_for(state="attached")
+                assert view_of(page, name).text == texts[name]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            one, other = (page.locator(f"#{name}").bounding_box() for name in ("diffusion", "ar"))
+            if width < 700:
+                assert other["y"] >= one["y"] + one["height"] and min(one["width"], other["width"]) > width - 120
+            else:
+                assert other["y"] == one["y"] and other["x"] >= one["x"] + one["width"]
+            assert "<|" not in page.locator("#views").inner_text()
+            shades = page.evaluate(TEXTS)
+            assert {"Of whatever is drawn", "Write", "Prompt"} <= {text for text, _, _ in shades}
+            faint = [shade for shade in shades if contrast(*shade[1:]) < 4.5]
+            assert not faint, (scheme, width)

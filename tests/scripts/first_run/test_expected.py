@@ -11,7 +11,7 @@ from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaske
 from nanollada.scripts.evaluation.checkpoint import main as evaluate
 from nanollada.scripts.first_run import stages
 from nanollada.scripts.first_run.expected import DISTRUST, EXPECTED, NAMES, RECORDED_WITH, doubts
-from nanollada.scripts.first_run.page import result_rows, write_report
+from nanollada.scripts.first_run.page import draw_denoising, result_rows, write_report
 from nanollada.scripts.first_run.stages import Quickstart, QuickstartArguments
 from nanollada.trainers.models import config_for
 from nanollada.trainers.resuming.stopping import Interrupted
@@ -60,6 +60,7 @@ def finished(tmp_path):
 
 
 def page_of(folder, tokenizer):
+    draw_denoising(recorded(tokenizer), folder / "denoising.png")
     write_report(folder / "report.html", folder, list(NAMES), recorded(tokenizer), "the cat")
     return (folder / "report.html").read_text()
 
