@@ -30,7 +30,7 @@ def card_faults(folder: str | os.PathLike) -> list[str]:
     dataset, error and settings, no other key, numbers in plain JSON; that some are left out is no fault. The marked
     section must be the file's, line by line (blank lines and the padding of table cells don't count). The file must be
     of the folder's weights and config. Prose outside the marks is the writer's own. Results of other tools in the
-    `model-index` are faults, too: nobody could check them.
+    `model-index` are faults, too: nobody could check them. A picture that the card shows must be in the folder.
 
     Args:
         folder (`str` or `os.PathLike`): With README.md, config.json and safetensors.
@@ -41,6 +41,7 @@ def card_faults(folder: str | os.PathLike) -> list[str]:
     folder = Path(folder)
     text = (folder / "README.md").read_text(encoding="utf-8-sig")
     section, faults = _marked(text)
+    faults += [f"README.md shows {name}, got no such file in {folder.name}" for name in _pictures(text, folder)]
     try:
         found = _index_of(text)
     except Exception as error:  # whatever the YAML parser raises
@@ -53,6 +54,12 @@ def card_faults(folder: str | os.PathLike) -> list[str]:
         return [*faults, f"{error}; README.md says {_some(said)}"] if needed else faults
     expected, source = _expected_index(evaluation), evaluation_section(evaluation)
     return [*faults, *_index_faults(found, expected), *_section_faults(section, source)]
+
+
+def _pictures(text: str, folder: Path) -> list[str]:
+    """What a card shows of its own folder and isn't there."""
+    shown = re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text)
+    return [name for name in shown if "://" not in name and not (folder / name).is_file()]
 
 
 def _read_evaluation(folder: Path) -> dict:

@@ -18,6 +18,7 @@ from nanollada.hub_upload.evaluation_file import (
 
 # A path that is absolute, or climbs out of the working folder, at the start of a word (a URL's stands inside one).
 LOCAL_PATH = re.compile(r"(?<![^\s='\",:;\[({])(?:~[\w-]*/|/(?!/)|\.\./|[A-Za-z]:[\\/](?!/))[^\s'\",;\])}]+")
+RECIPES = ("scripts", "recipes")
 PATH_KEYS = ("init", "sources", "data", "checkpoint")  # whose strings are one path or name each, blanks and all
 
 
@@ -152,5 +153,6 @@ def _base_of_word(word: str) -> str:
 
 
 def _base(path: str) -> str:
-    kind = PureWindowsPath if "\\" in path else PurePosixPath
-    return kind(path).name or "."
+    path = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
+    kept = path.parts[-3:] if path.parts[-3:-1] == RECIPES else (path.name,)  # a recipe is in every clone
+    return "/".join(kept) or "."

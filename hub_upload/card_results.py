@@ -4,8 +4,10 @@ Above its functions this file imports the standard library and its neighbour onl
 nanollada is not installed.
 """
 
+import itertools
 import json
 import re
+import shlex
 from urllib.parse import quote
 
 if __package__:
@@ -29,6 +31,16 @@ NAMES = {
     "tokens_per_second": "tokens per second",
 }
 COLUMNS = ("Task", "Language", "Metric", "Value ± s.e.", "Chance", "Scored on", "Data", "How")
+# What a recorded command may begin with: our programs, by folder, and what starts them.
+PROGRAMS = {
+    "scripts": "benchmark compare convert_checkpoint demo evaluate generate lm_eval_nanollada merge_checkpoints "
+    "puzzles quickstart study technical_report train_tokenizer",
+    "trainers": "causal diffusion",
+    "hub_upload": "export upload verify",
+}
+PROGRAMS = {room: [f"{name}.py" for name in names.split()] for room, names in PROGRAMS.items()}
+RUNNERS = ("accelerate", "python", "torchrun", "nanollada")
+WIDTH = 100  # of a command that stays on one line
 SHA_SHOWN = 12  # hexadecimal digits in the table; the `model-index` has all
 
 
@@ -44,6 +56,30 @@ def number(value) -> str | None:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+# ---- commands
+
+
+def command_block(command: str) -> str:
+    """
+    A recorded command as a block of shell, run from the repository's root: an option a line if it is long. What no
+    program of the package computed (a notebook, `python -c`) is said instead.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        words = [command]
+    room = next((room for room, names in PROGRAMS.items() if words and words[0] in names), None)
+    if room is not None:
+        words = ["python", f"{room}/{words[0]}", *words[1:]]
+    elif not words or words[0] not in RUNNERS:
+        return f"By Python code (`{words[0] if words else ''}`), not by a command of nanollada."
+    line = shlex.join(words)
+    if len(line) > WIDTH:
+        starts = [0, *(place for place, word in enumerate(words) if place and word.startswith("--")), len(words)]
+        line = " \\\n  ".join(shlex.join(words[a:b]) for a, b in itertools.pairwise(starts))
+    return f"```bash\n{line}\n```"
+
+
 # ---- one result
 
 
@@ -57,6 +93,11 @@ def metric_name(result: dict) -> str:
 def _data_of(result: dict) -> str:
     """The data's name; a task that makes its own rows is its own data."""
     return result["task"] if result.get("data") is None else result["data"]
+
+
+def _has_interval(result: dict) -> bool:
+    """Whether Wilson's interval says more than the standard error: where all or none hit, that is 0."""
+    return bool(result.get("interval")) and not result["standard_error"]
 
 
 def settings_of(result: dict) -> dict:
@@ -87,6 +128,7 @@ def _eval_result(result: dict, source: dict):
 
     data, error = _data_of(result), result["standard_error"]
     arguments = {} if error is None else {"standard_error": round(error, 6)}
+    arguments |= {"interval": [round(end, 6) for end in result["interval"]]} if _has_interval(result) else {}
     named = {name: result.get(name) for name in ("language", "chance", "rows", "unit")}
     arguments |= {name: item for name, item in named.items() if item is not None}
     arguments |= {"bound": True} if result["bound"] else {}
@@ -145,6 +187,8 @@ def evaluation_section(evaluation: dict) -> str:
         "± is one standard error over the rows, in brackets that of the random masks alone; where there is none, none "
         "is defined. Chance is the score of guessing."
     )
+    if any(map(_has_interval, results)):
+        parts.append("[a, b] is Wilson's 95 % interval of a share that is 0 or 1, whose standard error would be 0.")
     if any(result["bound"] for result in results):
         parts.append(
             "≤ marks an upper bound (the negated evidence lower bound of a diffusion model): the exact number is at "
@@ -154,7 +198,7 @@ def evaluation_section(evaluation: dict) -> str:
         parts.append(f"Measured at {evaluation['of']}.")
     for run in _commands(evaluation):
         parts += [] if run["seed"] is None else [f"Seed {run['seed']}:"]
-        parts.append(f"```bash\n{run['command']}\n```")
+        parts.append(command_block(run["command"]))
     return "\n\n".join([START, *parts, END])
 
 
@@ -171,7 +215,10 @@ def _row(result: dict) -> list[str]:
     name, value, error = metric_name(result), result["value"], result["standard_error"]
     digits = 4 if abs(value) < 100 or 0 < (error or 0) < 0.1 else 1  # shares and bits; tokens per second
     shown = f"{'≤ ' if result['bound'] else ''}{value:,.{digits}f}"
-    shown += "" if error is None else f" ± {error:,.{digits}f}"
+    if _has_interval(result):
+        shown += " [{:.4f}, {:.4f}]".format(*result["interval"])
+    else:
+        shown += "" if error is None else f" ± {error:,.{digits}f}"
     shown += f" (masks ± {result['mask_error']:,.{digits}f})" if result.get("mask_error") else ""
     digest = result.get("data_sha256")
     counts = [f"{result[name]:,} {name}" for name in ("rows", "tokens", "bytes", "documents") if result.get(name)]

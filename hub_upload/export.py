@@ -28,6 +28,7 @@ ABOUT = (
     "python verify.py compares. steps: the forward that decided each token; margins: how clear each forward's choices "
     "were, in nats."
 )
+PICTURES = {"png": b"\x89PNG\r\n\x1a\n", "gif": b"GIF8"}  # how the files begin
 
 
 def export(
@@ -42,6 +43,8 @@ def export(
     datasets: list[str] | None = None,
     base_model: str | None = None,
     prompt: str | None = None,
+    twin: str | None = None,
+    picture: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> Path:
     """
@@ -57,7 +60,11 @@ def export(
         model_name (`str`, *optional*): Title of the card. Defaults to the last part of `repo_id`, else of `output`.
         datasets (`list[str]`, *optional*): Hub names of the training data.
         base_model (`str`, *optional*): Hub name of the model that this one comes from.
-        prompt (`str`, *optional*): Prompt of the card's snippets.
+        prompt (`str`, *optional*): Prompt of the card's snippets, whose answer the card shows. Defaults to the first
+            that the evaluation asked (`examples` of evaluation.json).
+        twin (`str`, *optional*): Hub name of the model of the other kind, which the card links to. Without an owner
+            it is a repository of this one's.
+        picture (`str` or `os.PathLike`, *optional*): A PNG or GIF of how the model writes; becomes part of the card.
         overwrite (`bool`, defaults to `False`): Whether to replace an earlier export.
 
     Returns:
@@ -65,13 +72,14 @@ def export(
 
     Raises:
         `ValueError`: if `output` is not empty, or is not an export and would be overwritten; if the checkpoint is not
-            nanollada's, lacks or has too many tensors; if tokenizer and model don't agree; as `read_facts` and
-            `build_card`.
+            nanollada's, lacks or has too many tensors; if tokenizer and model don't agree; if `picture` is no PNG or
+            GIF; as `read_facts` and `build_card`.
     """
     from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer
 
     checkpoint, output = Path(checkpoint), Path(output)
     _check_output(checkpoint, output, overwrite)
+    shown = None if picture is None else _picture_name(Path(picture))
     facts = read_facts(checkpoint, evaluation)
     model = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -80,10 +88,13 @@ def export(
     metadata = {"license": license, "language": language, "datasets": datasets, "base_model": base_model}
     name = model_name or (repo_id or there.name).split("/")[-1]
     repo_id = repo_id or there.name
-    card = build_card(model, tokenizer, facts, model_name=name, repo_id=repo_id, prompt=prompt, **metadata)
+    options = {"repo_id": repo_id, "prompt": prompt, "twin": twin, "picture": shown}
+    card = build_card(model, tokenizer, facts, model_name=name, **options, **metadata)
     partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
     try:
         _write(partial, model, tokenizer, card, facts)
+        if shown is not None:
+            shutil.copy(picture, partial / shown)
         check_files(partial)
         check_results(partial)
         _put_in_place(partial, there)
@@ -141,6 +152,15 @@ def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
         raise ValueError(f"`output` must be new or empty (or give --overwrite), got {output}")
     if not ((output / "config.json").is_file() and (output / "README.md").is_file()):
         raise ValueError(f"`output` must be an earlier export to be overwritten, got {output} without config and card")
+
+
+def _picture_name(picture: Path) -> str:
+    """What a picture is called beside the card."""
+    start = picture.read_bytes()[:8] if picture.is_file() else b""
+    kind = next((kind for kind, sign in PICTURES.items() if start.startswith(sign)), None)
+    if kind is None:
+        raise ValueError(f"`picture` must be a PNG or GIF file, got {picture}")
+    return f"denoising.{kind}"
 
 
 def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
@@ -201,7 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model_name", help="Title of the card (default: the last part of the id).")
     parser.add_argument("--datasets", nargs="+", help="Hub names of the training data.")
     parser.add_argument("--base_model", help="Hub name of the model that this one comes from.")
-    parser.add_argument("--prompt", help="Prompt of the card's snippets.")
+    parser.add_argument("--prompt", help="Prompt of the card's snippets (default: the first that was evaluated).")
+    parser.add_argument("--twin", help="Hub name of the model of the other kind; without an owner, of this one's.")
+    parser.add_argument("--picture", type=Path, help="PNG or GIF of how the model writes, shown on the card.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export.")
     output = export(**vars(parser.parse_args(argv)))
     print(f"{output}: check it with {command_of('verify', output)}")

@@ -3,21 +3,18 @@
 A fact that is not on record is left out and reported as missing; no sentence and no number is made up.
 """
 
-import json
-import math
 import re
 from pathlib import Path
 
 from nanollada.hub_upload.card_facts import Facts
-from nanollada.hub_upload.card_results import eval_results, evaluation_section, number, sentence
+from nanollada.hub_upload.card_results import command_block, eval_results, evaluation_section, number, sentence
+from nanollada.hub_upload.card_use import use_of
 from nanollada.hub_upload.evaluation_file import results_of
 from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 FORMATS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
-PROMPTS = ("The", "1", "a")
-CHAT_PROMPTS = ("What is a list?", "Hello")
-NEW_TOKENS, BLOCK_LENGTH, INFILLED = 32, 16, 4  # of the snippets
+HUB = "https://huggingface.co/"
 
 
 def build_card(
@@ -32,6 +29,8 @@ def build_card(
     datasets: list[str] | None = None,
     base_model: str | None = None,
     prompt: str | None = None,
+    twin: str | None = None,
+    picture: str | None = None,
 ):
     """
     Writes the card.
@@ -44,7 +43,9 @@ def build_card(
         repo_id (`str`, *optional*): What the snippets load. Defaults to `model_name`: the folder, from beside it.
         license, language, datasets, base_model (*optional*): Metadata of the Hub that no run records. `datasets`
             defaults to the sources that were given as hf://datasets/….
-        prompt (`str`, *optional*): Of the snippets.
+        prompt (`str`, *optional*): Of the snippets. Defaults to the first that the evaluation asked.
+        twin (`str`, *optional*): Hub name of the model of the other kind. Without an owner it is this one's.
+        picture (`str`, *optional*): File beside the card that shows how the model writes.
 
     Returns:
         `ModelCard`
@@ -57,7 +58,7 @@ def build_card(
 
     check_license(license)
     check_languages(language)
-    check_repositories(datasets=datasets, base_model=base_model)
+    check_repositories(datasets=datasets, base_model=base_model, twin=twin)
     evaluation = facts.evaluation or {"results": []}
     data = _metadata(model, facts, evaluation, model_name, repo_id or model_name)
     data.license, data.language, data.base_model = license, language, base_model
@@ -69,11 +70,20 @@ def build_card(
         diffusion=model.is_diffusion,
         parameters=f"{model.num_parameters():,}",
         shape=_shape(model),
-        use=_use(model, tokenizer, facts, repo_id or model_name, prompt),
+        use=use_of(model, tokenizer, facts, repo_id or model_name, prompt),
+        twin=twin and _twin(model, twin, repo_id or model_name),
+        picture=picture,
         stages=[_stage(stage) for stage in facts.stages],
         evaluation=evaluation_section(evaluation),
         limits=_limits(model, facts, language),
     )
+
+
+def _twin(model, twin: str, repo_id: str) -> dict:
+    """Kind, name and address; beside a folder without an owner, which uploading completes."""
+    owner = repo_id.rpartition("/")[0]
+    address = HUB + (twin if "/" in twin else f"{owner}/{twin}") if "/" in twin or owner else f"../{twin}"
+    return {"kind": "autoregressive" if model.is_diffusion else "diffusion", "name": twin, "address": address}
 
 
 def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: str):
@@ -81,6 +91,7 @@ def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: s
 
     results = results_of(evaluation)
     kind = ["diffusion", "masked-diffusion", "llada"] if model.is_diffusion else ["autoregressive"]
+    kind += ["block-diffusion"] if model.is_diffusion and model.config.block_length else []
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -141,8 +152,13 @@ def _stage(stage: dict) -> dict:
         ("Versions", ", ".join(f"{key} {value}" for key, value in (stage.get("versions") or {}).items()) or None),
     ]
     rows = [(label, str(text).replace("|", "\\|").replace("\n", " ")) for label, text in rows if text]
-    shown = {name: stage.get(name) for name in ("command", "nanollada_version")}
-    return {"title": kind.capitalize(), "rows": rows, **shown}
+    command = stage.get("command") and command_block(stage["command"])
+    return {
+        "title": kind.capitalize(),
+        "rows": rows,
+        "command": command,
+        "nanollada_version": stage.get("nanollada_version"),
+    }
 
 
 def _counts(data: dict) -> str | None:
@@ -188,7 +204,7 @@ def _limits(model, facts: Facts, language) -> list[str]:
         limits.append(f"Language: {names}. Others are untried.")
     if model.is_diffusion:
         limits.append(
-            "The number of places to fill (`max_new_tokens`) is chosen beforehand. Fewer `steps` are faster and worse."
+            "The most tokens to write (`max_new_tokens`) are chosen beforehand. Fewer `steps` are faster and worse."
         )
     if facts.evaluation is None:
         limits.append("No evaluation is on record.")
@@ -197,62 +213,3 @@ def _limits(model, facts: Facts, language) -> list[str]:
             "Bits per byte of a diffusion model are an upper bound, those of an autoregressive model are exact."
         )
     return limits
-
-
-def _use(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None) -> dict:
-    """What the template's python blocks need to run as they stand, one after the other."""
-    fine_tuned = bool(facts.stages) and (facts.stages[-1].get("data") or {}).get("format") == "sft"
-    chat = fine_tuned and bool(tokenizer.chat_template)
-    text = choose_prompt(tokenizer, CHAT_PROMPTS if chat else PROMPTS, prompt)
-    return {
-        "repo_id": _literal(repo_id),
-        "chat": chat and _survives(tokenizer, _rendered(tokenizer, text)),
-        "prompt": _literal(text),
-        "after": _literal(choose_prompt(tokenizer, (".", text))),
-        "masks": INFILLED,
-        "settings": _denoising(model.config.block_length) if model.is_diffusion else f"max_new_tokens={NEW_TOKENS}",
-    }
-
-
-def _denoising(block_length: int | None) -> str:
-    if block_length is None:
-        return f"max_new_tokens={NEW_TOKENS}, block_length={BLOCK_LENGTH}, steps={BLOCK_LENGTH}"
-    blocks = math.ceil(NEW_TOKENS / block_length)
-    return f"max_new_tokens={blocks * block_length}, steps={min(block_length, NEW_TOKENS)}"
-
-
-def _literal(text: str) -> str:
-    """Python source of a string, in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def choose_prompt(tokenizer, candidates: tuple[str, ...], prompt: str | None = None) -> str:
-    """
-    The given prompt, or the first candidate that survives encoding and decoding; else the first text token that does.
-
-    Raises:
-        `ValueError`: if the tokenizer can't express `prompt`.
-    """
-    if prompt is not None:
-        if not _survives(tokenizer, prompt):
-            raise ValueError(f"`prompt` must be text that the tokenizer can express, got {prompt!r}")
-        return prompt
-    special = set(tokenizer.all_special_ids)
-    tokens = (tokenizer.decode([index]) for index in range(len(tokenizer)) if index not in special)
-    for text in (*candidates, *(token for token in tokens if token.strip())):
-        if _survives(tokenizer, text):
-            return text
-    raise ValueError("`tokenizer` must be able to express some text, got none that survives encoding and decoding")
-
-
-def _survives(tokenizer, text: str) -> bool:
-    try:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    except Exception:  # the Rust tokenizers raise bare exceptions, a character tokenizer for every unknown character
-        return False
-    return bool(ids) and tokenizer.decode(ids) == text
-
-
-def _rendered(tokenizer, prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

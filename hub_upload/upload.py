@@ -8,6 +8,7 @@ The only file of the package that writes to the network. The token is huggingfac
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nanollada.hub_upload.card_results import with_source
 from nanollada.hub_upload.verify import REPO_ID, VerificationError, check_files, verify
 from nanollada.trainers.commands.ending import run_program
 
+TWIN = re.compile(r"\]\(\.\./(?=[\w.-]+\))")  # the card's link to a folder beside this one
 # Of a training checkpoint, not of a model; pickles besides.
 REFUSED = ("*.bin", "*.pt", "*.pth", "*.pkl")
 # Left from an earlier upload with other shards, they would be loaded in place of the new ones.
@@ -52,7 +54,7 @@ def upload(
 
     Args:
         folder (`str` or `os.PathLike`): As `export` makes it. With `push`, its card's `repo_id` is set to the target,
-            and so is the address of evaluation.json in its `model-index`.
+            and so are the address of evaluation.json in its `model-index` and the owner of its twin.
         repo_id (`str`): "user/name".
         push (`bool`, defaults to `False`): Whether to upload. Otherwise nothing is written, and the network not used.
         private (`bool`, *optional*): Visibility of a repository that does not exist yet. Defaults to the account's.
@@ -94,6 +96,7 @@ def _push(folder: Path, files: list[Path], repo_id: str, private, commit_message
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8")
     text = with_source(REPO_ID.sub(f'repo_id = "{repo_id}"', text), repo_id, revision or "main")
+    text = TWIN.sub(f"](https://huggingface.co/{repo_id.split('/')[0]}/", text)
     card.write_text(text, encoding="utf-8")
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)

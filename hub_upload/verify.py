@@ -35,6 +35,8 @@ AUTO_CLASSES = {
     "NanoLLaDAForCausalLM": ("AutoModel", "AutoModelForCausalLM"),
     "NanoLLaDAForMaskedLM": ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
 }
+# What the card says that the block before it printed.
+PRINTED = re.compile(r"\n+It printed:\n+(`{3,})text\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REPO_ID = re.compile(r"^repo_id = .*$", re.MULTILINE)  # the one line of the card that differs between folder and Hub
 
@@ -189,6 +191,12 @@ def check_results(folder: Path) -> str | None:
 def read_snippets(card: str, repo_id: str) -> list[str]:
     """The card's python blocks, with `repo_id` set."""
     return [REPO_ID.sub(lambda _: f"repo_id = {repo_id!r}", snippet) for snippet in SNIPPET.findall(card)]
+
+
+def read_printed(card: str) -> list[str | None]:
+    """What the card says that each of its python blocks prints; `None` where it says nothing."""
+    said = [PRINTED.match(card, snippet.end()) for snippet in SNIPPET.finditer(card)]
+    return [None if match is None else match[2] for match in said]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -397,11 +405,12 @@ class _CleanProcess:
         return None if counts[0] else "every first choice is a tie, so that no token could be compared"
 
     def snippets(self):
-        """Runs the card's python blocks as one program, and looks at all that they generate."""
+        """Runs the card's python blocks as one program; looks at all that they generate, and at what they print."""
         import torch
         from transformers import GenerationMixin
 
-        snippets = read_snippets((self.folder / "README.md").read_text(encoding="utf-8"), str(self.folder))
+        card = (self.folder / "README.md").read_text(encoding="utf-8")
+        snippets, said = read_snippets(card, str(self.folder)), read_printed(card)
         _require(any(map(REPO_ID.search, snippets)), "a python block of README.md must set `repo_id`")
         generated, generate = [], GenerationMixin.generate
 
@@ -409,20 +418,41 @@ class _CleanProcess:
             generated.append(generate(model, *args, **kwargs))
             return generated[-1]
 
-        GenerationMixin.generate, namespace = recorded, {"__name__": "__main__"}
-        for number, snippet in enumerate(snippets, start=1):
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(snippet, f"README.md, python block {number}", "exec"), namespace)
+        def run() -> list[str]:
+            namespace = {"__name__": "__main__"}
+            return [_printed(code, f"README.md, python block {n}", namespace) for n, code in enumerate(snippets, 1)]
+
+        GenerationMixin.generate = recorded
+        printed = run()
         _require(bool(generated), "a python block of README.md must call `generate`")
         for output in generated:
             ids = output if isinstance(output, torch.Tensor) else output.sequences
             left = int((ids == self.settings.mask_token_id).sum())
             _require(left == 0, f"`generate` must leave no mask token, got {left} in {ids.tolist()}")
         self.report |= {"snippets": len(snippets), "generate_calls": len(generated)}
+        return self._compare_printed(said, printed, run)
+
+    def _compare_printed(self, said: list[str | None], printed: list[str], run) -> str | None:
+        """Whether the blocks print what the card says, or why that can't be compared."""
+        odd = [pair for pair in zip(said, printed, strict=True) if pair[0] not in (None, pair[1])]
+        if not odd:
+            return None
+        if run() != printed:
+            return "what the card's python blocks print is drawn anew each time"
+        if "float32" not in str(self.settings.dtype or "float32"):
+            return f"what they print differs from the card, which rounding in {self.settings.dtype} may do"
+        raise VerificationError(f"README.md says that a python block printed {odd[0][0]!r}, got {odd[0][1]!r}")
 
     def isolation(self):
         loaded = sorted(name for name in sys.modules if name.split(".")[0] in BLOCKED)
         _require(not loaded, f"the folder must work without nanollada, got it imported: {loaded}")
+
+
+def _printed(code: str, name: str, namespace: dict) -> str:
+    """What a python block prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, name, "exec"), namespace)
+    return printed.getvalue().rstrip("\n")
 
 
 def load_recompute():

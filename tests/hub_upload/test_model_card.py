@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload.card_facts import Facts, read_facts, without_paths
+from nanollada.hub_upload.card_use import choose_prompt
 from nanollada.hub_upload.evaluation_file import VERSION, model_digests, save_evaluation
 from nanollada.hub_upload.export import export
-from nanollada.hub_upload.model_card import build_card, choose_prompt
+from nanollada.hub_upload.model_card import build_card
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.trainers.run import _saved_digests
 
@@ -69,6 +71,7 @@ MATCH |= {"standard_error": 0.02, "bound": False, "rows": 64, "settings": {"gene
 
 
 def save(folder: Path, model_class, tokenizer) -> Path:
+    torch.manual_seed(0)
     model_class(NanoLLaDAConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -170,7 +173,7 @@ output = model\.generate\(\*\*inputs, max_new_tokens=32, block_length=16, steps=
 ```
 .*
 ```python
-inputs = tokenizer\(.* \+ tokenizer\.mask_token \* 4 \+ .*
+inputs = tokenizer\(prompt \+ .* \+ tokenizer\.mask_token \* \d+ \+ .*
 filled = model\.generate\(\*\*inputs, max_new_tokens=0\)
 .*
 ```
@@ -195,7 +198,7 @@ filled = model\.generate\(\*\*inputs, max_new_tokens=0\)
 \| Versions \| nanollada 0\.1\.0, torch 2\.13\.0 \|
 
 ```bash
-causal\.py --data tales\.jsonl --output_dir=ar --seed 42
+python trainers/causal\.py --data tales\.jsonl --output_dir=ar --seed 42
 ```
 
 ### 2\. Supervised fine-tuning
@@ -207,7 +210,7 @@ causal\.py --data tales\.jsonl --output_dir=ar --seed 42
 \| Seed \| 43 \|
 .*
 ```bash
-diffusion\.py --model_name_or_path ar --data chats\.jsonl
+python trainers/diffusion\.py --model_name_or_path ar --data chats\.jsonl
 ```
 
 ## Evaluation
@@ -223,7 +226,7 @@ diffusion\.py --model_name_or_path ar --data chats\.jsonl
 Seed 7:
 
 ```bash
-evaluate\.py --checkpoint diffusion
+python scripts/evaluate\.py --checkpoint diffusion
 ```
 
 <!-- end of .* -->
@@ -325,7 +328,8 @@ def test_results_of_several_commands_name_them_all(tokenizer):
     first = {**BOUND, "command": "evaluate.py a", "seed": 0}
     second = {**MATCH, "command": "evaluate.py b", "seed": 1}
     card = make_card(tokenizer, Facts(evaluation={"command": "evaluate.py b", "results": [first, second, second]}))
-    assert "Seed 0:\n\n```bash\nevaluate.py a\n```\n\nSeed 1:\n\n```bash\nevaluate.py b\n```\n\n<!-- end" in card
+    blocks = [f"Seed {seed}:\n\n```bash\npython scripts/evaluate.py {name}\n```" for seed, name in enumerate("ab")]
+    assert "\n\n".join([*blocks, "<!-- end"]) in card
 
 
 def test_an_evaluation_must_name_its_model(checkpoints, tmp_path):
