@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import re
 from typing import NamedTuple
 
 from nanollada.hub_upload.card_facts import Facts
@@ -189,11 +188,12 @@ def run_snippet(code: str, namespace: dict) -> str:
 
 
 def fenced(text: str) -> str:
-    """A text as a block of Markdown; empty for one that shows nothing, or holds what files and terminals change."""
-    if not text.strip() or not all(character.isprintable() or character in "\n\t" for character in text):
-        return ""
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{fence}text\n{text}\n{fence}"
+    """
+    A text as a block of Markdown. Empty for one that shows nothing, that holds what files and terminals change, and
+    that has a fence of its own: python blocks of a card are run, and none of them may be a model's.
+    """
+    shown = all(character.isprintable() or character in "\n\t" for character in text) and "```" not in text
+    return f"```text\n{text}\n```" if text.strip() and shown else ""
 
 
 # ---- settings

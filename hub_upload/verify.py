@@ -36,7 +36,7 @@ AUTO_CLASSES = {
     "NanoLLaDAForMaskedLM": ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
 }
 # What the card says that the block before it printed.
-PRINTED = re.compile(r"\n+It printed:\n+(`{3,})text\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\n+It printed:\n+```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REPO_ID = re.compile(r"^repo_id = .*$", re.MULTILINE)  # the one line of the card that differs between folder and Hub
 
@@ -196,7 +196,7 @@ def read_snippets(card: str, repo_id: str) -> list[str]:
 def read_printed(card: str) -> list[str | None]:
     """What the card says that each of its python blocks prints; `None` where it says nothing."""
     said = [PRINTED.match(card, snippet.end()) for snippet in SNIPPET.finditer(card)]
-    return [None if match is None else match[2] for match in said]
+    return [None if match is None else match[1] for match in said]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -71,7 +71,7 @@ MATCH |= {"standard_error": 0.02, "bound": False, "rows": 64, "settings": {"gene
 
 
 def save(folder: Path, model_class, tokenizer) -> Path:
-    torch.manual_seed(0)
+    torch.manual_seed(model_class.is_diffusion)
     model_class(NanoLLaDAConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -173,6 +173,7 @@ output = model\.generate\(\*\*inputs, max_new_tokens=32, block_length=16, steps=
 ```
 .*
 ```python
+start = .*
 inputs = tokenizer\(prompt \+ .* \+ tokenizer\.mask_token \* \d+ \+ .*
 filled = model\.generate\(\*\*inputs, max_new_tokens=0\)
 .*
