@@ -267,21 +267,33 @@ class Quickstart:
         from nanollada.hub_upload.export import export
         from nanollada.hub_upload.verify import verify
 
-        for kind in ("ar", "diffusion"):
+        language = None if self.args.data else "en"
+        for kind, twin in (("ar", "diffusion"), ("diffusion", "ar")):
             folder, report = self.folder / "hub" / f"nanollada-{kind}", self.folder / f"verified_{kind}.json"
             if report.exists():
                 continue
-            export(self.final(kind), folder, license="apache-2.0", overwrite=folder.exists())
+            options = {"license": "apache-2.0", "language": language, "twin": f"nanollada-{twin}"}
+            if kind == "diffusion":
+                self.denoise()
+                options["picture"] = self.folder / "denoising.png"
+            export(self.final(kind), folder, **options, overwrite=folder.exists())
             write_json(report, verify(folder))
             self.console.print(f"{folder}: verified")
 
-    def report(self) -> None:
-        """`report.html`: the table, the loss curves, the comparison and a denoising (also in `denoising.png`)."""
-        from nanollada.scripts.first_run.page import draw_denoising, record, shown_prompt, write_report
+    def denoise(self) -> tuple:
+        """The last of the prompts and how it is answered, which `denoising.png` shows."""
+        from nanollada.scripts.first_run.page import draw_denoising, record
 
         prompt = self.prompts()[-1]
         trace = record(self.final("diffusion"), prompt, self.args.seed, **self.limit())
         draw_denoising(trace, self.folder / "denoising.png")
+        return prompt, trace
+
+    def report(self) -> None:
+        """`report.html`: the table, the loss curves, the comparison and a denoising (also in `denoising.png`)."""
+        from nanollada.scripts.first_run.page import shown_prompt, write_report
+
+        prompt, trace = self.denoise()
         stages = [stage for stage in STAGES if self.done(stage)]
         write_report(self.folder / "report.html", self.folder, stages, trace, shown_prompt(prompt))
 

@@ -159,7 +159,9 @@ def test_none_of_200_has_an_interval():
 def test_programs_are_those_there_are():
     """Whose files have a `main`, but the one that only makes a page of documentation."""
     for room, names in PROGRAMS.items():
-        programs = [path.name for path in (ROOT / room).glob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
+        programs = [
+            path.name for path in (ROOT / room).glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
+        ]
         assert sorted(names) == sorted({*programs} - {"api_page.py"}), room
 
 
