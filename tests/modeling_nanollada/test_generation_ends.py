@@ -242,6 +242,16 @@ def test_rows_grow_by_a_shorter_block():
     assert model.widths == [9, 13, 15]
 
 
+def test_the_limit_costs_no_pass_and_no_column():
+    """What the model reads is what the answer needs, whatever may be written."""
+    seen = {}
+    for limit in (32, 64, 4096):
+        model = Trained(20, 5)
+        model.generate(PROMPT, max_new_tokens=limit, block_length=16, grow_length=True, threshold=0.9)
+        seen[limit] = model.widths
+    assert seen[32] == seen[64] == seen[4096] == [21, 37]
+
+
 # ---- a canvas longer than in training
 
 
