@@ -83,7 +83,7 @@ def test_pages_hold_the_grid(tokenizer, ids):
     prompt, wrong = ids(f"Sudoku {PUZZLE}\n"), "3" + ANSWER[1:]
     trace = denoised(tokenizer, prompt, [*ids(wrong), tokenizer.eos_token_id])
     for html in (trace_page(trace, "a"), trace_fragment(trace, "a"), trace_view(trace, "a")):
-        (canvas,) = re.findall(r'<div class="canvas[^"]*">(.*?)</div>', html, re.DOTALL)
+        (canvas,) = re.findall(r'<p class="canvas[^"]*">(.*?)</p>', html, re.DOTALL)
         assert len(re.findall("<span", canvas)) == len(trace.ids)
         (grid,) = re.findall(r'<b class="nanollada-board size-4">(.*?)</b>', canvas)
         assert "".join(re.findall(r">(\d)</span>", grid)) == wrong
