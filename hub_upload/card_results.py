@@ -197,7 +197,7 @@ def evaluation_section(evaluation: dict) -> str:
     if evaluation.get("of"):
         parts.append(f"Measured at {evaluation['of']}.")
     for run in _commands(evaluation):
-        parts += [] if run["seed"] is None else [f"Seed {run['seed']}:"]
+        parts += [] if run.get("seed") is None else [f"Seed {run['seed']}:"]
         parts.append(command_block(run["command"]))
     return "\n\n".join([START, *parts, END])
 

@@ -119,7 +119,11 @@ SOURCES = [
     ("| ≤ 1.8765 ±", "| 1.8765 ±", "README.md says 1.8765 ± 0.0123 .* for wiki_en, en, .* has ≤ 1.8765 ± 0.0123"),
     ("| samples = 16, ", "| samples = 128, ", r"says samples = 128, order = \[1, None\] for wiki_en"),
     ("| 0.25 |", "| 0.20 |", "README.md says 0.20 for arc, en, .*; evaluation.json has 0.25"),
-    (f"{COMMAND}\n", f"{COMMAND} --seed 9\n", f"README.md says '{COMMAND} --seed 9', evaluation.json has '{COMMAND}'"),
+    (
+        f"{COMMAND}\n",
+        f"{COMMAND} --seed 9\n",
+        f"README.md says 'python scripts/{COMMAND} --seed 9', .* has 'python scripts/{COMMAND}'",
+    ),
     ("Seed 7:", "Seed 8:", "README.md says 'Seed 8:', evaluation.json has 'Seed 7:'"),
     (END, f"Perplexity is 3.\n\n{END}", "README.md says 'Perplexity is 3.', evaluation.json has no such line"),
     (TABLE.splitlines()[5] + "\n", "", r"README.md leaves out '\|arc\|en\|.* of evaluation.json"),

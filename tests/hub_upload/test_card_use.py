@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload.card_check import card_faults
@@ -97,19 +98,18 @@ def test_the_card_tells_the_settings(exported, tokenizer, tmp_path):
     assert "| Setting |" not in card and "twin" not in card and "![" not in card
 
 
-def test_a_card_that_says_another_answer_is_refused(exported, tmp_path):
+def test_a_card_that_says_another_answer_is_refused(exported, tmp_path, monkeypatch):
     """And one that says none is not."""
     folder = Path(shutil.copytree(exported, tmp_path / "copy"))
     card, said = (folder / "README.md").read_text(), "```text\nIt is a zebra.\n```\n"
     clean = _CleanProcess(folder, tmp_path)
-    clean.config()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.GenerationMixin.generate", __import__("transformers").GenerationMixin.generate)
-        assert clean.snippets() is None
-        bare = re.sub(r"\nIt printed:\n\n```text\n.*?\n```\n", "", card, flags=re.DOTALL)
-        (folder / "README.md").write_text(bare.replace("\nInfilling:", f"\nIt printed:\n\n{said}\nInfilling:"))
-        with pytest.raises(VerificationError, match="says that a python block printed 'It is a zebra.', got '"):
-            clean.snippets()
+    clean.settings = NanoLLaDAForMaskedLM.from_pretrained(folder).config
+    monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)  # the check replaces it
+    assert clean.snippets() is None
+    bare = re.sub(r"\nIt printed:\n\n```text\n.*?\n```\n", "", card, flags=re.DOTALL)
+    (folder / "README.md").write_text(bare.replace("\nInfilling:", f"\nIt printed:\n\n{said}\nInfilling:"))
+    with pytest.raises(VerificationError, match="says that a python block printed 'It is a zebra.', got '"):
+        clean.snippets()
 
 
 @pytest.mark.parametrize("text", ["It is", "a\n\n`b`", "`` and \t.\n "])

@@ -197,9 +197,10 @@ def test_verify_loads_generates_and_compares(exports):
 
 
 def test_verify_sees_code_that_computes_something_else(exported):
-    """A diffusion model whose shipped code attends causally loads and generates; without golden tokens only the logits
-    tell."""
+    """A diffusion model whose shipped code attends causally loads and generates; without golden tokens and a card that
+    says what it printed only the logits tell."""
     (exported / "golden.json").unlink()
+    edit(exported / "README.md", "It printed:", "Perhaps:")
     edit(exported / "modeling_nanollada.py", "NanoLLaDAModel(config, is_causal=False)", "NanoLLaDAModel(config)")
     with pytest.raises(VerificationError, match="logits: the clean process must agree .* within 1e-05, got"):
         verify(exported)
@@ -272,7 +273,7 @@ def test_verify_sees_mask_tokens_in_the_output(exported, tmp_path, monkeypatch):
     clean = verify_module._CleanProcess(exported, tmp_path)
     clean.settings = AutoModelForCausalLM.from_pretrained(exported).config
     mask = clean.settings.mask_token_id
-    monkeypatch.setattr(GenerationMixin, "generate", lambda model, input_ids, **kwargs: input_ids * 0 + mask)
+    monkeypatch.setattr(GenerationMixin, "generate", lambda model, *_, input_ids, **kwargs: input_ids * 0 + mask)
     with pytest.raises(VerificationError, match="`generate` must leave no mask token, got"):
         clean.snippets()
 
