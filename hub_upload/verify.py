@@ -35,8 +35,7 @@ AUTO_CLASSES = {
     "NanoLLaDAForCausalLM": ("AutoModel", "AutoModelForCausalLM"),
     "NanoLLaDAForMaskedLM": ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"),
 }
-# What the card says that the block before it printed.
-PRINTED = re.compile(r"\n+It printed:\n+```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\n+It printed:\n+```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)  # behind a snippet
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REPO_ID = re.compile(r"^repo_id = .*$", re.MULTILINE)  # the one line of the card that differs between folder and Hub
 
@@ -405,7 +404,6 @@ class _CleanProcess:
 
     def snippets(self):
         """Runs the card's python blocks as one program; looks at all that they generate, and at what they print."""
-        import torch
         from transformers import GenerationMixin
 
         card = (self.folder / "README.md").read_text(encoding="utf-8")
@@ -420,8 +418,7 @@ class _CleanProcess:
         GenerationMixin.generate = recorded
         printed = _run_blocks(snippets)
         _require(bool(generated), "a python block of README.md must call `generate`")
-        for output in generated:
-            ids = output if isinstance(output, torch.Tensor) else output.sequences
+        for ids in (getattr(output, "sequences", output) for output in generated):
             left = int((ids == self.settings.mask_token_id).sum())
             _require(left == 0, f"`generate` must leave no mask token, got {left} in {ids.tolist()}")
         self.report |= {"snippets": len(snippets), "generate_calls": len(generated)}
@@ -433,7 +430,6 @@ class _CleanProcess:
         if odd and (run() != printed or "float32" not in str(self.settings.dtype or "float32")):
             return "what the python blocks print differs from the card, as draws and rounding in half precision do"
         _require(not odd, "README.md says that a python block printed {!r}, got {!r}".format(*next(iter(odd), "  ")))
-        return None
 
     def isolation(self):
         loaded = sorted(name for name in sys.modules if name.split(".")[0] in BLOCKED)
@@ -442,12 +438,11 @@ class _CleanProcess:
 
 def _run_blocks(blocks: list[str]) -> list[str]:
     """What each of a card's python blocks prints, run as one program."""
-    namespace, printed = {"__name__": "__main__"}, []
-    for number, code in enumerate(blocks, start=1):
-        with contextlib.redirect_stdout(io.StringIO()) as output:
+    namespace, outputs = {"__name__": "__main__"}, [io.StringIO() for _ in blocks]
+    for number, (code, output) in enumerate(zip(blocks, outputs, strict=True), start=1):
+        with contextlib.redirect_stdout(output):
             exec(compile(code, f"README.md, python block {number}", "exec"), namespace)
-        printed.append(output.getvalue().rstrip("\n"))
-    return printed
+    return [output.getvalue().rstrip("\n") for output in outputs]
 
 
 def load_recompute():

@@ -86,7 +86,7 @@ class View(HTMLParser):
             self.text, self.into = "", "text"
 
     def handle_endtag(self, tag):
-        self.canvas = self.canvas and tag != "div"
+        self.canvas = self.canvas and tag not in ("p", "div")
         self.into = None
 
     def handle_data(self, data):
