@@ -85,7 +85,7 @@ def build(kind, data, folder, streaming=False, ranks=1, accumulation=1, **settin
     use_fork_server(args)
     rows = make_rows(data)
     collator = Collator(0, 0.3 if kind == "diffusion" else 0.0, args.seed)
-    return entry.trainer_class(model, args, stream_of(rows) if streaming else rows, collator)
+    return entry.trainer_class(model, args, collator, stream_of(rows) if streaming else rows)
 
 
 def weights_of(model):

@@ -39,7 +39,7 @@ def build_trainer(kind, folder, model=None, rows=None, held_out=None, **settings
     args = entry.config_class(output_dir=str(folder), **{**defaults, **SETTINGS.get(kind, {}), **settings})
     probability = settings.get("variable_length_probability", 0.0)
     collator = Collator(0, probability, args.seed)
-    return entry.trainer_class(model, args, rows or make_rows(), collator, eval_dataset=held_out)
+    return entry.trainer_class(model, args, collator, rows or make_rows(), eval_dataset=held_out)
 
 
 def one_step(kind, folder, batch, accumulation, **settings):

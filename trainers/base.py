@@ -3,21 +3,45 @@
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
+from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_tokenizer
 from nanollada.trainers.arguments import check_inherited, check_reporters, check_schedule
 from nanollada.trainers.callbacks import MetricsCallback
 from nanollada.trainers.console.lines import show_lines
 from nanollada.trainers.data.collator import Collator
-from nanollada.trainers.data.prepare import PreparedData
+from nanollada.trainers.data.prepare import (
+    DataArguments,
+    PreparedData,
+    checked_dataset,
+    format_of,
+    is_tokenized,
+    needs_tokenizer,
+    prepare_data,
+    prepare_datasets,
+    without_sources,
+)
 from nanollada.trainers.decoding.defaults import length_limit, longest_row, set_defaults
+from nanollada.trainers.models import ModelArguments, check_length, load_model_and_tokenizer
 from nanollada.trainers.resuming.stepping import SteppingTrainer
 from nanollada.trainers.scoring.likelihood import Likelihood, evaluate_likelihood
+from nanollada.trainers.weights.adapters import adapted, is_adapted
 from nanollada.trainers.weights.averaging import AveragingTrainer, check_averaging
+
+_SCORES = "losses and scores are the objective's own"
+# What TRL's trainers or transformers' take and these can't.
+REFUSED = {
+    "compute_loss_func": _SCORES,
+    "compute_metrics": _SCORES,
+    "preprocess_logits_for_metrics": _SCORES,
+    "quantization_config": "a quantised model is none of ours",
+    "model_init": "the model is `model`",
+}
 
 
 @dataclass
@@ -107,32 +131,133 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
     """
     Trainer whose loss is a weighted sum over the target tokens of the whole optimizer step.
 
-    Subclasses implement `micro_batch_loss`. Rows are those of `prepare_data`. Evaluation scores the held-out rows with
-    `evaluate_likelihood`: always the likelihood (or its bound), whatever the training objective.
+    Subclasses implement `micro_batch_loss`. Evaluation scores the held-out rows with `evaluate_likelihood`: always the
+    likelihood (or its bound), whatever the training objective.
+
+    `DiffusionTrainer(model, DiffusionConfig("runs/mine"), train_dataset=dataset, processing_class=tokenizer)` trains
+    as TRL's `SFTTrainer` does, on the rows that `trainers/diffusion.py` would make of the same texts in a file.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `peft.PeftModel`): A model, or the folder or name of a checkpoint. For
+            diffusion an AR checkpoint's is the AR→diffusion initialisation.
+        args ([`NanoLLaDATrainingArguments`], *optional*): The trainer's own config. Without it the defaults, in a
+            folder named after the model.
+        data_collator (`Callable`, *optional*): Makes batches of rows, in place of [`Collator`]. The rows' keys of the
+            noise are added where it leaves them out.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Texts (`text`), chats (`messages`,
+            `conversations`), `prompt` with `completion`, `instruction` with `output`; or rows with `input_ids`, taken
+            as they are; also a list or a stream of rows of `prepare_data`. Not needed with sources in `data_args`.
+        eval_dataset (`datasets.Dataset`, *optional*): Held-out rows, spelt alike.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The tokenizer. Default: that of the model's name.
+        data_args ([`~trainers.data.prepare.DataArguments`], *optional*): How rows are made (`max_length`, …); without
+            `train_dataset` also where they come from.
+        peft_config (`peft.PeftConfig`, *optional*): An adapter, which alone is trained and saved.
+        formatting_func (`Callable`, *optional*): Makes a text of a dataset's row.
+        kwargs: transformers' own: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`.
+
+    Attributes:
+        rows ([`~trainers.data.prepare.PreparedData`]): What is trained and evaluated on.
 
     Raises:
-        `ValueError`: under `torch.nn.DataParallel` (several GPUs in one process).
+        `ValueError`: under `torch.nn.DataParallel` (several GPUs in one process); for a model of the other kind, a
+            config that isn't the trainer's, no rows, and arguments that do nothing here; as `check_tokenizer`,
+            `prepare_datasets` and `adapted`.
     """
 
     loss_is_scaled_for_ga = True
     masks = False  # whether only a part of the targets is predicted at a time
-    rows: PreparedData | None = None  # what it trains on; from there the generation config's defaults are
+    config_class = NanoLLaDATrainingArguments
+    model_class = None  # whose checkpoints a `model` that is a path names
 
-    def __init__(self, model, args: NanoLLaDATrainingArguments, train_dataset, collator: Collator, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: NanoLLaDATrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        data_args: DataArguments | None = None,
+        peft_config=None,
+        formatting_func=None,
+        **kwargs,
+    ):
+        for name, reason in REFUSED.items():
+            if (value := kwargs.pop(name, None)) is not None:
+                raise ValueError(f"`{name}` must be None: {reason}, got {value}")
+        args = self._checked_arguments(args, model)
+        model, tokenizer = self._loaded(model, args, processing_class)
+        self.data_args = data_args
+        if tokenizer is None and needs_tokenizer(train_dataset, eval_dataset):
+            tokenizer = _tokenizer_of(model)
+        if tokenizer is not None:
+            check_tokenizer(model, tokenizer)
+        with args.main_process_first(desc="preparing data"):
+            self.rows = self._prepared(args, model, tokenizer, train_dataset, eval_dataset, formatting_func)
+        if peft_config is not None:
+            model = adapted(model, peft_config, args.seed)
+        if is_adapted(model) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        self.pad_token_id = model.config.pad_token_id
+        if data_collator is None:
+            self.rows.format = self.rows.format or format_of(self.rows.train)
+            share = self.variable_length(args, self.rows.format)
+            data_collator = Collator(self.pad_token_id, share, args.seed)
+        self._window = {"targets": 0, "masked": 0, "seconds": time.perf_counter()}
+        kwargs |= {"data_collator": data_collator, "eval_dataset": self.rows.eval, "processing_class": tokenizer}
+        super().__init__(model, args, self.rows.train, **kwargs)
+        self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
+        self.add_callback(MetricsCallback(args.plot_loss))
+        show_lines(self)
+        self.set_up_objective()
+
+    def _checked_arguments(self, args, model) -> NanoLLaDATrainingArguments:
+        if args is None:
+            name = model if isinstance(model, str) else model.name_or_path
+            name = Path(name or "nanollada").name
+            args = self.config_class(output_dir=f"{name}-{self.config_class.__name__.removesuffix('Config').lower()}")
+        if not isinstance(args, self.config_class):
+            raise ValueError(f"`args` must be a {self.config_class.__name__}, got a {type(args).__name__}")
         if args.n_gpu > 1:
             raise ValueError(
                 f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process"
             )
-        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
+        return args
+
+    def _loaded(self, model, args, tokenizer) -> tuple:
+        """The model, and its tokenizer if it is given or was loaded with it."""
+        if isinstance(model, str):
+            set_seed(args.seed)
+            return load_model_and_tokenizer(
+                self.model_class, ModelArguments(model_name_or_path=model), args.seed, tokenizer
+            )
+        if getattr(model, "is_diffusion", None) is not self.model_class.is_diffusion:
+            raise ValueError(f"`model` must be a {self.model_class.__name__}, got a {type(model).__name__}")
+        return model, tokenizer
+
+    def _prepared(self, args, model, tokenizer, train_dataset, eval_dataset, formatting_func) -> PreparedData:
+        data_args, settings = self.data_args, {"seed": args.seed, **self.data_settings(args)}
+        if train_dataset is None:
+            if data_args is None or not data_args.data or eval_dataset is not None:
                 raise ValueError(
-                    f"`{name}` must be None: losses and scores are the objective's own, got {kwargs[name]}"
+                    "`train_dataset` must be given, or the rows' sources as `data` of `data_args` (then with "
+                    f"`eval_data`, not `eval_dataset`), got {train_dataset} and {data_args}"
                 )
-        self._window = {"targets": 0, "masked": 0, "seconds": time.perf_counter()}
-        super().__init__(model, args, train_dataset, data_collator=collator, **kwargs)
-        self.model_accepts_loss_kwargs = True  # num_items_in_batch is counted and given to compute_loss
-        self.add_callback(MetricsCallback(args.plot_loss))
-        show_lines(self)
+            check_length(data_args.max_length, model.config)
+            return prepare_data(data_args, tokenizer, **settings)
+        if not all(dataset is None or is_tokenized(dataset) for dataset in (train_dataset, eval_dataset)):
+            check_length((data_args or DataArguments()).max_length, model.config)
+        return prepare_datasets(train_dataset, eval_dataset, data_args, tokenizer, formatting_func, **settings)
+
+    def _rows_of(self, dataset):
+        """Rows to score, made of a dataset as those of `eval_dataset`."""
+        made = is_tokenized(checked_dataset(dataset, "eval_dataset"))
+        data_args = None if made or self.data_args is None else without_sources(self.data_args)
+        return prepare_datasets(None, dataset, data_args, self.processing_class, seed=self.args.seed).eval
+
+    def set_up_objective(self) -> None:
+        """Called at the end of `__init__`: what the objective checks and keeps."""
 
     def create_accelerator_and_postprocess(self):
         """FSDP2 in bf16: weights and activations only. By default the loss and its weights would be rounded, too."""
@@ -193,7 +318,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
 
     def set_decoding(self) -> dict:
         """Writes them, and nothing else about lengths and denoising, into the model's generation config."""
-        if self.rows is None:
+        if not self.rows.format:  # a caller's own rows and batches
             return {}
         fields = self.decoding_defaults()
         set_defaults(self.plain_model, fields)
@@ -233,7 +358,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
                 `eval_tokens`, `eval_bytes`.
         """
         started = time.perf_counter()
-        likelihood = self.likelihood(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        likelihood = self.likelihood(self.eval_dataset if eval_dataset is None else self._rows_of(eval_dataset))
         metrics = {
             "loss": likelihood.nats_per_token,
             "bits_per_byte": likelihood.bits_per_byte,
@@ -254,6 +379,10 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             "`predict` has no meaning here: use `evaluate` for scores and `generate` for texts, got a call"
         )
 
+    def push_to_hub(self, *args, **kwargs):
+        """Refused: `hub_upload` makes a folder that loads anywhere, checks it in a clean process, and sends it."""
+        raise ValueError("`push_to_hub` must not be called: publishing is hub_upload/, which checks what it sends")
+
     def likelihood(self, rows) -> Likelihood:
         """
         Scores rows over all ranks, each row exactly once, with the averaged weights if there is an average.
@@ -262,14 +391,12 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             `ValueError`: for fewer rows than ranks.
         """
         size, rank, ranks = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        if isinstance(rows, dict):
-            raise ValueError(f"`eval_dataset` must be rows and not a dictionary of several, got {sorted(rows)}")
         if rows is None or len(rows) < ranks:
             raise ValueError(f"`eval_dataset` must have a row for each of {ranks} ranks, got {rows and len(rows)}")
         if self.is_fsdp_enabled:  # a forward takes weights from every rank: all ranks run the same ones, on all rows
             rank, ranks = 0, 1
         mine = range(rank, len(rows), ranks)
-        collate = Collator(self.data_collator.pad_token_id)  # without the training collator's variable length
+        collate = Collator(self.pad_token_id)  # without the training collator's variable length
         batches = (collate([rows[i] for i in mine[at : at + size]]) for at in range(0, len(mine), size))
         with self.averaged_weights(), self.compute_loss_context_manager():
             part = evaluate_likelihood(
@@ -283,3 +410,10 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             return part
         sums = torch.tensor(part.sums(), dtype=torch.double, device=self.args.device)
         return part.from_sums(self.accelerator.reduce(sums, "sum").tolist(), part.bound, part.estimator)
+
+
+def _tokenizer_of(model):
+    """The tokenizer beside a model's weights."""
+    if not model.name_or_path:
+        raise ValueError("`processing_class` must be given to make rows: the model names no checkpoint, got None")
+    return load_tokenizer(model.name_or_path, "processing_class")

@@ -19,6 +19,8 @@ class CausalConfig(NanoLLaDATrainingArguments):
 class CausalTrainer(NanoLLaDATrainer):
     """Next-token cross-entropy on the target tokens, over the step's number of targets."""
 
+    config_class, model_class = CausalConfig, NanoLLaDAForCausalLM
+
     def micro_batch_loss(self, model, inputs, num_items_in_batch):
         labels = inputs["labels"]  # [B, L]; a target at position i + 1 is predicted at position i, by the model
         weights = (labels != -100).float()

@@ -27,6 +27,7 @@ from nanollada.trainers.noise.registry import CORRUPTIONS
 from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
 from nanollada.trainers.run import TrainerEntry
 from nanollada.trainers.scoring.likelihood import model_inputs
+from nanollada.trainers.weights.adapters import check_unchanged
 
 EOS_PADDINGS = ("none", "block", "max_length")
 # What `run.json` says of the objective, beside the corruption's own settings.
@@ -167,9 +168,10 @@ class DiffusionTrainer(NanoLLaDATrainer):
 
     masks = True
     threshold = None  # chosen when the model is trained
+    config_class, model_class = DiffusionConfig, NanoLLaDAForMaskedLM
 
-    def __init__(self, model, args: DiffusionConfig, *rest, **kwargs):
-        super().__init__(model, args, *rest, **kwargs)
+    def set_up_objective(self) -> None:
+        model, args = self.model, self.args
         if args.threshold_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"`threshold_rows` needs whole weights on every rank: it must be 0 with FSDP or DeepSpeed, got "
@@ -187,6 +189,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
             raise ValueError(
                 f"`label_shift` is for whole rows: `eval_block_length` must be 0, got {args.eval_block_length}"
             )
+        check_unchanged(model, block_length=self.schedule.last or None, label_shift=shift)
         model.config.label_shift = shift
         self.set_block_length()
 

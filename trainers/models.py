@@ -3,13 +3,16 @@
 import gc
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
+from trl import ModelConfig, get_peft_config
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.modeling_nanollada.loading_nanollada import check_place, check_tokenizer, load_model, load_tokenizer
+from nanollada.trainers.arguments import default_of
 from nanollada.trainers.data.tokenizers import ensure_mask_token
+from nanollada.trainers.weights.adapters import is_adapter
 
 # What only a fresh model may choose, by the config's own names.
 SHAPE = (
@@ -27,15 +30,30 @@ SHAPE = (
     "tie_word_embeddings",
 )
 DROPOUTS = ("attention_dropout", "hidden_dropout")
+_QUANTIZED = "a quantised model is none of ours"
+# Fields of trl's `ModelConfig` that do nothing here: the reason. The only value is the default's.
+REFUSED = {
+    "dtype": "weights are trained in float32 (`bf16` computes in less)",
+    "lora_task_type": "both models write",
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED,
+    "bnb_4bit_quant_type": _QUANTIZED,
+    "use_bnb_nested_quant": _QUANTIZED,
+    "bnb_4bit_quant_storage": _QUANTIZED,
+}
+LORA = ("lora_", "use_rslora", "use_dora")  # how their names begin
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ModelConfig):
     """
-    The model: a checkpoint to go on from, or a tokenizer and a shape to start with.
+    The model: a checkpoint to go on from, or a tokenizer and a shape to start with. The fields of `trl.ModelConfig`
+    make an adapter (`use_peft`).
 
     Raises:
-        `ValueError`: if there is neither a checkpoint nor a tokenizer, and if a shape is given beside a checkpoint.
+        `ValueError`: if there is neither a checkpoint nor a tokenizer; if a shape is given beside a checkpoint; for an
+            adapter without a checkpoint, and settings of one without `use_peft`; and for a field that does nothing
+            here, naming it.
     """
 
     model_name_or_path: str | None = field(
@@ -72,6 +90,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        self._check_inherited()
+        super().__post_init__()
         if isinstance(self.rope_parameters, str):
             self.rope_parameters = json.loads(self.rope_parameters)
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
@@ -79,27 +99,58 @@ class ModelArguments:
         given = [name for name in SHAPE if getattr(self, name) is not None]
         if self.model_name_or_path is not None and given:
             raise ValueError(f"`{given[0]}` is the checkpoint's own with `model_name_or_path`, got {given}")
+        for name in ("use_peft", "model_revision"):
+            if self.model_name_or_path is None and getattr(self, name) != getattr(ModelConfig, name):
+                raise ValueError(f"`{name}` needs `model_name_or_path`, got {getattr(self, name)} without")
+
+    def _check_inherited(self) -> None:
+        """The fields of `trl.ModelConfig`, as they were given."""
+        for item in fields(ModelConfig):
+            name, value = item.name, getattr(self, item.name)
+            if value == default_of(item):
+                continue
+            if name in REFUSED:
+                raise ValueError(f"`{name}` must be {default_of(item)!r}: {REFUSED[name]}, got {value!r}")
+            if name.startswith(LORA) and not self.use_peft:
+                raise ValueError(f"`{name}` is for `use_peft`, got {value!r} without")
 
 
-def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int):
+def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int, tokenizer=None):
     """
     The model to train and its tokenizer.
 
     A fresh model takes its vocabulary and special tokens from the tokenizer. A tokenizer without a mask token gains it
     once; a checkpoint with the smaller vocabulary grows by that one row, and any other difference is an error.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): In place of the one that `args` name.
+
     Raises:
-        `ValueError`: as `load_model` and `check_tokenizer`.
+        `ValueError`: for an adapter in place of a model, for `use_peft` with a checkpoint that has to grow, and as
+            `load_model` and `check_tokenizer`.
     """
     if args.model_name_or_path is not None:
         check_place(args.model_name_or_path, "model_name_or_path")
-    tokenizer = load_tokenizer(args.tokenizer_name_or_path or args.model_name_or_path)
+        if is_adapter(args.model_name_or_path):
+            raise ValueError(
+                f"`model_name_or_path` must be a model, got {args.model_name_or_path}, which holds an adapter of one"
+            )
+    revision = {} if args.model_revision == "main" else {"revision": args.model_revision}
+    if tokenizer is None:
+        own = args.tokenizer_name_or_path is None
+        name = args.model_name_or_path if own else args.tokenizer_name_or_path
+        tokenizer = load_tokenizer(name, **(revision if own else {}))
     added = ensure_mask_token(tokenizer)
     chosen = {name: getattr(args, name) for name in DROPOUTS if getattr(args, name) is not None}
     if args.attn_implementation is not None:
         chosen["attn_implementation"] = args.attn_implementation
     if args.model_name_or_path is not None:
-        model = load_model(model_class, args.model_name_or_path, **chosen)
+        model = load_model(model_class, args.model_name_or_path, **chosen, **revision)
+        if added and args.use_peft:
+            raise ValueError(
+                "`use_peft` needs a checkpoint whose tokenizer has a mask token: an adapter does not carry a new row "
+                f"of the embedding, got {args.model_name_or_path}"
+            )
         if added and model.config.vocab_size == len(tokenizer) - added:
             model.resize_token_embeddings(len(tokenizer))
             _move_mask(model, tokenizer.mask_token_id)
@@ -123,6 +174,26 @@ def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
     """A config whose vocabulary and special tokens are the tokenizer's."""
     special = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
     return NanoLLaDAConfig(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in special}, **shape)
+
+
+def check_length(max_length: int, config) -> None:
+    """
+    Raises:
+        `ValueError`: for rows that are longer than the model's positions.
+    """
+    if max_length > config.max_position_embeddings:
+        raise ValueError(
+            "`max_length` must be at most the model's `max_position_embeddings`, got "
+            f"{max_length} and {config.max_position_embeddings}"
+        )
+
+
+def peft_config_of(args: ModelArguments):
+    """PEFT's config of the adapter that is asked for, or `None`; trl makes it."""
+    config = get_peft_config(args)
+    if config is not None and args.model_revision != "main":
+        config.revision = args.model_revision
+    return config
 
 
 @contextmanager

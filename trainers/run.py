@@ -14,13 +14,13 @@ from transformers.trainer_utils import has_length
 from nanollada.trainers import records
 from nanollada.trainers.commands.programs import command_of, name_of, recorded_command
 from nanollada.trainers.console.overview import beginning, commands_for, ending, plan_of, say
-from nanollada.trainers.data.collator import Collator
-from nanollada.trainers.data.prepare import DataArguments, prepare_data
-from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group
+from nanollada.trainers.data.prepare import DataArguments
+from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer, own_process_group, peft_config_of
 from nanollada.trainers.records import file_digest, hardware, versions, write_json
 from nanollada.trainers.resuming.checkpoints import checkpoints_of
 from nanollada.trainers.resuming.finished import checkpoint_to_resume, finished_run
 from nanollada.trainers.resuming.stopping import interrupted
+from nanollada.trainers.weights import adapters
 
 logger = logging.getLogger(__name__)
 
@@ -95,18 +95,10 @@ def train(
     resume = checkpoint_to_resume(args)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(entry.model_class, chosen, args.seed)
-    check_length(data.max_length, model.config)
-    with args.main_process_first(desc="preparing data"):
-        rows = prepare_data(data, tokenizer, seed=args.seed, **entry.trainer_class.data_settings(args))
     trainer = entry.trainer_class(
-        model,
-        args,
-        rows.train,
-        Collator(tokenizer.pad_token_id, entry.trainer_class.variable_length(args, rows.format), args.seed),
-        eval_dataset=rows.eval,
-        processing_class=tokenizer,
+        model, args, processing_class=tokenizer, data_args=data, peft_config=peft_config_of(chosen)
     )
-    trainer.rows = rows
+    rows = trainer.rows
     steps = trainer.planned_steps()
     finished = finished_run(args, resume, steps)
     if finished is not None:
@@ -148,6 +140,7 @@ def _facts_before(trainer, steps: int, report: dict) -> dict:
         "data": report,
         "training": plan_of(trainer, steps, report),
         "parameters": trainer.model.num_parameters(),
+        "adapter": adapters.describe(trainer.model),
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -176,20 +169,8 @@ def _write_last_files(trainer, facts: dict) -> None:
 
 def _saved_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that hold the model, by name: of these is the `evaluation` in `run.json`."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob("adapter_config.json")])
     return {path.name: file_digest(path) for path in files}
-
-
-def check_length(max_length: int, config) -> None:
-    """
-    Raises:
-        `ValueError`: for rows that are longer than the model's positions.
-    """
-    if max_length > config.max_position_embeddings:
-        raise ValueError(
-            "`max_length` must be at most the model's `max_position_embeddings`, got "
-            f"{max_length} and {config.max_position_embeddings}"
-        )
 
 
 def use_fork_server(args) -> None:

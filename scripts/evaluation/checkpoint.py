@@ -108,7 +108,7 @@ def evaluate_checkpoint(
     """
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.scripts.decoding.settings import generation_settings
-    from nanollada.trainers.run import check_length
+    from nanollada.trainers.models import check_length
     from nanollada.trainers.scoring.likelihood import scored_block_length
 
     _check(metrics, batch_size, decoding)

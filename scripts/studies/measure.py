@@ -81,7 +81,7 @@ def loss_noise(folder, files: list[str], draws: int, batch_size: int, max_length
             plot_loss=False,
             use_cpu=model.device.type == "cpu",
         )
-        trainer = entry.trainer_class(model, args, rows, collate)
+        trainer = entry.trainer_class(model, args, collate, rows)
         losses, gradients = [], []
         for draw in range(draws):
             batch = collate([{**row, "rank": rank, "epoch": draw} for rank, row in enumerate(rows)])

@@ -221,7 +221,8 @@ class RowEncoder:
             text = self._text_of([labels[i] for i in kept[:-1]])
             del kept[-1]
         if not kept:
-            raise BadRow("no room for an answer", f"its prompt has {first} tokens, `max_length` is {self.max_length}")
+            room = f"its prompt has {first} tokens, `max_length` is {self.max_length}"
+            raise BadRow("no room for an answer", f"{room} (`--on_bad_rows skip` leaves such rows out)")
         end, num_bytes = kept[-1] + 1, len(text.encode())
         return {"input_ids": input_ids[:end], "labels": labels[:end], "num_bytes": num_bytes, "truncated": True}
 

@@ -15,7 +15,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
@@ -26,7 +26,8 @@ from nanollada.trainers.records import file_digest
 
 logger = logging.getLogger(__name__)
 
-# Fields that are read; a table is cut down to them, so that images and audio beside them stay undecoded.
+# Fields that are read, unless `--text_field` and its like name others; a table is cut down to what is read, so that
+# images and audio beside it stay undecoded.
 FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output", "tools")
 CHATS = ("conversations", "messages", "prompt", "completion", "tools")  # may be lists of messages, or of tools
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
@@ -226,37 +227,36 @@ def _documents(lines: Iterator[tuple[int, bytes]], sample_by: str) -> Iterator[t
 # ---- what `datasets` reads
 
 
-def table_rows(dataset, source: str, all_columns: bool = False) -> Iterator[dict]:
+def table_rows(dataset, source: str, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
     """
-    The rows of a table with types: its text columns alone, or `all_columns` as they are.
+    The rows of a table with types: `columns` of it alone, by what each of [`FIELDS`] is called; without any as it is.
 
     Raises:
-        DataError: For a column among [`FIELDS`] that holds no text, naming it and its type.
+        DataError: For one of these columns that holds no text, naming it and its type.
     """
-    names = dataset.column_names
-    if not all_columns:
-        _check_types(dataset.features or {}, source)
-        if names is not None and any(name in FIELDS for name in names):
-            dataset = dataset.select_columns([name for name in names if name in FIELDS])
+    if columns is not None:
+        _check_types(dataset.features or {}, source, columns)
+        names = [name for name in dataset.column_names or () if name in columns.values()]
+        dataset = dataset.select_columns(names) if names else dataset
     yield from dataset
 
 
-def _check_types(features: dict, source: str) -> None:
+def _check_types(features: dict, source: str, columns: Mapping[str, str]) -> None:
     import datasets
 
     texts = ("string", "large_string", "string_view", "null")
-    for name in (name for name in FIELDS if name in features):
-        kind = features[name]
+    for field, name in columns.items():
+        kind = features.get(name)
         text = isinstance(kind, datasets.Value) and kind.dtype in texts
-        chat = name in CHATS and isinstance(kind, datasets.List | datasets.LargeList | list)
-        if not text and not chat and not isinstance(kind, datasets.Json):  # any value may be JSON: the row decides
-            expected = "text or messages" if name in CHATS else "text"
+        chat = field in CHATS and isinstance(kind, datasets.List | datasets.LargeList | list)
+        if kind is not None and not text and not chat and not isinstance(kind, datasets.Json):  # JSON: the row decides
+            expected = "text or messages" if field in CHATS else "text"
             raise DataError(f"{source}: column `{name}` must hold {expected}, got {kind}")
 
 
-def parquet_rows(file: str, streaming: bool, all_columns: bool = False) -> Iterator[dict]:
+def parquet_rows(file: str, streaming: bool, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
     """
-    Rows of a .parquet file.
+    Rows of a .parquet file, with the columns of [`table_rows`].
 
     Raises:
         DataError: As [`table_rows`], and for a file that is none.
@@ -265,7 +265,7 @@ def parquet_rows(file: str, streaming: bool, all_columns: bool = False) -> Itera
 
     try:
         dataset = datasets.load_dataset("parquet", data_files=file, split="train", streaming=streaming)
-        yield from table_rows(dataset, file, all_columns)
+        yield from table_rows(dataset, file, columns)
     except DataError:
         raise
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:

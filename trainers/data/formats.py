@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.files import FIELDS, BadRow
 
 ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # what its `from` calls two of them
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,18 @@ class Example:
         return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
-def parse_row(row: Any) -> dict[str, Any]:
+def parse_row(row: Any, fields: Mapping[str, str] | None = None) -> dict[str, Any]:
     """
     Checks one row and brings it to the canonical form: the content fields of [`Example`].
 
     The first of these that has a value decides what the row is: `messages`, `conversations`, `completion` with
     `prompt`, `output` with `instruction`, `text`. A field that is null counts as absent. Beside a chat, `tools` are a
-    list of objects or its JSON.
+    list of objects or its JSON. A chat's messages have `role` and `content`, or ShareGPT's `from` and `value`.
+
+    Args:
+        row: Of a source.
+        fields (`Mapping[str, str]`, *optional*): What the row calls "text", or "messages", or "prompt" and
+            "completion". It is read as that alone, whatever else it holds.
 
     Raises:
         BadRow: With the reason; [`RowPolicy`] adds the place.
@@ -62,9 +69,9 @@ def parse_row(row: Any) -> dict[str, Any]:
         raise row
     if not isinstance(row, dict):
         raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
-    row = {name: value for name, value in row.items() if value is not None}
-    tools = _checked_tools(row.pop("tools", None))
-    content = _content(row)
+    row, fields = _Row(row), fields or {}
+    tools = _checked_tools(row.pop("tools", None)) if fields.keys() <= {"messages"} else ()
+    content = _named_content(row, fields) if fields else _content(row)
     if not tools:
         return content
     if "messages" not in content:
@@ -72,21 +79,50 @@ def parse_row(row: Any) -> dict[str, Any]:
     return {**content, "tools": tools}
 
 
-def _content(row: dict) -> dict[str, Any]:
+class _Row(dict):
+    """The fields of a row that have a value; an error tells one that is null from one that there isn't."""
+
+    def __init__(self, row: dict):
+        super().__init__({name: value for name, value in row.items() if value is not None})
+        self.nulls = [name for name in row if name not in self]
+
+    def required(self, name: str) -> Any:
+        if name not in self:
+            raise (
+                BadRow("null value", f"`{name}` is null")
+                if name in self.nulls
+                else BadRow("missing field", f"`{name}`")
+            )
+        return self[name]
+
+
+def _named_content(row: "_Row", fields: Mapping[str, str]) -> dict[str, Any]:
+    """Of a row whose fields have other names."""
+    values = {name: row.required(field) for name, field in fields.items()}
+    if "text" in values:
+        return {"text": checked_text(values["text"], fields["text"])}
+    if "messages" in values:
+        return {"messages": _checked_chat(_checked_messages(values["messages"], fields["messages"]))}
+    return _prompt_completion(values["prompt"], values["completion"], fields["prompt"], fields["completion"])
+
+
+def _content(row: "_Row") -> dict[str, Any]:
     if "messages" in row or "conversations" in row:
         name = "messages" if "messages" in row else "conversations"
         return {"messages": _checked_chat(_checked_messages(row[name], name))}
     if "completion" in row or "prompt" in row:
-        return _prompt_completion(_required(row, "prompt"), _required(row, "completion"))
+        return _prompt_completion(row.required("prompt"), row.required("completion"))
     if "output" in row or "instruction" in row:
-        return _instruction(_required(row, "instruction"), row.get("input", ""), _required(row, "output"))
+        return _instruction(row.required("instruction"), row.get("input", ""), row.required("output"))
     if "text" not in row:
+        if nulls := [name for name in FIELDS if name in row.nulls]:
+            raise BadRow("null value", ", ".join(f"`{name}` is null" for name in nulls))
         formats = "`text`, `conversations`, `messages`, `prompt` with `completion`, `instruction` with `output`"
         raise BadRow("missing field", f"expected {formats}, got {sorted(row)}")
     return {"text": checked_text(row["text"], "text")}
 
 
-def _required(row: dict, name: str, place: str = "") -> Any:
+def _required(row: dict, name: str, place: str) -> Any:
     if name not in row:
         raise BadRow("missing field", f"`{place}{name}`")
     return row[name]
@@ -125,7 +161,7 @@ def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise BadRow("wrong type", f"`{name}[{i}]` must be an object, got {type(message).__name__}")
-        message = {key: part for key, part in message.items() if part is not None}
+        message = _renamed({key: part for key, part in message.items() if part is not None}, f"{name}[{i}]")
         role = checked_text(_required(message, "role", f"{name}[{i}]."), f"{name}[{i}].role")
         if role not in ROLES:
             raise BadRow("unknown role", f"`{name}[{i}].role` must be one of {', '.join(ROLES)}, got {role!r}")
@@ -138,6 +174,18 @@ def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
         checked_text(content, f"{name}[{i}].content", allow_empty=role == "system" or bool(calls))
         messages.append(message)
     return tuple(messages)
+
+
+def _renamed(message: dict, place: str) -> dict:
+    """A message of ShareGPT, `from` and `value`, with the names of everybody else; others as they are."""
+    if "from" not in message or "role" in message:
+        return message
+    name = checked_text(message["from"], f"{place}.from")
+    if name not in ROLES and name not in SHAREGPT:
+        known = ", ".join((*SHAREGPT, *ROLES))
+        raise BadRow("unknown role", f"`{place}.from` must be one of {known}, got {name!r}")
+    rest = {key: part for key, part in message.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT.get(name, name), "content": _required(message, "value", f"{place}."), **rest}
 
 
 def _check_calls(calls: Any, name: str, role: str) -> None:
@@ -193,13 +241,17 @@ def _checked_chat(messages: tuple[dict, ...], num_context: int = 0) -> tuple[dic
     return messages
 
 
-def _prompt_completion(prompt: Any, completion: Any) -> dict[str, Any]:
+def _prompt_completion(
+    prompt: Any, completion: Any, name: str = "prompt", completion_name: str = "completion"
+) -> dict[str, Any]:
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": checked_text(prompt, "prompt"), "completion": checked_text(completion, "completion")}
+        return {"prompt": checked_text(prompt, name), "completion": checked_text(completion, completion_name)}
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise BadRow("wrong type", "`prompt` and `completion` must both be strings or both be lists of messages")
-    prompt = _checked_messages(prompt, "prompt")
-    messages = prompt + _checked_messages(completion, "completion")
+        raise BadRow(
+            "wrong type", f"`{name}` and `{completion_name}` must both be strings or both be lists of messages"
+        )
+    prompt = _checked_messages(prompt, name)
+    messages = prompt + _checked_messages(completion, completion_name)
     return {"messages": _checked_chat(messages, len(prompt)), "num_context": len(prompt)}
 
 

@@ -8,7 +8,7 @@ row for any rank is not computed.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -28,10 +28,16 @@ class RowStream(IterableDataset):
     Args:
         read (`Callable`): From a report to the rows of one pass; it counts into the report while they are taken.
         report (`dict`): The caller's. A plain iteration counts into it; a trainer sets it to what its steps have read.
+        shuffled (`Sequence`): What the rows come from and has a `set_epoch`: datasets that shuffle anew at each pass.
     """
 
-    def __init__(self, read: Callable[[dict], Iterator[dict]], report: dict[str, Any]):
-        self._read, self.report = read, report
+    def __init__(self, read: Callable[[dict], Iterator[dict]], report: dict[str, Any], shuffled: Sequence = ()):
+        self._read, self.report, self._shuffled = read, report, shuffled
+
+    def set_epoch(self, epoch: int) -> None:
+        """The pass that is read next."""
+        for dataset in self._shuffled:
+            dataset.set_epoch(epoch)
 
     def __iter__(self):
         return self._read(self.report)
@@ -251,10 +257,10 @@ class StreamedSteps(Steps):
             rows, step = following, step + 1
 
     def _open(self, anchor: Anchor) -> tuple[Iterator[dict], dict | None]:
-        if isinstance(self.rows, RowStream):
-            return self.rows.read(anchor.counts)
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(anchor.epoch)
+        if isinstance(self.rows, RowStream):
+            return self.rows.read(anchor.counts)
         return iter(self.rows), None
 
 
@@ -308,7 +314,11 @@ class StepCollator:
 
     def __call__(self, items: list[tuple[Share, list[dict]]]) -> dict[str, Any]:
         ((share, rows),) = items
-        batch = self.collate(rows)
+        batch = dict(self.collate(rows))
+        if missing := [name for name in ("input_ids", "labels") if name not in batch]:
+            raise ValueError(f"`data_collator` must return {missing[0]!r}, got {sorted(batch)}")
+        for name in {"index", "rank", "epoch"} & rows[0].keys():  # of the noise, which a collator need not know
+            batch.setdefault(name, torch.tensor([int(row[name]) for row in rows]))
         if not share.rows:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
             batch["attention_mask"] = torch.zeros_like(batch["labels"])

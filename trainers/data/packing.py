@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nanollada.trainers.data.files import BadRow
+
 IGNORE = -100  # the label of what is no target
 
 
@@ -121,3 +123,42 @@ def _append_segment(row: dict[str, Any], context: int, piece: list[int]) -> None
 def count_targets(row: dict[str, Any]) -> int:
     """How many tokens of a row are targets."""
     return len(row["labels"]) - row["labels"].count(IGNORE)
+
+
+def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
+    """
+    A row that was tokenized elsewhere, with the columns that rows of this house have.
+
+    Its targets are its `labels`, else the tokens that `completion_mask` and `assistant_masks` mark with 1, else all. A
+    document's first token is context and never a target: AR has nothing to predict it from. The bytes are those of
+    the targets' text.
+
+    Args:
+        row (`dict`): With `input_ids`, not padded.
+        index (`int`): Its place.
+        tokenizer (`PreTrainedTokenizerBase`): The text's, whose mask token is in no row.
+
+    Raises:
+        BadRow: For columns of unequal length, padding, unknown ids, the mask token, and a row without a target.
+    """
+    ids, length = [int(token) for token in row["input_ids"]], len(row["input_ids"])
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    labels, attention = row.get("labels"), row.get("attention_mask")
+    if labels is None:
+        labels = [token if all(marks) else IGNORE for token, *marks in zip(ids, *masks, strict=False)]
+    documents, places = row.get("document_ids") or [0] * length, row.get("position_ids") or list(range(length))
+    if len({length, *map(len, (labels, documents, places, *masks))}) > 1:
+        raise BadRow("wrong length", f"every column must be as long as `input_ids`, {length}")
+    if attention is not None and not all(attention):
+        raise BadRow("padding", "`input_ids` must not be padded, but `attention_mask` holds zeros")
+    if not all(0 <= token < len(tokenizer) for token in ids):
+        raise BadRow("not in the vocabulary", f"`input_ids` must be below {len(tokenizer)}, got {max(ids)}")
+    if tokenizer.mask_token_id in ids:
+        raise BadRow("mask token", f"`input_ids` hold {tokenizer.mask_token!r}")
+    labels = [int(label) if place else IGNORE for label, place in zip(labels, places, strict=True)]
+    targets = [label for label in labels if label != IGNORE]
+    if not targets:
+        raise BadRow("no target", "no token of the row is a target")
+    text = tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    columns = {"input_ids": ids, "labels": labels, "document_ids": list(documents), "position_ids": list(places)}
+    return {**columns, "num_bytes": len(text.encode()), "index": index}

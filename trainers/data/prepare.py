@@ -5,15 +5,22 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanollada.trainers.data.encoding import RowEncoder
-from nanollada.trainers.data.files import DataError
+from nanollada.trainers.data.files import BadRow, DataError
 from nanollada.trainers.data.formats import Example
 from nanollada.trainers.data.keyed import RowStream
-from nanollada.trainers.data.packing import EosPadding, answer_rows, count_targets, pack_documents
+from nanollada.trainers.data.packing import (
+    IGNORE,
+    EosPadding,
+    answer_rows,
+    count_targets,
+    pack_documents,
+    tokenized_row,
+)
 from nanollada.trainers.data.sources import (
     RowPolicy,
     Source,
@@ -84,6 +91,11 @@ class DataArguments(SourceArguments):
                 raise ValueError(f"`data_weights` must be positive, got {self.data_weights}")
 
 
+# What of [`DataArguments`] says where rows come from, and nothing of how they are made.
+OF_SOURCES = ("data", "data_config", "data_split", "sample_by", "data_weights", "eval_data", "eval_split")
+OF_SOURCES += ("held_out_fraction", "max_held_out_documents")
+
+
 @dataclass
 class PreparedData:
     """
@@ -112,6 +124,7 @@ def prepare_data(
     eos_padding: Literal["none", "block", "max_length"] = "none",
     block_length: int | None = None,
     seed: int = 42,
+    given: Mapping[str, Any] | None = None,
 ) -> PreparedData:
     """
     Reads, checks, splits, tokenizes and packs the data of a run.
@@ -132,22 +145,147 @@ def prepare_data(
             [`~trainers.data.packing.EosPadding`]. Evaluation rows have none: every model is scored on the same tokens.
         block_length (`int`, *optional*): For `eos_padding="block"`.
         seed (`int`, *optional*, defaults to 42): Of the draws from weighted sources.
+        given (`Mapping[str, Dataset]`, *optional*): Datasets by the names that `data` and `eval_data` call them.
 
     Raises:
         DataError: At a broken row (with `on_bad_rows="stop"`), or where pretraining and SFT rows meet.
         ValueError: If arguments contradict each other, or nothing is left to train or evaluate on.
     """
-    plan = _Plan(args, tokenizer, eos_padding, block_length, seed)
+    plan = _Plan(args, tokenizer, eos_padding, block_length, seed, given)
     if args.streaming:
         return plan.stream()
     train, held_out, report = stored_rows(plan)
     return PreparedData(train, held_out, report["format"], report)
 
 
+def prepare_datasets(
+    train, evaluation, args: DataArguments | None, tokenizer, formatting_func: Callable | None = None, **settings
+) -> PreparedData:
+    """
+    [`prepare_data`] of datasets that a caller has: of texts, chats or prompts with completions, as in files; or of
+    rows with `input_ids`, taken as they are, see [`~trainers.data.packing.tokenized_row`]. Nothing is held out.
+
+    Args:
+        train (`datasets.Dataset` or `datasets.IterableDataset`): Or rows of `prepare_data`, map-style or a stream.
+        evaluation (`datasets.Dataset`, *optional*): Or such rows.
+        args (`DataArguments`, *optional*): How rows are made of text. What names sources in it must be left out.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): Not needed for rows of `prepare_data`.
+        formatting_func (`Callable`, *optional*): Makes a text of a row.
+        settings: Those of `prepare_data`.
+
+    Raises:
+        DataError: As `prepare_data`, and at a broken row of `input_ids`.
+        ValueError: For what is no such dataset, for sources in `args`, and for `args` without a row that they make.
+    """
+    given = {"train_dataset": train, "eval_dataset": evaluation}
+    given = {name: checked_dataset(dataset, name) for name, dataset in given.items() if dataset is not None}
+    if formatting_func is not None:
+        given = {name: formatted(dataset, name, formatting_func) for name, dataset in given.items()}
+    raw = {name: dataset for name, dataset in given.items() if not is_tokenized(dataset)}
+    if args is not None and not raw:
+        raise ValueError(f"`data_args` make rows of text: they must be left out for rows with `input_ids`, got {args}")
+    defaults = DataArguments()
+    args = defaults if args is None else args
+    for name in OF_SOURCES:
+        if getattr(args, name) != getattr(defaults, name):
+            raise ValueError(
+                f"`{name}` is for sources: it must be left out beside datasets, got {getattr(args, name)!r}"
+            )
+    rows = PreparedData(None, None, "", {})
+    if raw:
+        streaming = args.streaming or not hasattr(raw.get("train_dataset", ()), "__len__")
+        names = {"data": "train_dataset", "eval_data": "eval_dataset"}
+        sources = {name: [spec] if spec in raw else None for name, spec in names.items()}
+        args = dataclasses.replace(args, **sources, streaming=streaming, held_out_fraction=0.0)
+        rows = prepare_data(args, tokenizer, given=raw, **settings)
+    if "eval_dataset" in given and "eval_dataset" not in raw:
+        rows.eval = tokenized_rows(given["eval_dataset"], "eval_dataset", tokenizer)
+    if "train_dataset" in given and "train_dataset" not in raw:
+        rows.train = tokenized_rows(train, "train_dataset", tokenizer)
+    return rows
+
+
+def without_sources(args: DataArguments) -> DataArguments:
+    """How rows are made, without where they come from."""
+    defaults = DataArguments()
+    return dataclasses.replace(args, streaming=False, **{name: getattr(defaults, name) for name in OF_SOURCES})
+
+
+def checked_dataset(dataset, name: str):
+    """
+    Raises:
+        ValueError: Naming what is a dictionary of splits, a name, or a list of texts; and a stream to evaluate.
+    """
+    rows = dataset if isinstance(dataset, list | tuple) else ()
+    if isinstance(dataset, dict | str) or any("input_ids" not in row for row in rows):
+        kind = f"{type(dataset).__name__} {sorted(dataset)}" if isinstance(dataset, dict) else type(dataset).__name__
+        raise ValueError(f"`{name}` must be one `datasets.Dataset` (or rows with `input_ids`), got a {kind}")
+    if name == "eval_dataset" and not hasattr(dataset, "__len__"):
+        raise ValueError(f"`{name}` must have a length: it is read anew at each evaluation, got a stream")
+    return dataset
+
+
+def is_tokenized(dataset) -> bool:
+    """Whether rows have `input_ids`; what is no dataset of `datasets` has none to be made of."""
+    return not _is_dataset(dataset) or "input_ids" in _columns(dataset)
+
+
+def formatted(dataset, name: str, function: Callable):
+    """The texts that a function makes of a dataset's rows."""
+    if is_tokenized(dataset):
+        raise ValueError(f"`formatting_func` makes texts: `{name}` must have no `input_ids`, got {dataset}")
+    return dataset.map(_format, fn_kwargs={"function": function}, remove_columns=_columns(dataset))
+
+
+def _format(row: dict, function: Callable) -> dict:
+    return {"text": function(row)}
+
+
+def tokenized_rows(dataset, name: str, tokenizer):
+    """Rows of `input_ids` with all columns that training needs; those that have them stay as they are."""
+    if not _is_dataset(dataset) or {*row_features()} <= {*_columns(dataset)}:
+        return dataset
+    kwargs = {"name": name, "tokenizer": tokenizer}
+    dataset = dataset.with_format(None) if hasattr(dataset, "__len__") else dataset
+    columns = {"remove_columns": _columns(dataset), "features": row_features()}
+    return dataset.map(_tokenized, with_indices=True, fn_kwargs=kwargs, **columns)
+
+
+def _tokenized(row: dict, index: int, name: str, tokenizer) -> dict:
+    try:
+        return tokenized_row(row, index, tokenizer)
+    except BadRow as error:
+        raise DataError(f"{name}, row {index + 1}: {error}") from error
+
+
+def format_of(rows) -> str:
+    """Of made rows: "pretrain" where all tokens of the first but its documents' first are targets, else "sft"; "" of a stream."""
+    if isinstance(rows, RowStream) or not hasattr(rows, "__len__"):
+        return getattr(rows, "report", {}).get("format", "")
+    row = next(iter(rows))
+    context = [int(place) == 0 for place in row["position_ids"]]
+    return "pretrain" if context == [int(label) == IGNORE for label in row["labels"]] else "sft"
+
+
+def needs_tokenizer(*given) -> bool:
+    """Whether one of these datasets has rows that are not made yet."""
+    return any(_is_dataset(dataset) and not {*row_features()} <= {*_columns(dataset)} for dataset in given)
+
+
+def _is_dataset(dataset) -> bool:
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset | datasets.IterableDataset)
+
+
+def _columns(dataset) -> list[str]:
+    return list(next(iter(dataset), ())) if dataset.column_names is None else dataset.column_names
+
+
 class _Plan:
     """One call of [`prepare_data`]: its checked arguments, and the report that grows while rows are made."""
 
-    def __init__(self, args: DataArguments, tokenizer, eos_padding: str, block_length: int | None, seed: int):
+    def __init__(self, args: DataArguments, tokenizer, eos_padding: str, block_length: int | None, seed: int, given):
         if not args.data and not args.eval_data:
             raise ValueError("`data` or `eval_data` must name at least one source, got none")
         if not tokenizer.is_fast or tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
@@ -159,8 +297,8 @@ class _Plan:
         self.padding = EosPadding(eos_padding, tokenizer.eos_token_id, args.max_length, block_length)
         self.encoder = RowEncoder(tokenizer, args.max_length, args.assistant_turns)
         eval_args = dataclasses.replace(args, data_split=args.eval_split or args.data_split, streaming=False)
-        self.sources = [resolve_source(spec, args) for spec in args.data or []]
-        self.eval_sources = [resolve_source(spec, eval_args) for spec in args.eval_data or []]
+        self.sources = [resolve_source(spec, args, given) for spec in args.data or []]
+        self.eval_sources = [resolve_source(spec, eval_args, given) for spec in args.eval_data or []]
         refuse_idle([*self.sources, *self.eval_sources])
         self.fraction = 0.0 if args.eval_data else args.held_out_fraction
         self.share = math.ceil(args.max_held_out_documents / max(1, len(self.sources)))
@@ -245,7 +383,8 @@ class _Plan:
         self.find_format()
         train = held_out = None
         if self.sources:
-            train = RowStream(functools.partial(_stream_rows, self), self.report)
+            given = [source.dataset for source in self.sources if hasattr(source.dataset, "set_epoch")]
+            train = RowStream(functools.partial(_stream_rows, self), self.report, given)
         if self.fraction or self.eval_sources:
             held_out = datasets.Dataset.from_list(list(self._eval_rows()), features=row_features())
             if not len(held_out):

@@ -5,12 +5,13 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nanollada.trainers.data.files import (
+    FIELDS,
     SUFFIXES,
     BadRow,
     DataError,
@@ -71,6 +72,27 @@ class SourceArguments:
     on_bad_rows: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "Stop at the first broken row, or skip, count and report broken rows."}
     )
+    text_field: str | None = field(
+        default=None, metadata={"help": "The field that holds a row's text, if not `text`; others are not read then."}
+    )
+    messages_field: str | None = field(
+        default=None, metadata={"help": "The field that holds a chat, if not `messages` or `conversations`."}
+    )
+    prompt_field: str | None = field(
+        default=None, metadata={"help": "The field that holds a prompt, if not `prompt` (with `completion_field`)."}
+    )
+    completion_field: str | None = field(
+        default=None, metadata={"help": "The field that holds its completion, if not `completion`."}
+    )
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What a row calls the content that is read, where that was said, see [`~trainers.data.formats.parse_row`]."""
+        names = ("text", "messages", "prompt", "completion")
+        given = {name: value for name in names if (value := getattr(self, f"{name}_field")) is not None}
+        if given.keys() & {"prompt", "completion"}:
+            given = {"prompt": "prompt", "completion": "completion"} | given
+        return given
 
     def __post_init__(self):
         self.data = [self.data] if isinstance(self.data, str) else self.data
@@ -78,21 +100,27 @@ class SourceArguments:
             raise ValueError(f"`sample_by` must be 'paragraph', 'line' or 'document', got {self.sample_by!r}")
         if self.on_bad_rows not in ("stop", "skip"):
             raise ValueError(f"`on_bad_rows` must be 'stop' or 'skip', got {self.on_bad_rows!r}")
+        if (names := self.fields) and names.keys() not in ({"text"}, {"messages"}, {"prompt", "completion"}):
+            raise ValueError(
+                "`text_field`, `messages_field` and `prompt_field` with `completion_field` are three formats: one of "
+                f"them must be given, got {names}"
+            )
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `data`: its spelling, and the files it stands for or the dataset it names."""
+    """One entry of `data`: its spelling, and the files it stands for, the dataset it names, or a dataset itself."""
 
     spec: str
     args: SourceArguments
     files: tuple[str, ...] = ()
     folder: str | None = None
+    dataset: Any = None
 
     @property
     def idle(self) -> tuple[str, ...]:
         """Settings that this source has no use for: files and saved tables have no splits, saved splits no configs."""
-        if self.files or self._has("state.json"):
+        if self.files or self.dataset is not None or self._has("state.json"):
             return ("data_split", "data_config")
         return ("data_config",) if self._has("dataset_dict.json") else ()
 
@@ -103,6 +131,8 @@ class Source:
         """What the rows depend on, for cache keys: the files' contents, or the dataset's own fingerprint."""
         if self.files:
             return [[file, file_digest(file)] for file in self.files]
+        if self.dataset is not None:
+            return [self.dataset._fingerprint]
         folder = self._text_folder()
         if folder is not None:
             return [self.spec, folder.identity(self.args.data_split)]
@@ -119,6 +149,8 @@ class Source:
         import datasets
 
         args = self.args
+        if self.dataset is not None:  # what a caller's format makes of strings is no string
+            return self.dataset.with_format(None)
         if self.folder is None:
             return datasets.load_dataset(self.spec, name=args.data_config, split=args.data_split, streaming=streaming)
         if self._has("state.json"):  # by `Dataset.save_to_disk`
@@ -138,19 +170,22 @@ class Source:
         Tables are cut down to their text columns, but for `all_columns`.
         """
         args = self.args
+        columns = None if all_columns else args.fields or {name: name for name in FIELDS}
+        if columns and "messages" in args.fields:
+            columns = columns | {"tools": "tools"}
         for file in self.files:
             if kind_of(file) == ".parquet":
-                rows = enumerate(parquet_rows(file, args.streaming, all_columns), start=1)
+                rows = enumerate(parquet_rows(file, args.streaming, columns), start=1)
             else:
                 rows = TextFile(file, file, kind_of(file)).rows(args.sample_by)
             yield from ((file, number, row) for number, row in rows)
         if self.files:
             return
-        folder = self._text_folder()
+        folder = self._text_folder() if self.dataset is None else None
         if folder is not None:
             yield from folder.rows(args.data_split, args.sample_by, args.streaming)
             return
-        rows = table_rows(self._loaded(), self.spec, all_columns)
+        rows = table_rows(self._loaded(), self.spec, columns)
         yield from ((self.spec, number, row) for number, row in enumerate(rows, start=1))
 
     def _loaded(self):
@@ -162,13 +197,16 @@ class Source:
             raise DataError(f"{self.spec}: {error.__cause__ or error}") from error
 
 
-def resolve_source(spec: str, args: SourceArguments) -> Source:
+def resolve_source(spec: str, args: SourceArguments, given: Mapping[str, Any] | None = None) -> Source:
     """
-    Finds out what an entry of `data` is: a glob, a file, a folder, a file on the Hub, or a dataset's name.
+    Finds out what an entry of `data` is: a glob, a file, a folder, a file on the Hub, a dataset's name, or the name
+    of a dataset that is `given`.
 
     Raises:
         ValueError: If nothing matches, or a file's type is not read.
     """
+    if given and spec in given:
+        return Source(spec, args, dataset=given[spec])
     if spec.startswith("hf://"):
         return Source(spec, args, files=(_checked_file(_download(spec)),))
     path = os.path.expanduser(spec)
@@ -217,7 +255,7 @@ def read_examples(source: Source, policy: RowPolicy) -> Iterator[Example]:
     """
     for name, number, row in source.raw_rows():
         try:
-            yield Example(name, number, **parse_row(row))
+            yield Example(name, number, **parse_row(row, source.args.fields))
         except BadRow as error:
             policy.reject(name, number, error)
 

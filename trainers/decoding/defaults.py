@@ -65,6 +65,8 @@ def longest_row(rows) -> int:
     """
     import pyarrow.compute
 
+    if "max_length" not in rows.report and not hasattr(rows.train, "data"):  # a caller's own list
+        return max(len(row["input_ids"]) for row in rows.train)
     if rows.train is None or not hasattr(rows.train, "data"):
         return rows.report["max_length"]
     column = rows.train.with_format("arrow")["input_ids"]

@@ -157,8 +157,7 @@ class SteppingTrainer(Trainer):
             facts = self.accelerator.gather(facts)  # [ranks, 1 + micro-batches]
             targets = facts[:, 0].sum()
             lengths = facts[:, 1:].amax(0).tolist()
-            pad_token_id = self.data_collator.pad_token_id
-            batches = [pad_batch(*pair, pad_token_id) for pair in zip(batches, lengths, strict=True)]
+            batches = [pad_batch(*pair, self.pad_token_id) for pair in zip(batches, lengths, strict=True)]
         non_blocking = self.args.accelerator_config.non_blocking
         batches = [send_to_device(batch, device, non_blocking=non_blocking) for batch in batches]
         return batches, targets.to(device)

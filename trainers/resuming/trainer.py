@@ -230,8 +230,9 @@ class ResumingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         """Also the block length that the checkpoint ended with: where no step follows, the last files name it."""
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        config = json.loads((Path(resume_from_checkpoint) / "config.json").read_text(encoding="utf-8"))
-        self.model.config.block_length = config.get("block_length")
+        path = Path(resume_from_checkpoint) / "config.json"
+        if path.is_file():  # none is an adapter's, which changes nothing of it
+            self.model.config.block_length = json.loads(path.read_text(encoding="utf-8")).get("block_length")
 
     def _issue_warnings_after_load(self, load_result):
         """A tied head is not in the file, and so is not missing."""

@@ -23,7 +23,7 @@ MERGE_FOLDER = "merge"
 
 class ExponentialMovingAverage:
     """
-    The exponential moving average of all parameters: `average ← decay · average + (1 − decay) · weights`.
+    The exponential moving average of what is trained: `average ← decay · average + (1 − decay) · weights`.
 
     It begins at the weights it is made from, without bias correction: after n updates these still count `decay**n`, so
     that 1 / (1 − decay) should be well below the number of steps. Tied weights are averaged once; buffers (constants
@@ -41,13 +41,13 @@ class ExponentialMovingAverage:
         self._update = get_ema_multi_avg_fn(decay)
         self.weights = {
             name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-            for name, parameter in model.named_parameters()
+            for name, parameter in trained(model).items()
         }
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module):
         """Counts the model's present weights in."""
-        pairs = [(self.weights[name], parameter) for name, parameter in model.named_parameters()]
+        pairs = [(self.weights[name], parameter) for name, parameter in trained(model).items()]
         averages = [average for average, _ in pairs]
         self._update(averages, [parameter.to(average.dtype) for average, parameter in pairs], None)
 
@@ -58,7 +58,7 @@ class ExponentialMovingAverage:
 
         Values are copied into the parameters, whose identity and address optimizer, DDP and compiled code rely on.
         """
-        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        own = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
         try:
             copy_weights(model, self.weights)
             yield
@@ -154,7 +154,7 @@ class AveragingTrainer(ResumingTrainer):
         if self.candidates is None or not self.control.should_evaluate:  # also called by hand, and before training
             return
         with self.averaged_weights():
-            self.candidates.add(self.state.global_step, loss, dict(self.plain_model.named_parameters()))
+            self.candidates.add(self.state.global_step, loss, trained(self.plain_model))
 
     def final_evaluation(self, rows) -> dict:
         """
@@ -260,10 +260,15 @@ def check_evaluations(args, max_steps: int, epochs: float) -> None:
         )
 
 
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training changes, by name: of an adapted model its adapter's."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @torch.no_grad()
 def copy_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies values into all parameters, rounding them to the parameters' dtype."""
-    for name, parameter in model.named_parameters():
+    """Copies values into all trained parameters, rounding them to the parameters' dtype."""
+    for name, parameter in trained(model).items():
         parameter.copy_(weights[name])
 
 

@@ -450,7 +450,7 @@ def test_training_goes_on(tokenizer, tmp_path):
     )
     from nanollada.trainers.data.collator import Collator
 
-    CausalTrainer(ours, settings, data, Collator(0, 0.0, 42)).train()
+    CausalTrainer(ours, settings, Collator(0, 0.0, 42), data).train()
     assert loss(ours) < before - 0.1
 
 

@@ -91,12 +91,12 @@ def test_every_field_is_text(tmp_path, fields, streaming):
 
 def test_an_empty_cell_is_absent(tmp_path, streaming):
     (tmp_path / "a.csv").write_text('instruction,input,output,text\nAdd.,,3,\nAdd.,"",3,\n\n,,,a\n"",1,3,\n')
-    with pytest.raises(DataError, match="a.csv, row 4: missing field: `instruction`"):
+    with pytest.raises(DataError, match="a.csv, row 4: null value: `instruction` is null"):
         read(tmp_path / "a.csv", streaming=streaming)
     policy = RowPolicy("skip")
     first, second, third = read(tmp_path / "a.csv", policy, streaming=streaming)
     assert first.messages == second.messages and first.messages[0]["content"] == "Add."
-    assert third.text == "a" and policy.counts == {"missing field": 1}
+    assert third.text == "a" and policy.counts == {"null value": 1}
 
 
 def test_marks_and_ends_of_lines(tmp_path):

@@ -267,7 +267,7 @@ def rebuilt(trainer, rows=None, **settings):
     """The trainer with other settings or rows."""
     for name, value in settings.items():
         setattr(trainer.args, name, value)
-    return type(trainer)(trainer.model, trainer.args, rows or trainer.train_dataset.rows, trainer.data_collator)
+    return type(trainer)(trainer.model, trainer.args, trainer.data_collator, rows or trainer.train_dataset.rows)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_what_a_trainer_would_ignore_is_refused(tmp_path):
     rows = trainer.train_dataset.rows
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"`{name}` must be None: losses and scores are the objective's own"):
-            type(trainer)(trainer.model, trainer.args, rows, trainer.data_collator, **{name: len})
-    with pytest.raises(ValueError, match=r"`eval_dataset` must be rows and not a dictionary .* got \['a', 'b'\]"):
+            type(trainer)(trainer.model, trainer.args, trainer.data_collator, rows, **{name: len})
+    with pytest.raises(ValueError, match=r"`eval_dataset` must be one .*got a dict \['a', 'b'\]"):
         trainer.evaluate({"a": rows, "b": rows})
     with pytest.raises(ValueError, match="`predict` has no meaning here"):
         trainer.predict(rows)

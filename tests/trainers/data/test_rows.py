@@ -72,13 +72,25 @@ BROKEN = [
     (b'{"text": "\\ud83d"}', "invalid UTF-8: `text`"),
     (["text"], "wrong type: a row must be an object, got list"),
     ({"content": "a"}, r"missing field: expected .* got \['content'\]"),
-    ({"text": None}, "missing field: expected"),
+    ({"text": None}, "null value: `text` is null"),
+    ({"text": None, "messages": None, "id": None}, "null value: `text` is null, `messages` is null"),
+    ({"prompt": "a", "completion": None}, "null value: `completion` is null"),
     ({"prompt": "a"}, "missing field: `completion`"),
     ({"completion": "a"}, "missing field: `prompt`"),
     ({"instruction": "a"}, "missing field: `output`"),
     ({"output": "a"}, "missing field: `instruction`"),
     ({"messages": [{"role": "user"}]}, r"missing field: `messages\[0\].content`"),
-    ({"conversations": [{"from": "human", "value": "a"}]}, r"missing field: `conversations\[0\].role`"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "no answer"),
+    ({"conversations": [{"from": "human"}]}, r"missing field: `conversations\[0\].value`"),
+    (
+        {"conversations": [{"from": 1, "value": "a"}]},
+        r"wrong type: `conversations\[0\].from` must be a string, got int",
+    ),
+    (
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+        r"unknown role: `conversations\[0\].from` must be one of human, gpt, .*, got 'function_call'",
+    ),
+    ({"messages": [{"from": "human", "value": " "}, ANSWER]}, r"empty text: `messages\[0\].content`"),
     ({"text": 5}, "wrong type: `text` must be a string, got int"),
     ({"text": ["a"]}, "wrong type: `text` must be a string, got list"),
     ({"messages": "a"}, "wrong type: `messages` must be a list of messages, got str"),
@@ -217,7 +229,7 @@ def test_datasets_name(tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or made)
-    with pytest.raises(DataError, match="me/set, row 2: missing field"):
+    with pytest.raises(DataError, match="me/set, row 2: null value: `text` is null"):
         read("me/set", streaming=streaming, data_config="en", data_split="test")
     assert calls == [(("me/set",), {"name": "en", "split": "test", "streaming": streaming})]
 

@@ -66,7 +66,7 @@ def build(folder, kind="causal", model=None, kill_at=None, **settings):
     }
     args = KINDS[kind].config_class(output_dir=str(folder), **{**defaults, **settings})
     model = model or small_model(kind=kind)
-    trainer = KINDS[kind].trainer_class(model, args, make_rows(), Collator(0, 0.0, args.seed), eval_dataset=HELD_OUT)
+    trainer = KINDS[kind].trainer_class(model, args, Collator(0, 0.0, args.seed), make_rows(), eval_dataset=HELD_OUT)
     trainer.script = Script(kill_at)
     trainer.add_callback(trainer.script)
     return trainer
