@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanollada.trainers.scoring.kind import is_diffusion
 
@@ -19,7 +20,8 @@ def load_checkpoint(
     checkpoint: str, trust_remote_code: bool = False, device: str | None = None, argument: str = "checkpoint"
 ):
     """
-    The model, AR or diffusion as its config says, in float32 and ready to evaluate; and its tokenizer.
+    The model, AR or diffusion as its config says, in float32 and ready to evaluate; and its tokenizer. An adapter's
+    folder is the model that it names, with the adapter on it.
 
     Raises:
         `ValueError`: if the checkpoint lacks tensors or has others, or the tokenizer is not the model's.
@@ -29,7 +31,12 @@ def load_checkpoint(
 
     from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model, load_tokenizer
 
-    model = load_model(AutoModelForCausalLM, checkpoint, argument, trust_remote_code=trust_remote_code)
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        from nanollada.trainers.weights.adapters import load_adapted
+
+        model = load_adapted(checkpoint, argument, trust_remote_code=trust_remote_code)
+    else:
+        model = load_model(AutoModelForCausalLM, checkpoint, argument, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(checkpoint, argument, trust_remote_code=trust_remote_code)
     check_tokenizer(model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer

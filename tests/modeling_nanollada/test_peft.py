@@ -3,7 +3,8 @@
 import pytest
 import torch
 from generation_models import EOS, PAD, SHAPE, VOCABULARY, seeded
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as qwen3
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
@@ -13,7 +14,9 @@ from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM, 
 from nanollada.scripts.decoding.settings import generation_settings
 from nanollada.trainers.scoring.kind import is_diffusion
 from nanollada.trainers.scoring.likelihood import evaluate_likelihood
+from nanollada.trainers.weights import adapters
 
+assert adapters.OURS == "nanollada"  # whose import tells PEFT
 CLASSES = {"ar": NanoLLaDAForCausalLM, "diffusion": NanoLLaDAForMaskedLM, "block": NanoLLaDAForMaskedLM}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 RUN = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -44,14 +47,15 @@ def logits_of(model):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_modules_that_peft_adapts(name):
-    """All linear layers are the projections, never the head; PEFT has no default for a model type of its own."""
+    """All linear layers are the projections, never the head; the trainers tell PEFT its defaults for Qwen3."""
     wrapped = adapted(build(name))
     found = {name.rpartition(".")[2] for name, module in wrapped.named_modules() if hasattr(module, "lora_A")}
     assert found == PROJECTIONS
     trained = {name for name, value in wrapped.named_parameters() if value.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    with pytest.raises(ValueError, match="Please specify `target_modules`"):
-        get_peft_model(build(name), LoraConfig(r=2))
+    by_default = get_peft_model(build(name), LoraConfig(r=2))
+    assert by_default.active_peft_config.target_modules == {"q_proj", "v_proj"} == {*qwen3["qwen3"]}
+    assert get_peft_model(build(name), IA3Config()).active_peft_config.feedforward_modules == {"down_proj"}
 
 
 @pytest.mark.parametrize("name", CLASSES)

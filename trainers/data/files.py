@@ -237,7 +237,10 @@ def table_rows(dataset, source: str, columns: Mapping[str, str] | None = None) -
     if columns is not None:
         _check_types(dataset.features or {}, source, columns)
         names = [name for name in dataset.column_names or () if name in columns.values()]
+        epoch = getattr(dataset, "epoch", None)
         dataset = dataset.select_columns(names) if names else dataset
+        if epoch is not None:  # of a stream that is shuffled anew at each pass; the selection begins at pass 0
+            dataset.set_epoch(epoch)
     yield from dataset
 
 

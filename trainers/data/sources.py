@@ -149,8 +149,8 @@ class Source:
         import datasets
 
         args = self.args
-        if self.dataset is not None:  # what a caller's format makes of strings is no string
-            return self.dataset.with_format(None)
+        if self.dataset is not None:
+            return self.dataset
         if self.folder is None:
             return datasets.load_dataset(self.spec, name=args.data_config, split=args.data_split, streaming=streaming)
         if self._has("state.json"):  # by `Dataset.save_to_disk`
@@ -206,7 +206,7 @@ def resolve_source(spec: str, args: SourceArguments, given: Mapping[str, Any] | 
         ValueError: If nothing matches, or a file's type is not read.
     """
     if given and spec in given:
-        return Source(spec, args, dataset=given[spec])
+        return Source(spec, args, dataset=given[spec].with_format(None))  # strings as strings
     if spec.startswith("hf://"):
         return Source(spec, args, files=(_checked_file(_download(spec)),))
     path = os.path.expanduser(spec)

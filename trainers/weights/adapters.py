@@ -105,6 +105,7 @@ def describe(model) -> dict | None:
         return None
     config = model.active_peft_config
     defaults = vars(type(config)())
+    defaults["base_model_name_or_path"] = config.base_model_name_or_path  # `init` in the same file
     chosen = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     chosen = {name: sorted(value) if isinstance(value, set) else value for name, value in chosen.items()}
