@@ -259,7 +259,7 @@ def _tokenized(row: dict, index: int, name: str, tokenizer) -> dict:
 
 
 def format_of(rows) -> str:
-    """Of made rows: "pretrain" if of the first all but documents' first tokens are targets, else "sft"; "" of streams."""
+    """ "pretrain" if in the first all but documents' first tokens are targets, else "sft"; "" of streams."""
     if isinstance(rows, RowStream) or not hasattr(rows, "__len__"):
         return getattr(rows, "report", {}).get("format", "")
     row = next(iter(rows))

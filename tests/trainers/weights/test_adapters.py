@@ -40,7 +40,7 @@ def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", ["causal", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_a_run_ends_in_a_folder_that_loads(kind, job, tmp_path, tokenizer):
     """The base stays as it was; interrupted at a checkpoint, the run ends in the same adapter."""
     base = saved(tmp_path / "base", kind, tokenizer)
@@ -78,6 +78,7 @@ def test_a_run_ends_in_a_folder_that_loads(kind, job, tmp_path, tokenizer):
     assert model.is_diffusion is (kind == "diffusion") and generate(model, own, ids[0].tolist(), max_new_tokens=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"merge_top_k": 2}])
 def test_averages_are_of_the_adapter(settings, job, tmp_path, tokenizer):
     """They hold no weight of the model, and what is saved is what was evaluated."""
