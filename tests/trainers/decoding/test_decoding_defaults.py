@@ -183,7 +183,7 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch):
     model = KINDS["diffusion"].model_class(NanoLLaDAConfig(vocab_size=30, **SHAPE))
     monkeypatch.setattr(
         "nanollada.trainers.base.NanoLLaDATrainer.__init__",
-        lambda self, model, args, *rest, **kwargs: setattr(self, "model", model),
+        lambda self, model, args: vars(self).update(model=model, args=args) or self.set_up_objective(),
     )
     monkeypatch.setattr(DiffusionTrainer, "is_deepspeed_enabled", False, raising=False)
     args = KINDS["diffusion"].config_class(output_dir=str(tmp_path), threshold_rows=8, use_cpu=True)

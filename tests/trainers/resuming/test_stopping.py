@@ -116,7 +116,7 @@ def test_before_training_and_behind_it(job, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nanollada.trainers.run.prepare_data", stop)
+        patch.setattr("nanollada.trainers.base.prepare_data", stop)
         with pytest.raises(Interrupted) as error:
             run("causal", job, output_dir=tmp_path / "run")
         assert str(error.value) == "interrupted before anything was saved"
