@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nanollada.hub_upload import recompute, verify
 from nanollada.hub_upload.card_facts import Facts, read_facts
+from nanollada.hub_upload.card_use import choose_example
 from nanollada.hub_upload.evaluation_file import file_digest, model_digests
 from nanollada.hub_upload.model_card import build_card
 from nanollada.hub_upload.verify import GOLDEN, check_files, check_results
@@ -92,7 +93,7 @@ def export(
     card = build_card(model, tokenizer, facts, model_name=name, **options, **metadata)
     partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
     try:
-        _write(partial, model, tokenizer, card, facts)
+        _write(partial, model, tokenizer, card, facts, choose_example(tokenizer, facts, prompt))
         if shown is not None:
             shutil.copy(picture, partial / shown)
         check_files(partial)
@@ -163,7 +164,7 @@ def _picture_name(picture: Path) -> str:
     return f"denoising.{kind}"
 
 
-def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
+def _write(folder: Path, model, tokenizer, card, facts: Facts, example: tuple) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
@@ -171,7 +172,8 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     card.save(folder / "README.md")
     evaluation = facts.evaluation
     if evaluation is not None:  # of this model, as `read_facts` saw, in the files it is in now
-        evaluation = {**evaluation, **model_digests(folder)}
+        results = [_published(result, example) for result in evaluation["results"]]
+        evaluation = {**evaluation, "results": results, **model_digests(folder)}
     records = {"run.json": facts.run, "evaluation.json": evaluation}
     for name, record in records.items():
         if record is not None:
@@ -179,6 +181,13 @@ def _write(folder: Path, model, tokenizer, card, facts: Facts) -> None:
     for module in (verify, recompute):  # so that whoever downloads the folder can check it
         shutil.copy(module.__file__, folder)
     write_golden(folder)
+
+
+def _published(result: dict, example: tuple) -> dict:
+    """A result without held-out rows but the one that the card shows: what is on the Hub was seen on the card."""
+    kept = [row for row in result.get("examples") or [] if (row["prompt"], row["answer"]) == example]
+    rest = {name: value for name, value in result.items() if name != "examples"}
+    return {**rest, "examples": kept} if kept else rest
 
 
 def write_golden(folder: Path) -> None:

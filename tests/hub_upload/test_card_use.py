@@ -55,6 +55,19 @@ def exported(checkpoint):
     return export(checkpoint, checkpoint.parent / "small", **options)
 
 
+def test_the_card_alone_shows_a_held_out_row(checkpoint, exported, tmp_path):
+    """Rows that the card doesn't show stay at home, in every result; with a prompt that is given, all of them."""
+    assert json.loads((exported / "evaluation.json").read_text())["results"][0]["examples"] == [QUESTION]
+    asked = tmp_path / "evaluation.json"
+    other = {"prompt": "Mine", "answer": "alone"}
+    results = [{**NONE, "examples": [QUESTION, other]}, {**NONE, "task": "second", "examples": [other]}]
+    asked.write_text(json.dumps({**json.loads((checkpoint / "evaluation.json").read_text()), "results": results}))
+    for options, kept in (({}, [[QUESTION], None]), ({"prompt": "The test"}, [None, None])):
+        folder = export(checkpoint, tmp_path / f"of_{len(options)}", evaluation=asked, **options)
+        text = (folder / "evaluation.json").read_text()
+        assert [result.get("examples") for result in json.loads(text)["results"]] == kept and "Mine" not in text
+
+
 def test_what_is_asked(tokenizer, char_tokenizer):
     """What the evaluation asked, if it is short and the vocabulary spells it; what is given goes before."""
     assert choose_example(tokenizer, facts_of(QUESTION)) == (QUESTION["prompt"], QUESTION["answer"])
