@@ -298,7 +298,7 @@ def test_broken_rows_stop_before_any_model_is_loaded(folder, monkeypatch):
 
 def test_arguments_are_checked(folder):
     def arguments(**changes):
-        given = {"suite": "s", "checkpoints": [str(folder / "ar"), str(folder / "diffusion")], **changes}
+        given = {"suite": "dev", "checkpoints": [str(folder / "ar"), str(folder / "diffusion")], **changes}
         return SuiteArguments(**given)
 
     assert arguments().names == ["ar", "diffusion"] and arguments(names=["a", "b"]).names == ["a", "b"]

@@ -75,7 +75,7 @@ def test_a_new_corruption_is_a_file_and_an_entry(program, tmp_path, tokenizer):
     assert record["objective"]["corruption"] == "shuffle" and record["objective"]["shuffled_share"] == 0.25
     assert "mask_count" not in record["objective"]
     for setting, message in (
-        ({"corruption": "some"}, "`corruption` must be one of masking, shuffle, got 'some'"),
+        ({"corruption": "some"}, "argument --corruption: invalid choice: 'some' (choose from"),
         ({"mask_count": "bernoulli"}, "`mask_count` is for `corruption` masking, got 'bernoulli' with shuffle"),
         ({"shuffled_share": 0.0}, "`shuffled_share` must lie in (0, 1], got 0.0"),
     ):
