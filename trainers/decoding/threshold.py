@@ -3,9 +3,10 @@
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import groupby
 
 import torch
 from accelerate.utils import gather_object
@@ -97,11 +98,16 @@ def _likeness(said: Answer, reference: list[int]) -> float:
     return SequenceMatcher(None, said.ids, reference, autojunk=False).ratio()
 
 
-def questions_of(rows, eos_token_id: int) -> list[Question]:
-    """Held-out SFT rows, each with its last answer; without those that have no prompt, or whose answer was cut."""
+def questions_of(rows, eos_token_id: int, canvas: int | None = None) -> list[Question]:
+    """
+    Held-out SFT rows, each with its last answer; without those that have no prompt, whose answer was cut, or which are
+    longer than every canvas.
+    """
     questions = []
     for row in rows:
         ids, labels = list(row["input_ids"]), list(row["labels"])
+        if canvas is not None and len(ids) > canvas:
+            continue
         start = max((place + 1 for place, label in enumerate(labels) if label == IGNORE), default=0)
         if start and start < len(ids) and ids[-1] == eos_token_id:
             questions.append(Question(ids[:start], ids[start:-1]))
@@ -135,14 +141,18 @@ def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]
 
 @torch.no_grad()
 def decode_rows(model, questions: Sequence[Question], batch_size: int, threshold: float | None) -> list[Answer]:
-    """Greedy answers as the model's generation config decodes them, which has no threshold, and with this one."""
+    """
+    Greedy answers as the model's generation config decodes them, which has no threshold, and with this one. Where it
+    says `max_length`, prompt included, only prompts of one length share a batch: its padding would be taken from their
+    canvas.
+    """
     settings, ends = model.generation_config, model.generation_config.eos_token_id
     ends, pad = set(ends) if isinstance(ends, (list, tuple)) else {ends}, settings.pad_token_id
     answers, options = [], {"temperature": 0.0, "return_dict_in_generate": True}
     if threshold is not None:
         options["threshold"] = threshold
-    for start in range(0, len(questions), batch_size):
-        prompts = [question.prompt for question in questions[start : start + batch_size]]
+    for batch in _batches(questions, batch_size, settings.max_new_tokens is None):
+        prompts = [question.prompt for question in batch]
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])  # [B, width]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -153,6 +163,13 @@ def decode_rows(model, questions: Sequence[Question], batch_size: int, threshold
             tokens = end + (end < len(row))
             answers.append(Answer(row[:end], end < len(row), tokens / rate))
     return answers
+
+
+def _batches(questions: Sequence[Question], size: int, of_one_length: bool) -> Iterator[list[Question]]:
+    """In their order."""
+    for _, group in groupby(questions, key=lambda question: of_one_length and len(question.prompt)):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def choose_threshold(trainer) -> dict:
@@ -170,12 +187,13 @@ def choose_threshold(trainer) -> dict:
         return {"threshold": None, "reason": "`threshold_rows` is 0"}
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return _none(trainer, "no rank has all weights (FSDP or DeepSpeed)")
-    questions = questions_of(trainer.rows.eval or (), model.config.eos_token_id)
+    canvas = model.generation_config.max_length
+    questions = questions_of(trainer.rows.eval or (), model.config.eos_token_id, canvas)
     if not questions:
         return _none(trainer, "there are no held-out answers (`eval_data`, or a `held_out_fraction`)")
     seen, count = int(trainer.state.num_input_tokens_seen), args.threshold_rows
     if count is None:
-        count = affordable_rows(questions, model.generation_config.max_length, seen)
+        count = affordable_rows(questions, canvas, seen)
         if count < FEWEST:
             found = f"{len(questions)} held-out answers and {seen} tokens of training"
             return _none(trainer, f"{found} afford {count} rows, fewer than {FEWEST} (give `threshold_rows`)")

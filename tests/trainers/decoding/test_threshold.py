@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generation_models import EOS, MASK, PAD, SHAPE, VOCABULARY
+from generation_models import EOS, MASK, PAD, SHAPE, VOCABULARY, build
 from transformers.modeling_outputs import MaskedLMOutput
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
@@ -151,6 +151,26 @@ def test_questions_are_the_last_answers():
         Question([1, 4, EOS, 5], [6, 7]),
         Question([4], [14, 24]),
     ]
+
+
+def test_a_canvas_is_the_same_in_every_batch():
+    """Of a total length, as the checkpoint's own `generate` has it for each prompt alone."""
+    model = build(initializer_range=0.3)
+    model.generation_config.update(eos_token_id=EOS, pad_token_id=PAD, max_length=16, eos_policy="cut")
+    questions = [Question(list(range(4, 4 + length)), [8]) for length in (2, 2, 2, 5, 12)]
+    alone = [decode_rows(model, [question], 1, None)[0] for question in questions]
+    assert decode_rows(model, questions, 2, None) == decode_rows(model, questions, 8, None) == alone
+    assert len(alone[0].ids) > 16 - 12, "longer than a batch with the last prompt would allow"
+
+
+def test_rows_longer_than_the_canvas_ask_nothing():
+    """Held-out rows may be longer than all that were trained on: no row to write in, and no end of the run."""
+    rows = [{"input_ids": [4] * n + [9, EOS], "labels": [-100] * n + [9, EOS]} for n in (3, 4, 5, 6, 9)]
+    assert [len(question.prompt) for question in questions_of(rows, EOS, canvas=6)] == [3, 4]
+    model = Hasty([0.5] * VOCABULARY)
+    model.generation_config.update(max_new_tokens=None, max_length=6)
+    assert choose_threshold(trainer_of(model, rows))["rows"] == 2
+    assert choose_threshold(trainer_of(model, rows[2:]))["threshold"] is None
 
 
 def test_the_rows_depend_on_the_seed_alone():
