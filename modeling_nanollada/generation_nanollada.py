@@ -80,7 +80,8 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
             inputs (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts, of any integer dtype; also as
                 `input_ids=`. Pad on the left and pass the `attention_mask`. Mask tokens inside a prompt are filled,
                 all else stays. They belong to the first block; in a model with `config.block_length` to the blocks in
-                which they lie, which come first. With length 0 the whole row is generated; unset is the BOS token.
+                which they lie, which come first. With length 0, of a single row, all of it is generated; unset is the
+                BOS token.
             generation_config ([`NanoLLaDAGenerationConfig`] or [`~transformers.GenerationConfig`], *optional*):
                 Settings together; keyword arguments of the same names override them.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Called with the scores of all masked
@@ -187,6 +188,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         ids, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         check_prompt(ids, model_kwargs.get("attention_mask"), self.config.vocab_size)
+        several = ids.shape[1] == 0 and len(ids) > 1  # transformers looks at the rows' last ids
+        message = "`input_ids` of length 0 must be one row (`num_return_sequences` makes more), got shape"
+        require(not several, f"{message} {tuple(ids.shape)}")
         return ids.long(), name, model_kwargs
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -348,6 +348,9 @@ def test_an_empty_prompt():
     whole = model.generate(nothing, max_new_tokens=4)
     ids, mask = left_padded([[], [4, 5]])
     assert torch.equal(whole[0], model.generate(ids, attention_mask=mask, max_new_tokens=4)[0, 2:])
+    assert model.generate(nothing, max_new_tokens=4, temperature=1.0, num_return_sequences=3).shape == (3, 4)
+    with pytest.raises(ValueError, match=r"must be one row \(`num_return_sequences` makes more\), got shape \(2, 0\)"):
+        model.generate(nothing.repeat(2, 1), max_new_tokens=4)
     torch.manual_seed(0)
     causal = NanoLLaDAForCausalLM(NanoLLaDAConfig(vocab_size=VOCABULARY, **SHAPE)).eval()
     assert causal.generate(IDS.int(), max_new_tokens=2).tolist() == causal.generate(IDS, max_new_tokens=2).tolist()
