@@ -159,9 +159,9 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
             no part of it: once filled, z_u sees them as it sees new tokens.
         repetition_penalty (`float`, *optional*): As in transformers; counts the tokens visible in the row.
         eos_policy (`str`, *optional*, defaults to `"none"`): `"last"`: positions whose likeliest token (drawn token,
-            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"cut"`: no pass is spent on
-            what the output lacks: behind an EOS that is decided nothing is, and of a block's open positions those
-            behind the first that is likelier an EOS than not wait for it. `"forbid"`: never an EOS.
+            with `"sampled_prob"`) is an EOS are committed after all others of the block. `"cut"`: what the output
+            lacks is left out as soon as it is known: behind an EOS that is decided nothing is, and of a block's open
+            positions those behind the first that is likelier an EOS than not wait for it. `"forbid"`: never an EOS.
         early_stop (`bool`, *optional*, defaults to `True`): Stop working on a row once an EOS has nothing masked
             before it. What comes after is padded in any case, so this saves time and changes no token that is kept.
         grow_length (`bool`, *optional*, defaults to `False`): Show the model no masks behind the current block ("block

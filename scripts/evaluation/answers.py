@@ -12,6 +12,7 @@ from nanollada.scripts.decoding.settings import (
     effective_settings,
     generation_settings,
     has_own_limit,
+    new_tokens_limit,
 )
 from nanollada.scripts.decoding.writing import seeded_generate
 from nanollada.trainers.data.encoding import RowEncoder
@@ -46,7 +47,8 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
             first rows' `prompt` and `answer`), and the `settings` of `generate`.
 
     Raises:
-        `ValueError`: for rows without an answer or that cannot be read, and if there are none.
+        `ValueError`: for rows without an answer or that cannot be read, if there are none, and, before anything is
+            written, for a prompt that leaves no room in the checkpoint's own limit.
     """
     examples = list(_examples(rows))
     questions = questions_of(tokenizer, examples)
@@ -54,6 +56,12 @@ def exact_match(model, tokenizer, rows: Iterable, *, batch_size: int = 16, seed:
         generation.setdefault("max_new_tokens", max(len(answer) for _, answer in questions))
     generation.setdefault("temperature", 0.0)
     settings = generation_settings(model, **generation)
+    if not shares_length(model, settings):
+        for number, (prompt, _) in enumerate(questions, start=1):
+            try:
+                new_tokens_limit(model, len(prompt))
+            except ValueError as error:
+                raise ValueError(f"`rows`, row {number}: {error}") from error
     correct, truncated, start = 0, 0, 0
     bar = tqdm(total=len(questions), desc="Answering", unit=" rows")
     for places in batches_of_prompts(model, [prompt for prompt, _ in questions], batch_size, settings):
@@ -145,12 +153,18 @@ def greedy_answers(
     return [written[place] for place in range(len(pairs))]
 
 
+def shares_length(model, settings: dict) -> bool:
+    """Whether as many tokens follow every prompt; not where the checkpoint says `max_length`, and the call nothing."""
+    config = model.generation_config
+    return "max_new_tokens" in settings or config.max_new_tokens is not None or config.max_length is None
+
+
 def batches_of_prompts(model, prompts: list[list[int]], batch_size: int, settings: dict) -> Iterator[list[int]]:
     """
     Places of the prompts in batches of like length. Where the checkpoint says `max_length`, prompt included, and the
     settings say nothing, only prompts of one length share a batch: its padding would be taken from their canvas.
     """
-    shared = "max_new_tokens" in settings or model.generation_config.max_new_tokens is not None
+    shared = shares_length(model, settings)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for _, group in groupby(order, key=lambda place: shared or len(prompts[place])):
         places = list(group)

@@ -5,7 +5,7 @@ from typing import ClassVar
 from nanollada.scripts.decoding.checkpoint import prompt_ids
 from nanollada.scripts.decoding.settings import DecodingArguments, draws, generation_settings, split_options
 from nanollada.scripts.decoding.writing import DRAWN_TOGETHER, keyed_seed
-from nanollada.scripts.evaluation.answers import answers_to, batches_of_prompts
+from nanollada.scripts.evaluation.answers import answers_to, batches_of_prompts, shares_length
 from nanollada.scripts.evaluation.bench import Bench, Row, Task, mapping, settings
 from nanollada.trainers.data.formats import parse_row
 
@@ -57,11 +57,13 @@ def own_settings(bench: Bench, decoding: dict) -> dict:
 def write_answers(bench: Bench, task: Task, prompts: list[list[int]], decoding: dict) -> list[tuple[list[int], bool]]:
     """
     The new token ids of each prompt up to the first EOS, and whether there was one. Greedy answers come in batches of
-    prompts of like length; drawn ones in fixed groups in order, each with a seed of its own.
+    prompts of like length; drawn ones in fixed groups, in order where as many tokens follow every prompt, each with a
+    seed of its own.
     """
     settings, drawn = generation_settings(bench.model, **decoding), draws(bench.model, **decoding)
-    batches = batches_of_prompts(bench.model, prompts, bench.batch_size, settings)
-    if drawn:
+    size = DRAWN_TOGETHER if drawn else bench.batch_size
+    batches = batches_of_prompts(bench.model, prompts, size, settings)
+    if drawn and shares_length(bench.model, settings):
         every = range(len(prompts))
         batches = (list(every[start : start + DRAWN_TOGETHER]) for start in every[::DRAWN_TOGETHER])
     said = {}

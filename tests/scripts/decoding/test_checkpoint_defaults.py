@@ -73,6 +73,14 @@ def test_answers_are_as_long_as_the_checkpoint_says(build, tokenizer):
     assert length_for(bench, SimpleNamespace(max_new_tokens=None), rows, asked) == {"max_new_tokens": 7}
 
 
+def test_a_prompt_without_room_is_named_before_anything_is_written(build, tokenizer, monkeypatch):
+    model = build(max_length=8)
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: pytest.fail("it was asked"))
+    rows = [*ROWS, {"prompt": "the cat sat on a mat " * 20, "completion": "."}]
+    with pytest.raises(ValueError, match=r"`rows`, row 3: `max_new_tokens` must be given .* `max_length`.* is 8"):
+        exact_match(model, tokenizer, rows)
+
+
 def test_padding_takes_nothing_from_a_canvas(build):
     """Of a total length prompts of one length share a batch."""
     prompts = [[1] * length for length in (5, 3, 5, 3, 3)]

@@ -127,6 +127,16 @@ def test_batches_do_not_change_answers(tokenizer, name, temperature):
         assert tokenizer.decode(said[0][3][0], skip_special_tokens=True) == one
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_canvas_loses_nothing_to_a_longer_prompt(tokenizer, temperature):
+    """Of a total length, drawn or not: as many tokens as each prompt alone leaves room for."""
+    own = bench("diffusion", tokenizer, batch_size=8)
+    prompts = [prompt_ids(tokenizer, text) for text in ("The", "The cat sat on the mat", "The")]
+    own.model.generation_config.update(max_length=40, eos_policy="forbid")
+    said = write_answers(own, task("statistics", max_new_tokens=4), prompts, {"temperature": temperature})
+    assert [len(ids) for ids, _ in said] == [40 - len(prompt) for prompt in prompts]
+
+
 # ---- presets
 
 
