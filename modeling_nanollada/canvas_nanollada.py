@@ -31,8 +31,12 @@ class Canvas:
         self.all_visible = bool(self.visible.all())
         self.undecided = (self.ids == config.mask_token_id) & self.visible
         self.undecided[:, self.length :] = False
-        message = f"`max_new_tokens` must be > 0 for a prompt without mask tokens, got {new_tokens}"
-        require(bool(self.undecided.any()), message)
+        wanted = f"`max_new_tokens` must be > 0 for a prompt without mask tokens, got {new_tokens}"
+        if settings.max_new_tokens != 0:  # the call's `max_length`, the checkpoint's, or the last position
+            wanted = (
+                f"`max_length` must exceed a prompt without mask tokens, got {self.length} for {self.prompt_length}"
+            )
+        require(bool(self.undecided.any()), wanted)
         self.given = self.visible & (self.ids != config.mask_token_id)  # the prompt, for guidance
         self.columns = torch.arange(self.length, device=input_ids.device)
         positions = torch.arange(self.ids.shape[1], device=input_ids.device) - self.prompt_length

@@ -67,6 +67,7 @@ DOCUMENTED = (
     "`block_length` must divide",
     "`approximate_cache`",
     "`max_new_tokens` must be > 0 for a prompt without mask tokens",
+    "`max_length` must exceed a prompt without mask tokens",
     "`top_",
     "`position_score` needs",
     "`remasking` needs",

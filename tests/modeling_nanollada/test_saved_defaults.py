@@ -136,7 +136,7 @@ def test_the_later_word_decides_how_much_is_written(models, caplog):
 def test_a_saved_limit_ends_at_the_last_position():
     """A prompt and the checkpoint's own limit together fit into the model's positions; what a call says is its own."""
     full = "Input length of input_ids is 10, but `max_length` is set to 10"
-    nothing = "`max_new_tokens` must be > 0 for a prompt without mask tokens, got 0"
+    nothing = "`max_length` must exceed a prompt without mask tokens, got 10 for 10"  # nobody said `max_new_tokens=0`
     for model_class, tokens, message in (
         (NanoLLaDAForCausalLM, {}, full),
         (NanoLLaDAForMaskedLM, {"pad_token_id": PAD}, nothing),
