@@ -187,6 +187,8 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(f"`{name}` must be None: {reason}, got {value}")
         args = self._checked_arguments(args, model)
+        if isinstance(processing_class, str):
+            raise ValueError(f"`processing_class` must be a tokenizer, got {processing_class!r} (load it first)")
         model, tokenizer = self._loaded(model, args, processing_class)
         self.data_args = data_args
         if tokenizer is None and needs_tokenizer(train_dataset, eval_dataset):

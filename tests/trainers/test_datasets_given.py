@@ -121,7 +121,12 @@ def test_rows_of_input_ids_are_taken_as_they_are(kind, tmp_path, tokenizer):
 BAD_IDS = [
     ({"input_ids": [5, 6], "labels": [5]}, "row 2: wrong length: every column must be as long as `input_ids`, 2"),
     ({"input_ids": [5, 6], "attention_mask": [1, 0]}, "row 2: padding: `input_ids` must not be padded"),
-    ({"input_ids": [5, 600]}, "row 2: not in the vocabulary: `input_ids` must be below .*, got 600"),
+    ({"input_ids": [5, 600]}, "row 2: not in the vocabulary: `input_ids` must be 0 to .*, got 600"),
+    ({"input_ids": [5, -1]}, "row 2: not in the vocabulary: `input_ids` must be 0 to .*, got -1"),
+    ({"input_ids": None}, "row 2: null value: `input_ids` is null"),
+    ({"input_ids": [5, 6], "labels": None}, "row 2: null value: `labels` is null"),
+    ({"input_ids": [5, 6], "completion_mask": None}, "row 2: null value: `completion_mask` is null"),
+    ({"input_ids": [5, None]}, "row 2: no integers: `input_ids` must hold integers, got None"),
     ({"input_ids": [5, 3]}, "row 2: mask token: `input_ids` hold '<|mask|>'".replace("|", r"\|")),
     ({"input_ids": [5]}, "row 2: no target"),
 ]
@@ -228,6 +233,7 @@ REFUSED = [
     ({"data_args": DataArguments(held_out_fraction=0.5)}, "`held_out_fraction` is for sources: .* got 0.5"),
     ({"data_args": DataArguments(data=["x"])}, "`data` is for sources: it must be left out beside datasets"),
     ({"data_args": DataArguments(max_length=40_000)}, "`max_length` must be at most the model's"),
+    ({"processing_class": "runs/ar"}, "`processing_class` must be a tokenizer, got 'runs/ar'"),
     ({"processing_class": None}, "`processing_class` must be given to make rows"),
     ({"args": CausalConfig(output_dir="x", **QUIET)}, "`args` must be a DiffusionConfig, got a CausalConfig"),
     ({"compute_loss_func": len}, "`compute_loss_func` must be None: losses and scores are the objective's own"),
@@ -253,6 +259,6 @@ def test_a_model_of_the_other_kind_and_args_for_made_rows(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="`model` must be a NanoLLaDAForMaskedLM, got a NanoLLaDAForCausalLM"):
         trainer_of("diffusion", tmp_path, tokenizer, ROWS, model=fresh("causal", tokenizer))
     made = trainer_of("causal", tmp_path, tokenizer, ROWS).rows.train
-    with pytest.raises(ValueError, match="`data_args` make rows of text: they must be left out"):
+    with pytest.raises(ValueError, match="`data_args` make rows of text: .*, got max_length=48$"):
         trainer_of("causal", tmp_path, tokenizer, made)
     assert NanoLLaDAForMaskedLM.is_diffusion and not NanoLLaDAForCausalLM.is_diffusion

@@ -7,6 +7,7 @@ from typing import Any
 from nanollada.trainers.data.files import BadRow
 
 IGNORE = -100  # the label of what is no target
+_OF_TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,12 @@ def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
         tokenizer (`PreTrainedTokenizerBase`): The text's, whose mask token is in no row.
 
     Raises:
-        BadRow: For columns of unequal length, padding, unknown ids, the mask token, and a row without a target.
+        BadRow: For null columns and what are no integers, columns of unequal length, padding, unknown ids, the mask
+            token, and a row without a target.
     """
+    for name in _OF_TOKENIZED:
+        if name in row:
+            _check_integers(name, row[name])
     ids, length = [int(token) for token in row["input_ids"]], len(row["input_ids"])
     masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
     labels, attention = row.get("labels"), row.get("attention_mask")
@@ -151,8 +156,9 @@ def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
         raise BadRow("wrong length", f"every column must be as long as `input_ids`, {length}")
     if attention is not None and not all(attention):
         raise BadRow("padding", "`input_ids` must not be padded, but `attention_mask` holds zeros")
-    if not all(0 <= token < len(tokenizer) for token in ids):
-        raise BadRow("not in the vocabulary", f"`input_ids` must be below {len(tokenizer)}, got {max(ids)}")
+    for token in ids:
+        if not 0 <= token < len(tokenizer):
+            raise BadRow("not in the vocabulary", f"`input_ids` must be 0 to {len(tokenizer) - 1}, got {token}")
     if tokenizer.mask_token_id in ids:
         raise BadRow("mask token", f"`input_ids` hold {tokenizer.mask_token!r}")
     labels = [int(label) if place else IGNORE for label, place in zip(labels, places, strict=True)]
@@ -162,3 +168,11 @@ def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
     text = tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     columns = {"input_ids": ids, "labels": labels, "document_ids": list(documents), "position_ids": list(places)}
     return {**columns, "num_bytes": len(text.encode()), "index": index}
+
+
+def _check_integers(name: str, values) -> None:
+    if values is None:
+        raise BadRow("null value", f"`{name}` is null")
+    for value in [values] if isinstance(values, str) else values:
+        if value is None or isinstance(value, str | list):
+            raise BadRow("no integers", f"`{name}` must hold integers, got {value!r}")

@@ -183,7 +183,10 @@ def prepare_datasets(
         given = {name: formatted(dataset, name, formatting_func) for name, dataset in given.items()}
     raw = {name: dataset for name, dataset in given.items() if not is_tokenized(dataset)}
     if args is not None and not raw:
-        raise ValueError(f"`data_args` make rows of text: they must be left out for rows with `input_ids`, got {args}")
+        changed = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
+        changed = {name: value for name, value in changed.items() if value != getattr(DataArguments(), name)}
+        got = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        raise ValueError(f"`data_args` make rows of text: they must be left out for rows with `input_ids`, got {got}")
     defaults = DataArguments()
     args = defaults if args is None else args
     for name in OF_SOURCES:
@@ -298,7 +301,7 @@ class _Plan:
         self.encoder = RowEncoder(tokenizer, args.max_length, args.assistant_turns)
         eval_args = dataclasses.replace(args, data_split=args.eval_split or args.data_split, streaming=False)
         self.sources = [resolve_source(spec, args, given) for spec in args.data or []]
-        self.eval_sources = [resolve_source(spec, eval_args, given) for spec in args.eval_data or []]
+        self.eval_sources = [resolve_source(spec, eval_args, given, "eval_data") for spec in args.eval_data or []]
         refuse_idle([*self.sources, *self.eval_sources])
         self.fraction = 0.0 if args.eval_data else args.held_out_fraction
         self.share = math.ceil(args.max_held_out_documents / max(1, len(self.sources)))
