@@ -197,9 +197,11 @@ class Source:
             raise DataError(f"{self.spec}: {error.__cause__ or error}") from error
 
 
-def resolve_source(spec: str, args: SourceArguments, given: Mapping[str, Any] | None = None) -> Source:
+def resolve_source(
+    spec: str, args: SourceArguments, given: Mapping[str, Any] | None = None, argument: str = "data"
+) -> Source:
     """
-    Finds out what an entry of `data` is: a glob, a file, a folder, a file on the Hub, a dataset's name, or the name
+    Finds out what an entry of `data` (or another `argument`) is: a glob, a file, a folder, a file on the Hub, a dataset's name, or the name
     of a dataset that is `given`.
 
     Raises:
@@ -208,19 +210,19 @@ def resolve_source(spec: str, args: SourceArguments, given: Mapping[str, Any] | 
     if given and spec in given:
         return Source(spec, args, dataset=given[spec].with_format(None))  # strings as strings
     if spec.startswith("hf://"):
-        return Source(spec, args, files=(_checked_file(_download(spec)),))
+        return Source(spec, args, files=(_checked_file(_download(spec), argument),))
     path = os.path.expanduser(spec)
     if glob.has_magic(path):
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not files:
-            raise ValueError(f"`data` names no file: {spec!r} matches nothing")
-        return Source(spec, args, files=tuple(_checked_file(file) for file in files))
+            raise ValueError(f"`{argument}` names no file: {spec!r} matches nothing")
+        return Source(spec, args, files=tuple(_checked_file(file, argument) for file in files))
     if os.path.isdir(path):
         return Source(spec, args, folder=path)
     if os.path.exists(path):
-        return Source(spec, args, files=(_checked_file(path),))
+        return Source(spec, args, files=(_checked_file(path, argument),))
     if kind_of(path) or path.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise ValueError(f"`data` names a file that does not exist: {spec!r}")
+        raise ValueError(f"`{argument}` names a file that does not exist: {spec!r}")
     return Source(spec, args)
 
 
@@ -260,9 +262,9 @@ def read_examples(source: Source, policy: RowPolicy) -> Iterator[Example]:
             policy.reject(name, number, error)
 
 
-def _checked_file(file: str) -> str:
+def _checked_file(file: str, argument: str) -> str:
     if not kind_of(file):
-        raise ValueError(f"`data` must hold files of these types: {SUFFIXES}; got {file!r}")
+        raise ValueError(f"`{argument}` must hold files of these types: {SUFFIXES}; got {file!r}")
     return file
 
 

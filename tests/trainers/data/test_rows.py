@@ -10,6 +10,7 @@ import pytest
 
 from nanollada.trainers.data.files import DataError
 from nanollada.trainers.data.formats import Example, parse_row
+from nanollada.trainers.data.prepare import DataArguments, prepare_data
 from nanollada.trainers.data.sources import (
     SHOWN_REJECTIONS,
     RowPolicy,
@@ -185,6 +186,13 @@ def test_globs_are_sorted_and_one_source(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", {"text": name})
     assert [ex.text for ex in read(tmp_path / "*.jsonl")] == ["a", "b"]
     assert [ex.text for ex in read(tmp_path / "**" / "*.jsonl")] == ["a", "b", "sub/c"]
+
+
+def test_a_missing_file_to_evaluate_on_is_called_so(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    args = DataArguments(data=[str(tmp_path / "a.jsonl")], eval_data=["none.jsonl"])
+    with pytest.raises(ValueError, match="`eval_data` names a file that does not exist: 'none.jsonl'"):
+        prepare_data(args, tokenizer)
 
 
 @pytest.mark.parametrize(
