@@ -3,6 +3,7 @@
 Importing this tells PEFT what of a nanollada model it adapts by default.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def adapted(model, config: "peft.PeftConfig", seed: int) -> "peft.PeftModel":
 
     Args:
         model (`PreTrainedModel`): Ours.
-        config (`peft.PeftConfig`): Without `target_modules`, PEFT's defaults for Qwen3.
+        config (`peft.PeftConfig`): Without `target_modules`, PEFT's defaults for Qwen3; without `task_type`, CAUSAL_LM.
         seed (`int`): Of the adapter's weights.
 
     Raises:
@@ -45,6 +46,9 @@ def adapted(model, config: "peft.PeftConfig", seed: int) -> "peft.PeftModel":
             f"`peft_config` needs a checkpoint of the model that it adapts: {model.name_or_path} must hold a {own}, "
             f"got {saved[0]} (train one run without an adapter first)"
         )
+    if config.task_type is None:  # else PEFT's Auto class would look for ours where a checkpoint's code isn't
+        config = copy.copy(config)
+        config.task_type = peft.TaskType.CAUSAL_LM
     set_seed(seed)
     model = peft.get_peft_model(model, config)
     if os.path.isdir(model.active_peft_config.base_model_name_or_path or ""):  # also from another folder
