@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def load_model(model_class, path: str | os.PathLike, argument: str = "model_name_or_path", **kwargs):
     """
@@ -43,12 +45,30 @@ def load_tokenizer(path: str | os.PathLike, argument: str = "tokenizer_name_or_p
     `AutoTokenizer.from_pretrained`, of a place that there is.
 
     Raises:
-        `ValueError`: as `check_place`.
+        `ValueError`: naming a broken file, and a folder without a tokenizer; and as `check_place`.
     """
     from transformers import AutoTokenizer
 
     check_place(path, argument)
+    check_files(path)
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"`{argument}` must be a folder with a tokenizer, got {path}, which has none")
     return AutoTokenizer.from_pretrained(path, **kwargs)
+
+
+def usable_device(device: str | None) -> torch.device:
+    """
+    A device to put a model on; by default the GPU, if there is one.
+
+    Raises:
+        `ValueError`: for a name that is none, and for a device that isn't there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no error of its own for it
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"`device` must be one that torch has here, got {device!r}: {reason}") from error
 
 
 def check_place(path: str | os.PathLike, argument: str) -> None:
@@ -60,14 +80,16 @@ def check_place(path: str | os.PathLike, argument: str) -> None:
     `name` and `owner/name` can be on the Hub. What lies in its cache is not asked for.
 
     Raises:
-        `ValueError`: naming the argument, if there is neither.
+        `ValueError`: naming the argument, if there is neither, or a file in place of the folder.
     """
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     name = os.fspath(path)
-    if Path(name).exists():
+    if Path(name).is_dir():
         return
+    if Path(name).exists():
+        raise ValueError(f"`{argument}` must be a folder or a model on the Hub, got {name}, which is a file")
     rule = f"`{argument}` must be a folder or a model on the Hub, got {name}"
     first, *others = Path(name).parts or (name,)
     if name[:1] in (".", "~", "/", "") or name.count("/") > 1 or "\\" in name or others and Path(first).is_dir():

@@ -24,13 +24,19 @@ def load_checkpoint(
     folder is the model that it names, with the adapter on it.
 
     Raises:
-        `ValueError`: if the checkpoint lacks tensors or has others, or the tokenizer is not the model's.
+        `ValueError`: if the checkpoint lacks tensors or has others, or the tokenizer is not the model's; as
+            `usable_device`.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_model, load_tokenizer
+    from nanollada.modeling_nanollada.loading_nanollada import (
+        check_tokenizer,
+        load_model,
+        load_tokenizer,
+        usable_device,
+    )
 
+    place = usable_device(device)
     if (Path(checkpoint) / "adapter_config.json").is_file():
         from nanollada.trainers.weights.adapters import load_adapted
 
@@ -39,7 +45,7 @@ def load_checkpoint(
         model = load_model(AutoModelForCausalLM, checkpoint, argument, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(checkpoint, argument, trust_remote_code=trust_remote_code)
     check_tokenizer(model, tokenizer)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def load_pair(ar: str | None, diffusion: str, trust_remote_code: bool = False, device: str | None = None) -> dict:

@@ -131,19 +131,19 @@ def load_judge(folder: str, trust_remote_code: bool, device: str | None) -> tupl
     A causal model, ours or another, and its tokenizer.
 
     Raises:
-        `ValueError`: for a diffusion model.
+        `ValueError`: for a diffusion model; as `load_model` and `usable_device`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from nanollada.modeling_nanollada.loading_nanollada import load_model
+    from nanollada.modeling_nanollada.loading_nanollada import load_model, load_tokenizer, usable_device
     from nanollada.trainers.scoring.kind import is_diffusion
 
+    place = usable_device(device)
     model = load_model(AutoModelForCausalLM, folder, "judge", trust_remote_code=trust_remote_code)
     if is_diffusion(model):
         raise ValueError(f"`judge` must be a causal model, got {type(model).__name__} in {folder}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    tokenizer = load_tokenizer(folder, "judge", trust_remote_code=trust_remote_code)
+    return model.to(place).eval(), tokenizer
 
 
 # ---- one task of one model, once

@@ -6,7 +6,7 @@ from fake_hub import FakeHub
 from huggingface_hub.errors import HfHubHTTPError
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-from nanollada.modeling_nanollada.loading_nanollada import check_place, load_model, load_tokenizer
+from nanollada.modeling_nanollada.loading_nanollada import check_place, load_model, load_tokenizer, usable_device
 
 RULE = "`checkpoint` must be a folder or a model on the Hub, got"
 
@@ -39,6 +39,26 @@ def test_a_path_is_not_asked_for(name, questions):
         with pytest.raises(ValueError, match=RULE):
             load()
     assert not questions
+
+
+def test_a_file_and_an_empty_folder_are_not_asked_for(questions, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    for load in (lambda path: load_model(NanoLLaDAForCausalLM, path, "checkpoint"), lambda path: load_tokenizer(path)):
+        with pytest.raises(ValueError, match="must be a folder or .*, got .*rows.jsonl, which is a file"):
+            load(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="`tokenizer_name_or_path` must be a folder with a tokenizer, got .*runs"):
+        load_tokenizer(tmp_path / "runs")
+    (tmp_path / "runs" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json of .*runs must be JSON"):
+        load_tokenizer(tmp_path / "runs")
+    assert not questions
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:77", "meta:x"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"`device` must be one that torch has here, got '{device}'"):
+        usable_device(device)
+    assert usable_device("cpu").type == "cpu"
 
 
 def test_a_name_is_asked_for_once(questions, tmp_path):
