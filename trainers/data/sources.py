@@ -201,8 +201,8 @@ def resolve_source(
     spec: str, args: SourceArguments, given: Mapping[str, Any] | None = None, argument: str = "data"
 ) -> Source:
     """
-    Finds out what an entry of `data` (or another `argument`) is: a glob, a file, a folder, a file on the Hub, a dataset's name, or the name
-    of a dataset that is `given`.
+    Finds out what an entry of `data` (or another `argument`) is: a glob, a file, a folder, a file on the Hub, a
+    dataset's name, or the name of a dataset that is `given`.
 
     Raises:
         ValueError: If nothing matches, or a file's type is not read.

@@ -29,7 +29,8 @@ def adapted(model, config: "peft.PeftConfig", seed: int) -> "peft.PeftModel":
 
     Args:
         model (`PreTrainedModel`): Ours.
-        config (`peft.PeftConfig`): Without `target_modules`, PEFT's defaults for Qwen3; without `task_type`, CAUSAL_LM.
+        config (`peft.PeftConfig`): Without `target_modules`, PEFT's defaults for Qwen3; without `task_type`,
+            CAUSAL_LM.
         seed (`int`): Of the adapter's weights.
 
     Raises:
