@@ -23,7 +23,7 @@ def wilson(p: float, count: int) -> list[float]:
     z = QUANTILE
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return [max(centre - half, 0.0), min(centre + half, 1.0)]
+    return [centre - half if p > 0 else 0.0, centre + half if p < 1 else 1.0]  # rounding would miss the ends
 
 
 def mean(values: Sequence[float]) -> dict:

@@ -6,7 +6,7 @@ from statistics import NormalDist, covariance, variance
 
 import pytest
 
-from nanollada.trainers.scoring.estimates import mean, ratio, share
+from nanollada.trainers.scoring.estimates import mean, ratio, share, wilson
 from nanollada.trainers.scoring.likelihood import Likelihood
 
 
@@ -21,6 +21,18 @@ def test_a_share_and_its_errors():
     assert every["interval"] == [pytest.approx(100 / (100 + z2)), pytest.approx(1)]
     low, high = share([True] * 81 + [False] * 182)["interval"]
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)  # Newcombe 1998, Table I, 81 of 263, score method
+
+
+def test_wilsons_ends_are_where_the_share_is_a_standard_error_s_quantile_away():
+    """Roots of |p - q| = z √(q(1 - q)/n), with the ends themselves at none and all."""
+    z = NormalDist().inv_cdf(0.975)
+    for count in (1, 2, 10, 200):
+        for right in range(count + 1):
+            share_of = right / count
+            low, high = wilson(share_of, count)
+            assert 0 <= low <= share_of <= high <= 1 and (low == 0) == (right == 0) and (high == 1) == (right == count)
+            for end in {low, high} - {0.0, 1.0}:
+                assert abs(share_of - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count))
 
 
 def test_means_and_ratios():
