@@ -189,6 +189,9 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
         args = self._checked_arguments(args, model)
         if isinstance(processing_class, str):
             raise ValueError(f"`processing_class` must be a tokenizer, got {processing_class!r} (load it first)")
+        if not (data_collator is None or callable(data_collator)):
+            kind = type(data_collator).__name__
+            raise ValueError(f"`data_collator` must make batches: `train_dataset` comes after it, got a {kind}")
         model, tokenizer = self._loaded(model, args, processing_class)
         self.data_args = data_args
         if tokenizer is None and needs_tokenizer(train_dataset, eval_dataset):

@@ -118,7 +118,7 @@ def build_trainer(folder, objective, gains, rows, shape, max_length, block_lengt
     )
     packed = "packing" in gains
     collator = Collator(tokenizer.pad_token_id) if packed else full_width(max_length, tokenizer.pad_token_id)
-    return measured(entry.trainer_class, "head" in gains)(model, args, rows, collator, processing_class=tokenizer)
+    return measured(entry.trainer_class, "head" in gains)(model, args, collator, rows, processing_class=tokenizer)
 
 
 def measured(trainer_class, chunked_head: bool):

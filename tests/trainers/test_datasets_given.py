@@ -233,6 +233,7 @@ REFUSED = [
     ({"data_args": DataArguments(held_out_fraction=0.5)}, "`held_out_fraction` is for sources: .* got 0.5"),
     ({"data_args": DataArguments(data=["x"])}, "`data` is for sources: it must be left out beside datasets"),
     ({"data_args": DataArguments(max_length=40_000)}, "`max_length` must be at most the model's"),
+    ({"data_collator": ROWS}, "`data_collator` must make batches: `train_dataset` comes after it, got a Dataset"),
     ({"processing_class": "runs/ar"}, "`processing_class` must be a tokenizer, got 'runs/ar'"),
     ({"processing_class": None}, "`processing_class` must be given to make rows"),
     ({"args": CausalConfig(output_dir="x", **QUIET)}, "`args` must be a DiffusionConfig, got a CausalConfig"),
