@@ -5,6 +5,10 @@ import logging
 
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_trackio_available
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_utils import SchedulerType
 
 logger = logging.getLogger(__name__)
@@ -114,8 +118,14 @@ def check_inherited(args) -> None:
 def check_reporters(args) -> None:
     """
     Raises:
-        `ValueError`: for a `report_to` whose package is missing.
+        `ValueError`: for a `report_to` that transformers doesn't know, and one whose package is missing.
     """
+    for name in (name for name in args.report_to if name not in REPORTERS):
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"`report_to` must be none, all or some of {known}, got {name!r}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"`report_to` {name} needs its package, which is not installed, got none")
     for name in (name for name in args.report_to if name in REPORTERS):
         if not REPORTERS[name]():
             raise ValueError(f"`report_to` {name} needs its package (pip install 'nanollada[logging]'), got none")

@@ -63,3 +63,12 @@ def test_trackio_has_the_numbers_without_a_network(tmp_path, tokenizer):
     values = [entry["value"] for entry in json.loads(answer)["values"]]
     assert values == [pytest.approx(line["loss"]) for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert len(values) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tensorbord", "must be none, all or some of .*tensorboard"), ("neptune", "neptune needs its")],
+)
+def test_an_unknown_reporter_is_named_before_rows_are_made(name, message, tmp_path):
+    with pytest.raises(ValueError, match=f"`report_to` {message}"):
+        CausalConfig(output_dir=str(tmp_path), use_cpu=True, report_to=name)
