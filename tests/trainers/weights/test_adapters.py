@@ -12,6 +12,7 @@ from training_cases import KINDS, SHAPE, command_line, fresh_model_and_rows, run
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.checkpoint import load_checkpoint
 from nanollada.scripts.decoding.writing import generate
+from nanollada.scripts.evaluation.checkpoint import evaluate_checkpoint
 from nanollada.trainers.models import ModelArguments, config_for
 from nanollada.trainers.run import main
 from nanollada.trainers.weights import adapters
@@ -155,3 +156,12 @@ def test_what_is_no_config_and_a_model_that_has_an_adapter(tokenizer):
     assert names and all(torch.equal(first.get_parameter(name), second.get_parameter(name)) for name in names)
     with pytest.raises(ValueError, match="`peft_config` must be left out for a model that has an adapter"):
         adapters.adapted(first, LoraConfig(r=2), 1)
+
+
+def test_an_adapters_folder_is_evaluated(tmp_path, tokenizer):
+    model = CLASSES["causal"].from_pretrained(saved(tmp_path / "base", "causal", tokenizer))
+    adapters.adapted(model, LoraConfig(r=2), 1).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat sat"}\n' * 2)
+    facts = evaluate_checkpoint(str(tmp_path / "adapter"), [str(tmp_path / "rows.jsonl")], max_length=16)
+    assert facts["results"] and facts["weights_sha256"] is None and facts["config_sha256"] is None
