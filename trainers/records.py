@@ -31,9 +31,11 @@ def flush(path: Path) -> None:
 def written_beside(path: str | os.PathLike):
     """
     A path for the body to write a file to. It then takes the file's place, on the disk: a file that exists is whole,
-    after a kill and after a power cut. Its name is nobody else's: the last of two processes that write one file wins.
+    after a kill and after a power cut. Its folder is made. Its name is nobody else's: the last of two processes that
+    write one file wins.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial

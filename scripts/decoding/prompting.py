@@ -10,6 +10,7 @@ from nanollada.scripts.decoding.checkpoint import CheckpointArguments, load_chec
 from nanollada.scripts.decoding.settings import DecodingArguments, effective_settings
 from nanollada.scripts.decoding.writing import Generated, generate
 from nanollada.scripts.reporting.fonts import FONT_HELP, check_font
+from nanollada.trainers.records import write_whole
 from nanollada.trainers.scoring.kind import is_diffusion
 
 TRACE_FORMATS = (".html", ".gif")
@@ -168,7 +169,7 @@ def _write_trace(recorder, path: Path, title: str, settings: dict, font: str | N
     if path.suffix == ".gif":
         write_gif(recorder, path, font)
     else:
-        path.write_text(trace_page(recorder, title, settings), encoding="utf-8")
+        write_whole(path, trace_page(recorder, title, settings))
     print(f"[{path}]", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from nanollada.scripts.tracing.picture import (
     Strip,
 )
 from nanollada.scripts.tracing.recorder import StepRecorder
+from nanollada.trainers.records import written_beside
 
 WIDTH, MARGIN, GAP = 800, 16, 32  # of all text, around it, and between two traces, in pixels
 TOTAL_SECONDS, LAST_SECONDS = 10, 3
@@ -47,7 +48,9 @@ def write_gif(traces: StepRecorder | dict[str, StepRecorder], path: str | Path, 
     frames = (picture.frame(step) for step in range(1, picture.steps + 1))
     hold = min(max(round(100 * TOTAL_SECONDS / picture.steps) * 10, 40), 500)  # milliseconds, in hundredths
     durations = [hold] * (picture.steps - 1) + [LAST_SECONDS * 1000]
-    next(frames).save(path, save_all=True, append_images=frames, duration=durations, loop=0)
+    options = {"save_all": True, "append_images": frames, "duration": durations, "loop": 0}
+    with written_beside(path) as beside:
+        next(frames).save(beside, format="GIF", **options)
     pen.fonts.warn(str(path))
 
 
@@ -76,9 +79,8 @@ def write_png(trace: StepRecorder, path: str | Path, font: str | None = None) ->
         x, y = MARGIN + step % columns * width, MARGIN + step // columns * height
         pen.write(draw, x, y + LINE - 10, str(step), SOFT)
         image.paste(strip.draw(step, shades), (x + numbers, y))
-    beside = Path(path).with_name(Path(path).name + ".partial")
-    image.save(beside, format="PNG", optimize=True)
-    beside.replace(path)
+    with written_beside(path) as beside:
+        image.save(beside, format="PNG", optimize=True)
     pen.fonts.warn(str(path))
 
 

@@ -41,3 +41,8 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path):
         partial.write_text("half")
         raise OSError("the disk is full")
     assert (tmp_path / "text").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_of_a_file_is_made(tmp_path):
+    write_whole(tmp_path / "new" / "one" / "page.html", "text")
+    assert [path.name for path in (tmp_path / "new" / "one").iterdir()] == ["page.html"]

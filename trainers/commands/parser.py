@@ -1,13 +1,32 @@
 """Parsers that know their options by full name alone, and name the nearest for one that they don't know."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from trl import TrlParser
 
 from nanollada.trainers.commands.ending import TRACEBACK, end
 from nanollada.trainers.commands.programs import named_file, nearest, shown_name
+
+OUTPUTS = ("output", "output_dir", "trace", "trace_gif")  # options that name what will be written
+
+
+def check_target(path: str | os.PathLike, argument: str) -> None:
+    """
+    Whether something can be written there, before the work is done that it is to hold. Makes nothing.
+
+    Raises:
+        `ValueError`: if the path leads through a file, or a folder is another user's; of `output_dir` if it is a file.
+    """
+    rule, path = f"`{argument}` must be a place to write to, got {path}", Path(path).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() and (there != path or argument == "output_dir"):
+        raise ValueError(f"{rule}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{rule}: {there} can't be written to")
 
 
 class _Strict(argparse.ArgumentParser):
@@ -129,6 +148,9 @@ class Parser(_Strict, TrlParser):
 
     def parse_args_into_dataclasses(self, args=None, return_remaining_strings: bool = False, **kwargs) -> tuple:
         *parsed, words = super().parse_args_into_dataclasses(args, True, look_for_args_file=False)
+        for name, value in ((name, getattr(part, name, None)) for part in parsed for name in OUTPUTS):
+            if isinstance(value, str):
+                check_target(value, name)
         if return_remaining_strings:
             return (*parsed, words)
         if words:

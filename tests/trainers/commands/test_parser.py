@@ -1,5 +1,6 @@
 """The parsers: full names only, the nearest for any other, and recipes by name."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +18,31 @@ class Arguments:
     delta: float = field(default=0.0, metadata={"help": "May be negative."})
     words: list[str] | None = field(default=None, metadata={"help": "Some."})
     label: str = field(default="x", metadata={"help": "A name."})
+
+
+@dataclass
+class Outputs:
+    """Of a program that writes."""
+
+    output_dir: str = field(default="runs/x", metadata={"help": "A folder."})
+    trace: str | None = field(default=None, metadata={"help": "A file."})
+
+
+def test_what_will_be_written_has_a_place(tmp_path, monkeypatch):
+    """Before the work, not after it; nothing is made."""
+    file, locked = tmp_path / "file", tmp_path / "locked"
+    file.write_text("")
+    locked.mkdir()
+    parse, rule = Parser(Outputs).parse_args_and_config, "must be a place to write to, got"
+    parse(["--output_dir", str(tmp_path / "new" / "run"), "--trace", str(file)])
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=f"`output_dir` {rule} {file}: {file} is a file"):
+        parse(["--output_dir", str(file)])
+    with pytest.raises(ValueError, match=f"`trace` {rule} {file}/a.html: {file} is a file"):
+        parse(["--trace", str(file / "a.html")])
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"`output_dir` {rule} {locked}/run: {locked} can't be written to"):
+        parse(["--output_dir", str(locked / "run")])
 
 
 def refused(capsys, *words, parser=None):
