@@ -135,7 +135,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+        self.links += [
+            value for name, value in attributes if name in ("src", "href") and not value.startswith(("#", "data:"))
+        ]
 
 
 def check_run(folder, stages):
