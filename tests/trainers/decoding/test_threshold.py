@@ -12,6 +12,7 @@ from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
 from nanollada.trainers.decoding import threshold as module
 from nanollada.trainers.decoding.threshold import (
     CANDIDATES,
+    LOSS,
     Answer,
     Question,
     affordable_rows,
@@ -217,3 +218,11 @@ def test_no_threshold_has_a_reason(change, rows, reason, caplog):
     choice = choose_threshold(trainer)
     assert choice["threshold"] is None and reason in choice["reason"]
     assert (reason in caplog.text) == (change.get("threshold_rows") != 0)
+
+
+def test_a_lost_answer_counts_however_alike_it_is():
+    """One token of 400 wrong is half of what likeness may lose, but the answer is no longer the reference."""
+    right, wrong = Answer(list(range(400)), True, 401.0), Answer([*range(399), 0], True, 5.0)
+    chosen, records = choose(lambda value: [wrong if value and value < 0.97 else right], [list(range(400))])
+    assert chosen == 0.97 and records[-1]["threshold"] == 0.95 and records[-1]["lost"] == 1
+    assert -LOSS < records[-1]["likeness_difference"] < 0
