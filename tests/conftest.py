@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from interpreters import make_newest, make_oldest
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; torch reads this once, when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from nanollada.trainers.data.tokenizers import train_tokenizer
+import pytest  # noqa: E402
+from interpreters import make_newest, make_oldest  # noqa: E402
+
+from nanollada.trainers.data.tokenizers import train_tokenizer  # noqa: E402
 
 TEXTS = [
     "The cat sat on the mat. The dog sat on the log.\nThe bird sang in 2024, the fish did not.",

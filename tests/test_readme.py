@@ -34,7 +34,7 @@ def test_it_opens_with_the_main_job_and_the_tests():
         re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", TEXT, re.S)[1] for name in ("main job", "tests")
     )
     assert main_job == INSTALL.format("quickstart") + ".venv/bin/python scripts/quickstart.py\n"
-    assert tests == INSTALL.format("dev") + ".venv/bin/python -m pytest\n"
+    assert tests == INSTALL.format("dev") + ".venv/bin/python -m pytest -n 2 --dist loadfile\n"
     assert blocks(TEXT, "bash")[:2] == [main_job, tests] and TEXT.index("![") < TEXT.index("```bash")
     assert len(TEXT.splitlines()) <= 150 and len(TEXT.encode()) < 8500
 
