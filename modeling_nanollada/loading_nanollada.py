@@ -2,12 +2,14 @@
 
 import json
 import os
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -38,6 +40,67 @@ def load_model(model_class, path: str | os.PathLike, argument: str = "model_name
     if faults:
         raise ValueError(f"`{argument}` must hold exactly the tensors of {type(model).__name__}, got {faults}")
     return model
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a folder holds an adapter of PEFT."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def load_adapted(path: str | os.PathLike, argument: str = "checkpoint", base=None, **kwargs):
+    """
+    The model that an adapter's folder names, strictly loaded, with the adapter on it.
+
+    Args:
+        path (`str` or `os.PathLike`): A folder with `adapter_config.json`.
+        argument (`str`, *optional*, defaults to `"checkpoint"`): What the caller calls it, for errors.
+        base (`str` or `os.PathLike`, *optional*): Where the model is, if not where the folder says.
+        kwargs: Those of `from_pretrained` for the model.
+
+    Returns:
+        `peft.PeftModel`: with the folder's `generation_config.json`, for which the adapter was trained.
+
+    Raises:
+        `ValueError`: naming a model that is not there, tensors that the adapter lacks, and as `load_model`.
+    """
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    check_files(path)
+    config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path") if base is None else os.fspath(base)
+    if not name or (os.path.isabs(name) and not os.path.isdir(name)):
+        raise ValueError(f"`{argument}` must be an adapter whose model is there, got {path}, which adapts {name!r}")
+    if base is None and config.get("revision"):
+        kwargs = {"revision": config["revision"], **kwargs}
+    model = load_model(AutoModelForCausalLM, name, argument, **kwargs)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(path)
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"`{argument}` must be a folder with {file.name}, got {path}")
+    with warnings.catch_warnings():  # PEFT warns of missing tensors, and passes over those that it doesn't know
+        warnings.filterwarnings("ignore", message="Found missing adapter keys|.*Already found a `peft_config`")
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(path))
+        except (RuntimeError, TypeError) as error:  # of another shape; a setting that this PEFT doesn't know
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`{argument}` must hold an adapter of {name}, got {path}: {reason}") from error
+    _check_adapter(model, file, argument)
+    return model
+
+
+def _check_adapter(model, file: Path, argument: str) -> None:
+    """A file's tensors must be the adapter's; one of the embedding may bring that, too."""
+    import peft
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as stored:
+        there = set(stored.keys())
+    needed = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    odd = {"missing": needed - there, "unexpected": there - needed - model.state_dict().keys()}
+    if faults := [f"{kind}: {', '.join(sorted(names))}" for kind, names in odd.items() if names]:
+        raise ValueError(f"`{argument}` must hold exactly the tensors of its adapter, got {faults} in {file.parent}")
 
 
 def load_tokenizer(path: str | os.PathLike, argument: str = "tokenizer_name_or_path", **kwargs):

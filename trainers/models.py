@@ -12,7 +12,7 @@ from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.modeling_nanollada.loading_nanollada import check_place, check_tokenizer, load_model, load_tokenizer
 from nanollada.trainers.arguments import default_of
 from nanollada.trainers.data.tokenizers import ensure_mask_token
-from nanollada.trainers.weights.adapters import is_adapter
+from nanollada.trainers.weights.adapters import check_whole
 
 # What only a fresh model may choose, by the config's own names.
 SHAPE = (
@@ -131,10 +131,7 @@ def load_model_and_tokenizer(model_class, args: ModelArguments, seed: int, token
     """
     if args.model_name_or_path is not None:
         check_place(args.model_name_or_path, "model_name_or_path")
-        if is_adapter(args.model_name_or_path):
-            raise ValueError(
-                f"`model_name_or_path` must be a model, got {args.model_name_or_path}, which holds an adapter of one"
-            )
+        check_whole(args.model_name_or_path)
     revision = {} if args.model_revision == "main" else {"revision": args.model_revision}
     if tokenizer is None:
         own = args.tokenizer_name_or_path is None

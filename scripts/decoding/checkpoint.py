@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nanollada.trainers.scoring.kind import is_diffusion
 
@@ -31,15 +30,15 @@ def load_checkpoint(
 
     from nanollada.modeling_nanollada.loading_nanollada import (
         check_tokenizer,
+        is_adapter,
+        load_adapted,
         load_model,
         load_tokenizer,
         usable_device,
     )
 
     place = usable_device(device)
-    if (Path(checkpoint) / "adapter_config.json").is_file():
-        from nanollada.trainers.weights.adapters import load_adapted
-
+    if is_adapter(checkpoint):
         model = load_adapted(checkpoint, argument, trust_remote_code=trust_remote_code)
     else:
         model = load_model(AutoModelForCausalLM, checkpoint, argument, trust_remote_code=trust_remote_code)

@@ -4,13 +4,14 @@ import logging
 import math
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nanollada.modeling_nanollada.loading_nanollada import is_adapter
 from nanollada.trainers.records import read_json, write_json, written_beside
 
 logger = logging.getLogger(__name__)
@@ -135,14 +136,34 @@ def merge_checkpoints(folders: list[str | os.PathLike], output: str | os.PathLik
     folders = [Path(folder) for folder in folders]
     if len(folders) < 2:
         raise ValueError(f"`folders` must name at least two checkpoints, got {len(folders)}")
-    output = None if output is None else Path(output).resolve()
-    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"`output` must be new or empty, got {output}")
-    _check_configs(folders)
-    mean = {name: tensor.float() for name, tensor in mean_of_files([folder / WEIGHTS for folder in folders]).items()}
-    if output is not None:
-        _write_checkpoint(mean, folders[0], output)
+    with nullcontext() if output is None else new_folder(output) as folder:
+        _check_configs(folders)
+        mean = mean_of_files([folder / WEIGHTS for folder in folders])
+        mean = {name: tensor.float() for name, tensor in mean.items()}
+        if folder is not None:
+            _write_checkpoint(mean, folders[0], folder)
     return mean
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike):
+    """
+    A folder for the body to fill, which then takes its place: one that exists is whole.
+
+    Raises:
+        `ValueError`: for an `output` that is not empty.
+    """
+    output = Path(output).resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"`output` must be new or empty, got {output}")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, output)  # onto nothing or an empty folder
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def mean_of_files(paths: list[Path]) -> dict[str, torch.Tensor]:
@@ -185,7 +206,10 @@ def _check_configs(folders: list[Path]) -> None:
     for folder in folders:
         for name in ("config.json", WEIGHTS):
             if not (folder / name).is_file():
-                raise ValueError(f"`folders` must hold checkpoints with {name}, got {folder} without")
+                one = (
+                    ", which holds an adapter (merge each with its model first)" if is_adapter(folder) else " without"
+                )
+                raise ValueError(f"`folders` must hold checkpoints with {name}, got {folder}{one}")
         config = read_json(folder / "config.json")
         configs.append({name: value for name, value in config.items() if name != "transformers_version"})
     for folder, config in zip(folders, configs, strict=True):
@@ -195,15 +219,8 @@ def _check_configs(folders: list[Path]) -> None:
             raise ValueError(f"{folder}: `{odd[0]}` must be as in {folders[0]} ({first}), got {theirs}")
 
 
-def _write_checkpoint(weights: dict[str, torch.Tensor], source: Path, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for file in {file for pattern in BESIDE_WEIGHTS for file in source.glob(pattern) if file.is_file()}:
-            shutil.copyfile(file, partial / file.name)
-        write_json(partial / "config.json", read_json(source / "config.json") | {"dtype": "float32"})
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        os.replace(partial, output)  # onto nothing or an empty folder
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _write_checkpoint(weights: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
+    for file in {file for pattern in BESIDE_WEIGHTS for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", read_json(source / "config.json") | {"dtype": "float32"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})

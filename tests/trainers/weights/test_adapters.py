@@ -48,7 +48,7 @@ def test_a_run_ends_in_a_folder_that_loads(kind, job, tmp_path, tokenizer):
     before = {name: value.clone() for name, value in weights(base).items()}
     facts = run(kind, {**job, "model_name_or_path": base}, output_dir=tmp_path / "run")
     assert facts["adapter"] == {
-        **{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]},
         **{"lora_alpha": 32, "lora_dropout": 0.05, "trained_parameters": 2 * 2 * 4 * (16 + 16)},
     }
     assert set(facts["sha256"]) == {"adapter_model.safetensors", "adapter_config.json"}
@@ -136,7 +136,7 @@ def test_an_adapter_needs_a_checkpoint_of_its_own_kind(job, tmp_path, tokenizer)
     with pytest.raises(ValueError, match="must hold a NanoLLaDAForMaskedLM, got NanoLLaDAForCausalLM"):
         run("diffusion", job, output_dir=tmp_path / "run")
     run("causal", {**job, "max_steps": 1, "eval_strategy": "no"}, output_dir=tmp_path / "run")
-    with pytest.raises(ValueError, match="`model_name_or_path` must be a model, got .*run, which holds an adapter"):
+    with pytest.raises(ValueError, match="must be a model, got .*run, which holds an adapter .*--adapter .*run"):
         run("causal", {**job, "model_name_or_path": tmp_path / "run"}, output_dir=tmp_path / "other")
     shutil.rmtree(tmp_path / "ar")
     with pytest.raises(
