@@ -115,6 +115,15 @@ def check_inherited(args) -> None:
         raise ValueError(f"`{name}` must be {own[name]!r}: {REFUSED[name]}, got {value!r}")
 
 
+def check_processes(args) -> None:
+    """
+    Raises:
+        `ValueError`: for several GPUs in one process (`torch.nn.DataParallel`).
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process")
+
+
 def check_reporters(args) -> None:
     """
     Raises:

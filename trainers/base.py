@@ -11,8 +11,8 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
 from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_tokenizer
-from nanollada.trainers.arguments import check_inherited, check_reporters, check_schedule
-from nanollada.trainers.callbacks import MetricsCallback
+from nanollada.trainers.arguments import check_inherited, check_processes, check_reporters, check_schedule
+from nanollada.trainers.console.callbacks import MetricsCallback
 from nanollada.trainers.console.lines import show_lines
 from nanollada.trainers.data.collator import Collator
 from nanollada.trainers.data.prepare import (
@@ -165,6 +165,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    uses_of_a_row = 1  # in a pass
     masks = False  # whether only a part of the targets is predicted at a time
     config_class = NanoLLaDATrainingArguments
     model_class = None  # whose checkpoints a `model` that is a path names
@@ -224,10 +225,7 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
             args = self.config_class(output_dir=f"{name}-{self.config_class.__name__.removesuffix('Config').lower()}")
         if not isinstance(args, self.config_class):
             raise ValueError(f"`args` must be a {self.config_class.__name__}, got a {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"Several GPUs need one process each (accelerate launch), got {args.n_gpu} in one process"
-            )
+        check_processes(args)
         return args
 
     def _loaded(self, model, args, tokenizer) -> tuple:

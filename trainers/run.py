@@ -25,8 +25,42 @@ from nanollada.trainers.weights import adapters
 logger = logging.getLogger(__name__)
 
 
+class RunEntry:
+    """
+    What `main` and `train` need to know of a program of `trainers/`. Its entries are frozen dataclasses.
+
+    Attributes:
+        name (`str`): In the registry.
+        help (`str`): The first line of its help.
+        config_class (`type`): Of the program's own file.
+        arguments (`tuple[type, ...]`): The classes of its options: the model's, the rows', the trainer's.
+    """
+
+    @property
+    def parts(self) -> tuple[type, ...]:
+        """The classes that are the program's own."""
+        return (self.config_class,)
+
+    @property
+    def program(self) -> str | None:
+        """`trainers/<name>.py`, where its own classes are from; `None` for classes that no program here runs."""
+        files = {Path(inspect.getfile(part)).resolve() for part in self.parts}
+        file = files.pop()
+        here = Path(__file__).resolve().parent
+        return f"{here.name}/{file.name}" if not files and file.parent == here else None
+
+    @property
+    def console(self) -> str | None:
+        """Its name among the programs; `None` as for `program`: `train` then notes this process's command."""
+        return self.program and name_of(self.program)
+
+    def set_up(self, model: ModelArguments, data, args):
+        """A trainer with its model and, as `rows`, its data; it trains, saves and evaluates as `train` asks it to."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class TrainerEntry:
+class TrainerEntry(RunEntry):
     """
     What a program of `trainers/` trains, and how: its name in the registry, classes, and the first line of its help.
 
@@ -42,23 +76,23 @@ class TrainerEntry:
     help: str
 
     @property
-    def program(self) -> str | None:
-        """`trainers/<name>.py`, where trainer and config are from; `None` for classes that no program here runs."""
-        files = {Path(inspect.getfile(part)).resolve() for part in (self.trainer_class, self.config_class)}
-        file = files.pop()
-        here = Path(__file__).resolve().parent
-        return f"{here.name}/{file.name}" if not files and file.parent == here else None
+    def parts(self) -> tuple[type, ...]:
+        return (self.trainer_class, self.config_class)
 
     @property
-    def console(self) -> str | None:
-        """Its name among the programs; `None` as for `program`: `train` then notes this process's command."""
-        return self.program and name_of(self.program)
+    def arguments(self) -> tuple[type, ...]:
+        return (ModelArguments, DataArguments, self.config_class)
+
+    def set_up(self, model: ModelArguments, data: DataArguments, args):
+        own, tokenizer = load_model_and_tokenizer(self.model_class, model, args.seed)
+        adapter = peft_config_of(model)
+        return self.trainer_class(own, args, processing_class=tokenizer, data_args=data, peft_config=adapter)
 
 
 def train(
-    trainer: TrainerEntry,
+    trainer: RunEntry,
     *,
-    data: DataArguments,
+    data,
     args,
     model: ModelArguments | None = None,
     command: str | None = None,
@@ -74,10 +108,10 @@ def train(
     `loss.png`. Resuming a run that is finished changes nothing, and says so.
 
     Args:
-        trainer ([`TrainerEntry`]): What is trained, and how: one of `registry.TRAINERS`.
-        data ([`~trainers.data.prepare.DataArguments`]): The rows.
+        trainer ([`RunEntry`]): What is trained, and how: one of `registry.TRAINERS`.
+        data ([`~trainers.data.prepare.DataArguments`]): The rows; of another class for DPO and GRPO, see `arguments`.
         args: The trainer's config.
-        model ([`~trainers.models.ModelArguments`], *optional*): The model and its tokenizer.
+        model ([`~trainers.models.ModelArguments`], *optional*): The model and its tokenizer; the entry's own class.
         command (`str`, *optional*): What `run.json` names as the command of the run. Defaults to this process's.
         next_steps (`bool`, *optional*, defaults to `True`): Whether to end with the commands that use the model.
 
@@ -91,13 +125,10 @@ def train(
         `FloatingPointError`: if the run diverges, naming the step.
         [`~trainers.resuming.stopping.Interrupted`]: a `KeyboardInterrupt`, behind a checkpoint, at Ctrl-C or SIGTERM.
     """
-    entry, chosen = trainer, model or ModelArguments()
+    entry, chosen = trainer, model or trainer.arguments[0]()
     resume = checkpoint_to_resume(args)
     set_seed(args.seed)
-    model, tokenizer = load_model_and_tokenizer(entry.model_class, chosen, args.seed)
-    trainer = entry.trainer_class(
-        model, args, processing_class=tokenizer, data_args=data, peft_config=peft_config_of(chosen)
-    )
+    trainer = entry.set_up(chosen, data, args)
     rows = trainer.rows
     steps = trainer.planned_steps()
     finished = finished_run(args, resume, steps)
@@ -109,7 +140,7 @@ def train(
         (Path(args.output_dir) / "run.json").unlink(missing_ok=True)  # of an earlier run, which this one replaces
     facts = {
         "nanollada_version": versions()["nanollada"],
-        "model_class": entry.model_class.__name__,
+        "model_class": type(adapters.bare(trainer.plain_model)).__name__,
         "init": chosen.model_name_or_path,
         "command": command or records.command(),
         **_facts_before(trainer, steps, rows.report),
@@ -120,14 +151,14 @@ def train(
     facts |= {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "tokens_seen": int(trainer.state.num_input_tokens_seen),
+        "tokens_seen": trainer.tokens_seen,
         "seconds": round(time.perf_counter() - started, 1),
         **trainer.final_evaluation(rows.eval),
     }
     _write_last_files(trainer, facts)
     say(args, ending(facts, args.output_dir))
     if next_steps:
-        say(args, commands_for(facts, args.output_dir, _first_words(tokenizer, rows)))
+        say(args, commands_for(facts, args.output_dir, _first_words(trainer.processing_class, rows)))
     return facts
 
 
@@ -136,7 +167,7 @@ def _facts_before(trainer, steps: int, report: dict) -> dict:
     return {
         "objective": trainer.objective(),
         "seed": trainer.args.seed,
-        "ema_decay": trainer.args.ema_decay,
+        "ema_decay": getattr(trainer.args, "ema_decay", 0.0),
         "data": report,
         "training": plan_of(trainer, steps, report),
         "parameters": trainer.model.num_parameters(),
@@ -148,6 +179,8 @@ def _facts_before(trainer, steps: int, report: dict) -> dict:
 
 def _first_words(tokenizer, rows) -> str:
     """A prompt of the kind that the model knows: what the first held-out (or training) row begins with."""
+    if rows.format != "pretrain":
+        return ""  # asked in a chat
     stored = rows.eval if rows.eval is not None else rows.train
     ids = stored[0]["input_ids"][:8] if has_length(stored) else []  # a stream is not read for it
     return tokenizer.decode(ids, skip_special_tokens=True).strip() or "The"
@@ -185,7 +218,7 @@ def use_fork_server(args) -> None:
         server.set_forkserver_preload(["__main__", "nanollada.trainers.base"])  # which workers then need not import
 
 
-def main(trainer: TrainerEntry, argv: list[str] | None = None, next_steps: bool = True) -> dict:
+def main(trainer: RunEntry, argv: list[str] | None = None, next_steps: bool = True) -> dict:
     """
     Parses `--config recipe.yaml` and the command line over it, and runs `train`.
 
@@ -194,7 +227,7 @@ def main(trainer: TrainerEntry, argv: list[str] | None = None, next_steps: bool 
     """
     from nanollada.trainers.commands.parser import Parser
 
-    parser = Parser((ModelArguments, DataArguments, trainer.config_class), description=trainer.help)
+    parser = Parser(trainer.arguments, description=trainer.help)
     argv = sys.argv[1:] if argv is None else argv
     command = trainer.console and recorded_command(trainer.console, argv)
     with own_process_group():  # which the arguments start

@@ -56,7 +56,7 @@ def results_table(folder: Path, stages: list[str]):
 
 def loss_svg(folder: Path) -> str:
     """The loss curve of a run as an inline SVG in the page's colours: its ink, and `--paper` behind it."""
-    from nanollada.trainers.callbacks import draw_loss, read_metrics
+    from nanollada.trainers.console.callbacks import draw_loss, read_metrics
 
     buffer = io.StringIO()
     draw_loss(read_metrics(folder), buffer, format="svg", size=(4.6, 3))

@@ -99,7 +99,7 @@ def run_facts(folders: list[Path]) -> list[dict]:
 
 def curves(finished: dict[str, list[Path]]) -> list[dict]:
     """Held-out bits per byte over epochs for each run of part c."""
-    from nanollada.trainers.callbacks import read_metrics
+    from nanollada.trainers.console.callbacks import read_metrics
 
     lines = []
     for name, folders in finished.items():

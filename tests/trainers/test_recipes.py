@@ -16,7 +16,7 @@ from trl import TrlParser
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM, layers_nanollada
 from nanollada.modeling_nanollada.loading_nanollada import load_model
-from nanollada.trainers.callbacks import read_metrics
+from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.data.prepare import DataArguments
 from nanollada.trainers.diffusion import DiffusionTrainer
 from nanollada.trainers.models import SHAPE, ModelArguments, config_for

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from ranks import rank
 from training_cases import build_trainer, fresh_model_and_rows, run, weights
 
-from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
+from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.resuming.finished import checkpoint_to_resume
 
 TIMES = ("runtime", "per_second")

@@ -28,8 +28,8 @@ from training_cases import (
 )
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM
-from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
+from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.resuming.checkpoints import last_complete_checkpoint
 

@@ -59,6 +59,10 @@ class LinesCallback(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm and sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and not logs.keys() <= LEFT_OUT:
             left = self._left(state) if "loss" in logs else None

@@ -84,8 +84,18 @@ class ResumingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._stop_signals, self._saved = StopSignals(), None
         self.add_callback(LossWindow(self))
-        if self.args.early_stopping_patience:
+        if getattr(self.args, "early_stopping_patience", 0):  # TRL's configs have none
             self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_min_delta))
+
+    @property
+    def plain_model(self) -> torch.nn.Module:
+        """The model without the wrappers of ranks and compilation."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens of the run so far."""
+        return int(self.state.num_input_tokens_seen)
 
     def planned_steps(self) -> int:
         """The optimizer steps of the whole run, from `max_steps` or `num_train_epochs`."""

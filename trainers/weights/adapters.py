@@ -56,14 +56,25 @@ def adapted(model, config: "peft.PeftConfig", seed: int) -> "peft.PeftModel":
         config.task_type = peft.TaskType.CAUSAL_LM
     set_seed(seed)
     model = peft.get_peft_model(model, config)
-    if os.path.isdir(model.active_peft_config.base_model_name_or_path or ""):  # also from another folder
-        model.active_peft_config.base_model_name_or_path = os.path.abspath(model.name_or_path)
+    name_base(model)
     return model
+
+
+def name_base(model: "peft.PeftModel") -> None:
+    """Names the folder of the model under an adapter so that it is there also from another folder."""
+    config = model.active_peft_config
+    if os.path.isdir(config.base_model_name_or_path or ""):
+        config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
     """Whether a model has an adapter of PEFT."""
     return isinstance(model, peft.PeftModel)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, without an adapter's wrapper."""
+    return model.get_base_model() if is_adapted(model) else model
 
 
 def check_unchanged(model, **settings) -> None:

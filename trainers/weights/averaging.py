@@ -132,11 +132,6 @@ class AveragingTrainer(ResumingTrainer):
             self.candidates = MergeCandidates(folder, self.args.merge_top_k, self.args.process_index == 0)
         self.add_callback(_AveragingCallback(self))
 
-    @property
-    def plain_model(self) -> torch.nn.Module:
-        """The model without the wrappers of ranks and compilation."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def averaged_weights(self):
         """Context in which the model computes with the average, if there is one."""
         return nullcontext() if self.ema is None else self.ema.in_place_of(self.plain_model)

@@ -10,8 +10,8 @@ import pytest
 from training_cases import build_trainer, command_line, fresh_model_and_rows, make_rows
 
 from nanollada.trainers import arguments
-from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalConfig
+from nanollada.trainers.console.callbacks import read_metrics
 
 ROOT = Path(__file__).parents[3]
 

@@ -15,8 +15,8 @@ import pytest
 from ranks import rank
 from training_cases import KINDS, build_trainer, command_line, fresh_model_and_rows, run, weights
 
-from nanollada.trainers.callbacks import read_metrics
 from nanollada.trainers.causal import CausalTrainer
+from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.resuming.checkpoints import fault_of
 from nanollada.trainers.resuming.stopping import Interrupted, StopSignals, interrupted
 from nanollada.trainers.run import main, resuming_arguments

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanollada.trainers import callbacks
-from nanollada.trainers.callbacks import MetricsCallback, draw_loss, read_metrics
+from nanollada.trainers.console import callbacks
+from nanollada.trainers.console.callbacks import MetricsCallback, draw_loss, read_metrics
 from nanollada.trainers.records import strict_json
 
 

@@ -10,6 +10,7 @@ from transformers.utils import is_matplotlib_available
 from nanollada.trainers.records import strict_json, write_whole
 
 METRICS = "metrics.jsonl"
+LOSS = ("loss", "nats per token")
 
 
 class MetricsCallback(TrainerCallback):
@@ -22,15 +23,17 @@ class MetricsCallback(TrainerCallback):
     Args:
         plot_loss (`bool`, *optional*): Whether to draw, with matplotlib (the extra `plots`). Defaults to whether that
             is installed.
+        curve (`tuple[str, str]`, *optional*): The number that is drawn, which names the file, and its axis.
 
     Raises:
         `ValueError`: if `plot_loss` is set and matplotlib is missing.
     """
 
-    def __init__(self, plot_loss: bool | None = None):
+    def __init__(self, plot_loss: bool | None = None, curve: tuple[str, str] = LOSS):
         if plot_loss and not is_matplotlib_available():
             raise ValueError("`plot_loss` needs matplotlib (pip install 'nanollada[plots]'), got True without it")
         self.plot_loss = is_matplotlib_available() if plot_loss is None else plot_loss
+        self.curve = curve
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -55,7 +58,8 @@ class MetricsCallback(TrainerCallback):
 
     def _draw(self, args, state):
         if self.plot_loss and state.is_world_process_zero:
-            draw_loss(read_metrics(args.output_dir), Path(args.output_dir) / "loss.png")
+            path = Path(args.output_dir) / f"{self.curve[0]}.png"
+            draw_loss(read_metrics(args.output_dir), path, curve=self.curve)
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:
@@ -72,15 +76,18 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
     return metrics
 
 
-def draw_loss(metrics: list[dict], path, format: str = "png", size: tuple[float, float] = (7, 4)) -> None:
+def draw_loss(
+    metrics: list[dict], path, format: str = "png", size: tuple[float, float] = (7, 4), curve: tuple[str, str] = LOSS
+) -> None:
     """Draws training loss and evaluation loss (nats per token) over steps, to a path or an open file, in inches."""
+    number, axis = curve
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+    axes = figure.add_subplot(xlabel="step", ylabel=axis)
+    for name, label, style in ((number, "training", "-"), (f"eval_{number}", "held out", "o-")):
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
