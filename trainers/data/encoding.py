@@ -159,7 +159,7 @@ class RowEncoder:
             if batch[0].format == "pretrain":
                 documents = self._documents([example.text for example in batch])
             else:
-                documents = [self._attempt(self._answer_row, example) for example in batch]
+                documents = [self._attempt(self.answer_row, example) for example in batch]
             for example, document in zip(batch, documents, strict=True):
                 if not isinstance(document, BadRow):
                     yield example, document
@@ -188,7 +188,14 @@ class RowEncoder:
             return self._mask_error
         return {"input_ids": [*ids, self.tokenizer.eos_token_id], "num_bytes": len(text.encode())}
 
-    def _answer_row(self, example: Example) -> dict[str, Any]:
+    def answer_row(self, example: Example) -> dict[str, Any]:
+        """
+        What `encode` yields of an example with answers.
+
+        Raises:
+            BadRow: If it cannot be used.
+            ValueError: If the tokenizer has no usable template.
+        """
         if example.messages is None:
             text = example.prompt + example.completion
             spans, literal = [(len(example.prompt), len(text))], None

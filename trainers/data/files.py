@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 # Fields that are read, unless `--text_field` and its like name others; a table is cut down to what is read, so that
 # images and audio beside it stay undecoded.
 FIELDS = ("text", "conversations", "messages", "prompt", "completion", "instruction", "input", "output", "tools")
-CHATS = ("conversations", "messages", "prompt", "completion", "tools")  # may be lists of messages, or of tools
+# May be lists of messages, or of tools.
+CHATS = ("conversations", "messages", "prompt", "completion", "chosen", "rejected", "tools")
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 LINES = (".jsonl", ".txt")  # also compressed
 SUFFIXES = ".jsonl, .txt (both also with .gz or .xz), .json, .parquet, .csv"

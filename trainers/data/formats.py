@@ -69,8 +69,8 @@ def parse_row(row: Any, fields: Mapping[str, str] | None = None) -> dict[str, An
         raise row
     if not isinstance(row, dict):
         raise BadRow("wrong type", f"a row must be an object, got {type(row).__name__}")
-    row, fields = _Row(row), fields or {}
-    tools = _checked_tools(row.pop("tools", None)) if fields.keys() <= {"messages"} else ()
+    row, fields = FilledRow(row), fields or {}
+    tools = checked_tools(row.pop("tools", None)) if fields.keys() <= {"messages"} else ()
     content = _named_content(row, fields) if fields else _content(row)
     if not tools:
         return content
@@ -79,7 +79,7 @@ def parse_row(row: Any, fields: Mapping[str, str] | None = None) -> dict[str, An
     return {**content, "tools": tools}
 
 
-class _Row(dict):
+class FilledRow(dict):
     """The fields of a row that have a value; an error tells one that is null from one that there isn't."""
 
     def __init__(self, row: dict):
@@ -96,20 +96,20 @@ class _Row(dict):
         return self[name]
 
 
-def _named_content(row: "_Row", fields: Mapping[str, str]) -> dict[str, Any]:
+def _named_content(row: FilledRow, fields: Mapping[str, str]) -> dict[str, Any]:
     """Of a row whose fields have other names."""
     values = {name: row.required(field) for name, field in fields.items()}
     if "text" in values:
         return {"text": checked_text(values["text"], fields["text"])}
     if "messages" in values:
-        return {"messages": _checked_chat(_checked_messages(values["messages"], fields["messages"]))}
+        return {"messages": _checked_chat(checked_messages(values["messages"], fields["messages"]))}
     return _prompt_completion(values["prompt"], values["completion"], fields["prompt"], fields["completion"])
 
 
-def _content(row: "_Row") -> dict[str, Any]:
+def _content(row: FilledRow) -> dict[str, Any]:
     if "messages" in row or "conversations" in row:
         name = "messages" if "messages" in row else "conversations"
-        return {"messages": _checked_chat(_checked_messages(row[name], name))}
+        return {"messages": _checked_chat(checked_messages(row[name], name))}
     if "completion" in row or "prompt" in row:
         return _prompt_completion(row.required("prompt"), row.required("completion"))
     if "output" in row or "instruction" in row:
@@ -154,7 +154,13 @@ def checked_text(value: Any, name: str, allow_empty: bool = False) -> str:
     return value
 
 
-def _checked_messages(value: Any, name: str) -> tuple[dict, ...]:
+def checked_messages(value: Any, name: str) -> tuple[dict, ...]:
+    """
+    A chat that stands under a name, ShareGPT's with the names of everybody else.
+
+    Raises:
+        BadRow: For what is no list of messages, naming the part.
+    """
     if not isinstance(value, list | tuple):
         raise BadRow("wrong type", f"`{name}` must be a list of messages, got {type(value).__name__}")
     messages = []
@@ -209,7 +215,13 @@ def _check_calls(calls: Any, name: str, role: str) -> None:
             raise BadRow("wrong type", f"`{place}.arguments` must be an object or its JSON, got {arguments!r}")
 
 
-def _checked_tools(tools: Any) -> tuple[dict, ...]:
+def checked_tools(tools: Any) -> tuple[dict, ...]:
+    """
+    A row's `tools`, objects or their JSON; none for `None`.
+
+    Raises:
+        BadRow: For what are no tools.
+    """
     if isinstance(tools, str) and tools.strip():
         tools = _parsed(tools, "tools")
     if not tools:
@@ -250,8 +262,8 @@ def _prompt_completion(
         raise BadRow(
             "wrong type", f"`{name}` and `{completion_name}` must both be strings or both be lists of messages"
         )
-    prompt = _checked_messages(prompt, name)
-    messages = prompt + _checked_messages(completion, completion_name)
+    prompt = checked_messages(prompt, name)
+    messages = prompt + checked_messages(completion, completion_name)
     return {"messages": _checked_chat(messages, len(prompt)), "num_context": len(prompt)}
 
 

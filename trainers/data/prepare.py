@@ -22,6 +22,7 @@ from nanollada.trainers.data.packing import (
     tokenized_row,
 )
 from nanollada.trainers.data.sources import (
+    HeldOutArguments,
     RowPolicy,
     Source,
     SourceArguments,
@@ -33,7 +34,7 @@ from nanollada.trainers.data.stored import counted, document_features, row_featu
 
 
 @dataclass
-class DataArguments(SourceArguments):
+class DataArguments(HeldOutArguments, SourceArguments):
     """Which rows are trained and evaluated on. Their format decides between pretraining (texts) and SFT (answers)."""
 
     data_weights: list[float] | None = field(
@@ -41,27 +42,6 @@ class DataArguments(SourceArguments):
         metadata={
             "help": "One weight per source: documents are drawn from the sources in these proportions until every "
             "source has been read once (small ones repeat). Without weights every document comes once, in order."
-        },
-    )
-    eval_data: list[str] | None = field(
-        default=None,
-        metadata={"help": "Sources to evaluate on, spelt as `data`; instead of a held-out part of `data`."},
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split of the `datasets` sources in `eval_data`; default: `data_split`."}
-    )
-    held_out_fraction: float = field(
-        default=0.01,
-        metadata={
-            "help": "Share of the source rows kept for evaluation, chosen by their content alone; 0 turns it off. Not "
-            "used with `eval_data`."
-        },
-    )
-    max_held_out_documents: int = field(
-        default=500,
-        metadata={
-            "help": "At most this many held-out source rows are evaluated on, the same number of each source; "
-            "the others are reported, and never trained on."
         },
     )
     max_length: int = field(default=512, metadata={"help": "Tokens of a row."})
@@ -72,13 +52,8 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.eval_data = [self.eval_data] if isinstance(self.eval_data, str) else self.eval_data
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, got {self.max_length}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"`held_out_fraction` must be in [0, 1), got {self.held_out_fraction}")
-        if self.max_held_out_documents < 1:
-            raise ValueError(f"`max_held_out_documents` must be at least 1, got {self.max_held_out_documents}")
         if self.assistant_turns not in ("all", "last"):
             raise ValueError(f"`assistant_turns` must be 'all' or 'last', got {self.assistant_turns!r}")
         if self.data_weights is not None:

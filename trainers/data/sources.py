@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import re
+import types
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class RowPolicy:
 
 
 @dataclass
-class SourceArguments:
+class RowArguments:
     """Where rows come from, and what is done with broken ones."""
 
     data: list[str] | None = field(
@@ -62,15 +63,70 @@ class SourceArguments:
         default=None, metadata={"help": "Configuration of the `datasets` sources (their `name` argument)."}
     )
     data_split: str = field(default="train", metadata={"help": "Split of the `datasets` sources."})
+    on_bad_rows: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "Stop at the first broken row, or skip, count and report broken rows."}
+    )
+    # Settings of some kinds of rows alone.
+    streaming = False
+    sample_by = "paragraph"
+    fields = types.MappingProxyType({})
+
+    @property
+    def columns(self) -> dict[str, str] | None:
+        """What is read of a table, by what it is; `None` for all of it."""
+        return None
+
+    def __post_init__(self):
+        self.data = [self.data] if isinstance(self.data, str) else self.data
+        if self.on_bad_rows not in ("stop", "skip"):
+            raise ValueError(f"`on_bad_rows` must be 'stop' or 'skip', got {self.on_bad_rows!r}")
+
+
+@dataclass
+class HeldOutArguments(RowArguments):
+    """Which rows are evaluated on."""
+
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "Sources to evaluate on, spelt as `data`; instead of a held-out part of `data`."},
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split of the `datasets` sources in `eval_data`; default: `data_split`."}
+    )
+    held_out_fraction: float = field(
+        default=0.01,
+        metadata={
+            "help": "Share of the source rows kept for evaluation, chosen by their content alone; 0 turns it off. Not "
+            "used with `eval_data`."
+        },
+    )
+    max_held_out_documents: int = field(
+        default=500,
+        metadata={
+            "help": "At most this many held-out source rows are evaluated on, the same number of each source; "
+            "the others are reported, and never trained on."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.eval_data = [self.eval_data] if isinstance(self.eval_data, str) else self.eval_data
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"`held_out_fraction` must be in [0, 1), got {self.held_out_fraction}")
+        if self.max_held_out_documents < 1:
+            raise ValueError(f"`max_held_out_documents` must be at least 1, got {self.max_held_out_documents}")
+
+
+@dataclass
+class SourceArguments(RowArguments):
+    """Where texts, chats and answers come from, and how they are read."""
+
     streaming: bool = field(
         default=False, metadata={"help": "Read rows when they are needed instead of all of them first."}
     )
     sample_by: Literal["paragraph", "line", "document"] = field(
         default="paragraph",
         metadata={"help": "What one document of a .txt file is: text between blank lines, one line, or the file."},
-    )
-    on_bad_rows: Literal["stop", "skip"] = field(
-        default="stop", metadata={"help": "Stop at the first broken row, or skip, count and report broken rows."}
     )
     text_field: str | None = field(
         default=None, metadata={"help": "The field that holds a row's text, if not `text`; others are not read then."}
@@ -94,12 +150,15 @@ class SourceArguments:
             given = {"prompt": "prompt", "completion": "completion"} | given
         return given
 
+    @property
+    def columns(self) -> dict[str, str]:
+        columns = self.fields or {name: name for name in FIELDS}
+        return columns | {"tools": "tools"} if "messages" in columns else columns
+
     def __post_init__(self):
-        self.data = [self.data] if isinstance(self.data, str) else self.data
+        super().__post_init__()
         if self.sample_by not in ("paragraph", "line", "document"):
             raise ValueError(f"`sample_by` must be 'paragraph', 'line' or 'document', got {self.sample_by!r}")
-        if self.on_bad_rows not in ("stop", "skip"):
-            raise ValueError(f"`on_bad_rows` must be 'stop' or 'skip', got {self.on_bad_rows!r}")
         if (names := self.fields) and names.keys() not in ({"text"}, {"messages"}, {"prompt", "completion"}):
             raise ValueError(
                 "`text_field`, `messages_field` and `prompt_field` with `completion_field` are three formats: one of "
@@ -112,7 +171,7 @@ class Source:
     """One entry of `data`: its spelling, and the files it stands for, the dataset it names, or a dataset itself."""
 
     spec: str
-    args: SourceArguments
+    args: RowArguments
     files: tuple[str, ...] = ()
     folder: str | None = None
     dataset: Any = None
@@ -170,9 +229,7 @@ class Source:
         Tables are cut down to their text columns, but for `all_columns`.
         """
         args = self.args
-        columns = None if all_columns else args.fields or {name: name for name in FIELDS}
-        if columns and "messages" in args.fields:
-            columns = columns | {"tools": "tools"}
+        columns = None if all_columns else args.columns
         for file in self.files:
             if kind_of(file) == ".parquet":
                 rows = enumerate(parquet_rows(file, args.streaming, columns), start=1)
@@ -198,7 +255,7 @@ class Source:
 
 
 def resolve_source(
-    spec: str, args: SourceArguments, given: Mapping[str, Any] | None = None, argument: str = "data"
+    spec: str, args: RowArguments, given: Mapping[str, Any] | None = None, argument: str = "data"
 ) -> Source:
     """
     Finds out what an entry of `data` (or another `argument`) is: a glob, a file, a folder, a file on the Hub, a
@@ -226,7 +283,7 @@ def resolve_source(
     return Source(spec, args)
 
 
-def resolve_sources(specs: list[str], args: SourceArguments) -> list[Source]:
+def resolve_sources(specs: list[str], args: RowArguments) -> list[Source]:
     """[`resolve_source`] of each; raises as that and [`refuse_idle`] do."""
     sources = [resolve_source(spec, args) for spec in specs]
     refuse_idle(sources)
@@ -240,7 +297,7 @@ def refuse_idle(sources: list[Source]) -> None:
     Raises:
         ValueError: naming the setting and the sources.
     """
-    defaults = SourceArguments()
+    defaults = RowArguments()
     for name, kind in (("data_split", "splits"), ("data_config", "configurations")):
         given = [value for source in sources if (value := getattr(source.args, name)) != getattr(defaults, name)]
         if given and all(name in source.idle for source in sources):

@@ -38,5 +38,6 @@ PUZZLE = Puzzle(
     draw=arithmetic,
     verify=verify,
     columns=columns,
+    has_form=lambda row, answer: re.fullmatch(NUMBER, answer) is not None,
     options={"digits": whole(1, 9), "operators": Option("some of + - *", _are_signs)},
 )

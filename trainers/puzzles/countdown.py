@@ -54,6 +54,12 @@ def verify(row: dict, answer: str) -> bool:
     return evaluated(formula.strip()) == (row["target"], sorted(row["numbers"]))
 
 
+def has_form(row: dict, answer: str) -> bool:
+    """Whether the answer is a formula, with "= target" behind it or without."""
+    formula, _, stated = answer.partition("=")
+    return evaluated(formula.strip()) is not None and stated.strip() in ("", str(row["target"]))
+
+
 def columns(row: dict) -> dict:
     """`numbers`, a list, and `target`."""
     numbers, target = row.get("numbers"), row.get("target")
@@ -91,5 +97,6 @@ PUZZLE = Puzzle(
     draw=countdown,
     verify=verify,
     columns=columns,
+    has_form=has_form,
     options={"numbers": whole(2, 6), "largest": whole(2, 1000), "target": whole(1, 10_000)},
 )

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 TEST_SHARE = 0.1
@@ -36,6 +36,9 @@ class Puzzle:
             ones are just wrong.
         columns (`Callable`): `columns(row)`, what `verify` reads of a row that somebody else wrote; a `ValueError`
             names what is wrong with it.
+        has_form (`Callable`): `has_form(row, answer)`, whether an answer (stripped) looks like one, right or wrong.
+        share (`Callable`, *optional*): `share(row, answer)`, how much of an answer is right, from 0 to 1 of a right
+            one. For answers of parts.
         options (`dict[str, Option]`): Of `draw`.
         has_sides (`bool`, defaults to `False`): Whether `draw` itself keeps training and test problems apart.
             Otherwise the prompt's text decides.
@@ -46,10 +49,14 @@ class Puzzle:
     draw: Callable[..., dict]
     verify: Callable[[dict, str], bool]
     columns: Callable[[dict], dict]
+    has_form: Callable[[dict, str], bool]
+    share: Callable[[dict, str], float] | None = None
     options: dict[str, Option] = field(default_factory=dict)
     has_sides: bool = False
 
-    def make_rows(self, count: int, seed: int, side: str = "test", /, **options) -> list[dict]:
+    def make_rows(
+        self, count: int, seed: int, side: str = "test", unlike: Container[str] = (), /, **options
+    ) -> list[dict]:
         """
         Different problems of one side, the same ones for the same arguments.
 
@@ -57,6 +64,7 @@ class Puzzle:
             count (`int`): How many.
             seed (`int`): Of the draws.
             side (`str`, defaults to `"test"`): "test" or "train". No problem is on both.
+            unlike (`Container[str]`): Prompts of problems that are left out; all others are drawn as without.
             options: Of the puzzle.
 
         Raises:
@@ -75,10 +83,12 @@ class Puzzle:
                 raise ValueError(f"`{name}` must be {self.options[name].rule}, got {value!r}")
         rows = {}
         for row in self._drawn(random.Random(f"{seed}/{self.name}/{side}"), side, options):
-            rows[row["prompt"]] = row
+            if row["prompt"] not in unlike:
+                rows[row["prompt"]] = row
             if len(rows) == count:
                 return list(rows.values())
-        raise ValueError(f"`rows` must not exceed the {side} problems of {self.name} with {options}, got {count}")
+        left = f"the {side} problems of {self.name} with {options}{' that are left' if unlike else ''}"
+        raise ValueError(f"`rows` must not exceed {left}, got {count}")
 
     def _drawn(self, rng: random.Random, side: str, options: dict) -> Iterator[dict]:
         """Problems of the side, until so many draws in a row have given nothing new."""

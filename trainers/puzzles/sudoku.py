@@ -118,6 +118,21 @@ def verify(row: dict, answer: str) -> bool:
     return is_valid_solution(row["puzzle"], answer)
 
 
+def share_of_blanks(puzzle: str, solution: str, answer: str) -> float:
+    """The share of a puzzle's blanks that an answer fills as the solution; 0 if it has other cells or other clues."""
+    cells = list(zip(puzzle, solution, answer, strict=False))
+    if len(answer) != len(puzzle) or any(clue not in ("0", digit) for clue, _, digit in cells):
+        return 0.0
+    blanks = [digit == right for clue, right, digit in cells if clue == "0"]
+    return sum(blanks) / len(blanks)
+
+
+def share(row: dict, answer: str) -> float:
+    """[`share_of_blanks`] of a puzzle with one solution."""
+    fits = (grid for grid in solutions() if all(c in ("0", a) for c, a in zip(row["puzzle"], grid, strict=True)))
+    return share_of_blanks(row["puzzle"], next(fits), answer)
+
+
 def columns(row: dict) -> dict:
     """`puzzle`, 16 digits with one solution."""
     puzzle = needed(row, "puzzle")
@@ -132,6 +147,8 @@ PUZZLE = Puzzle(
     draw=sudoku,
     verify=verify,
     columns=columns,
+    has_form=lambda row, answer: re.fullmatch("[1-4]{16}", answer) is not None,
+    share=share,
     options={"min_blanks": whole(1, 12), "max_blanks": whole(1, 12)},
     has_sides=True,
 )

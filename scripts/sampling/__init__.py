@@ -1,0 +1,1 @@
+"""Answers that a model is let write in numbers, and what is made of them."""
