@@ -6,6 +6,7 @@ the same logits. The class decides between causal and bidirectional attention, n
 """
 
 from functools import wraps
+from types import MethodType
 
 import torch
 from torch import nn
@@ -389,6 +390,12 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin, S
                 "train it with nanollada's DiffusionTrainer, got a TRL trainer"
             )
         super().__setattr__(name, value)
+
+    def _install_forward(self, forward=None):
+        """Puts `forward(self, …)`, of a trainer that knows what a diffusion model is, in place of the class's own."""
+        self.__dict__.pop("forward", None)
+        if forward is not None:
+            object.__setattr__(self, "forward", MethodType(forward, self))
 
     @can_return_tuple
     def forward(

@@ -72,10 +72,14 @@ def block_positions(seed, index, rank, epoch, sums, blocks):
     the block in a random order of the row's K blocks that hold targets.
     """
     row = row_positions(seed, rank, epoch)[:, None]  # [B, 1]
+    return torch.remainder(row + block_shifts(seed, index, epoch, sums, blocks), 1.0)
+
+
+def block_shifts(seed, index, epoch, sums, blocks):
+    """`[B, L]`: how far each place's block stands from the row's position in time: j/K, see `block_positions`."""
     used = sums > 0  # [B, K]
     draws = keyed_uniform(seed, index, epoch, STREAM_BLOCK, blocks.shape[-1]).masked_fill(~used, 2.0)
     order = draws.argsort(-1)
     places = torch.arange(blocks.shape[-1], device=blocks.device).expand_as(order)
     place = torch.empty_like(order).scatter_(-1, order, places)  # the blocks with targets come first
-    shift = place / used.sum(-1, keepdim=True).clamp(min=1).double()
-    return torch.remainder(row + shift.gather(-1, blocks), 1.0)
+    return place.gather(-1, blocks) / used.sum(-1, keepdim=True).clamp(min=1).double()

@@ -61,9 +61,10 @@ def corrupt(
     *,
     seed: int,
     index: torch.Tensor,
-    rank: torch.Tensor,
+    rank: torch.Tensor | None = None,
     epoch: torch.Tensor,
     block_ids: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
     **settings,
 ) -> Corruption:
     """
@@ -96,6 +97,8 @@ def corrupt(
         index, rank, epoch (`torch.LongTensor` of shape `(batch,)`): The rows' keys, see `keyed_uniform` and
             `row_positions`.
         block_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Blocks, see `block_ids_of`.
+        position (`torch.DoubleTensor` of shape `(batch, length)`, *optional*): The blocks' positions in [0, 1), at
+            each place; by default those of `block_positions`, which needs `rank`.
         **settings: Those of `MaskingSettings`.
 
     Returns:
@@ -113,7 +116,8 @@ def corrupt(
     )
     blocks = block_ids if block_ids is not None else torch.zeros_like(input_ids)
     sums = block_sums(targets, blocks)  # [B, K]
-    position = block_positions(seed, index, rank, epoch, sums, blocks)  # [B, L]
+    if position is None:
+        position = block_positions(seed, index, rank, epoch, sums, blocks)  # [B, L]
     keys = keyed_uniform(seed, index, epoch, STREAM_MASK, input_ids.shape[-1])  # [B, L]
     if settings.mask_count == "exact":
         total = sums.gather(-1, blocks).clamp(min=1)  # [B, L]: n at each place
