@@ -47,7 +47,7 @@ class Canvas:
         pad_token_id = settings._pad_token_tensor
         self.pad_token_id = None if pad_token_id is None else pad_token_id.to(input_ids.device)
         self.mask_token_id = config.mask_token_id
-        self.committed = torch.zeros_like(self.undecided)
+        self.commit_steps = torch.full_like(self.ids, -1)  # [B, W], the step that decided a position; −1: none did
         self.forwards = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
         self.last = torch.full_like(self.forwards, self.length - 1)  # [B], the last column that is kept
         self.checked = torch.full_like(self.forwards, self.prompt_length)  # [B], columns the criteria have seen
@@ -64,7 +64,8 @@ class Canvas:
         ids = self.ids[rows, columns].masked_fill(reopened, self.mask_token_id)
         self.ids[rows, columns] = decision.tokens.where(selected | decision.replaced, ids)
         self.undecided[rows, columns] = self.undecided[rows, columns] & ~selected | reopened
-        self.committed[rows, columns] = self.committed[rows, columns] & ~reopened | selected
+        steps = self.commit_steps[rows, columns].masked_fill(reopened, -1)
+        self.commit_steps[rows, columns] = self.forwards[rows, None].where(selected | decision.replaced, steps)
         self.forwards[rows] += 1
 
     def end(self, rows):
@@ -127,7 +128,7 @@ class Canvas:
         return ids if self.pad_token_id is None else ids.where(~after, self.pad_token_id)
 
     def tokens_per_forward(self):
-        kept = self.committed[:, : self.length] & (self.columns <= self.last[:, None])
+        kept = (self.commit_steps[:, : self.length] >= 0) & (self.columns <= self.last[:, None])
         return kept.sum(1) / self.forwards.clamp(min=1)
 
 

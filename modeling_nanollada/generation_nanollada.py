@@ -46,10 +46,18 @@ class NanoLLaDAGenerationOutput(GenerateDecoderOnlyOutput):
             pad token after the first generated EOS.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch,)`): Tokens decoded and kept (no pads), by forward
             passes made while the row was at work. The two passes of guidance count as one.
+        canvas (`torch.LongTensor` of shape `(batch, width)`): The rows as the model saw them last: prompt, decided
+            tokens, also those behind an EOS, and the mask token where nothing was decided. A model with
+            `config.block_length` sees masks to the end of its last block, so `width` may exceed `sequences`'.
+        commit_steps (`torch.LongTensor` of shape `(batch, width)`): The denoising step in which each position was
+            decided (for good, where decisions are taken back). Each row counts its own steps, over all its blocks,
+            from 0. −1 is what was given and what was never decided.
         cache, past_key_values (`None`): The cache is the call's own and ends with it.
     """
 
     tokens_per_forward: torch.FloatTensor | None = None
+    canvas: torch.LongTensor | None = None
+    commit_steps: torch.LongTensor | None = None
 
 
 read_under_both_names(NanoLLaDAGenerationOutput)
@@ -233,7 +241,12 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         sequences = canvas.output().to(input_ids.device)
         if not generation_config.return_dict_in_generate:
             return sequences
-        return NanoLLaDAGenerationOutput(sequences=sequences, tokens_per_forward=canvas.tokens_per_forward())
+        return NanoLLaDAGenerationOutput(
+            sequences=sequences,
+            tokens_per_forward=canvas.tokens_per_forward(),
+            canvas=canvas.ids.to(input_ids.device),
+            commit_steps=canvas.commit_steps.to(input_ids.device),
+        )
 
     def _warn_of_a_long_canvas(self, canvas, settings):
         """Once per model, and only where the masks of the whole row are seen from the first step on."""

@@ -120,7 +120,7 @@ def test_output_of_a_dictionary(model):
     assert isinstance(result, NanoLLaDAGenerationOutput)
     assert result.past_key_values is None and result.scores is None
     assert result.tokens_per_forward.tolist() == [4.0]
-    assert set(result) == {"sequences", "tokens_per_forward"}
+    assert set(result) == {"sequences", "tokens_per_forward", "canvas", "commit_steps"}
 
 
 def test_lengths_as_in_transformers(model):

@@ -171,7 +171,7 @@ def test_a_decision_is_applied_as_it_says():
     canvas.apply(rows, columns, Decision(third, torch.tensor([[30, 31, 32, 33]]), reopened=first, replaced=second))
     assert canvas.ids.tolist() == [[5, 6, 7] + [MASK] * 4, [8, 9, 10, MASK, 31, 32, MASK]]
     assert canvas.undecided[:, 3:].tolist() == [[True] * 4, [True, False, False, True]]
-    assert canvas.committed[:, 3:].tolist() == [[False] * 4, [False, True, True, False]]
+    assert canvas.commit_steps[:, 3:].tolist() == [[-1] * 4, [-1, 1, 1, -1]]
     assert canvas.forwards.tolist() == [0, 2] and VOCABULARY > 33
 
 
