@@ -44,10 +44,8 @@ def test_steps_are_those_of_the_drafts(name, grid):
     model, settings = build(1, block_length=grid), {"eos_token_id": EOS, **CASES[name]}
     draws = name in ("random", "remdm")
     ids, attention_mask = left_padded(ROWS)
-    run = {"max_new_tokens": 7, **settings}
-    batch = model.generate(
-        ids, attention_mask=attention_mask, return_dict_in_generate=True, generator=seeded(2), **run
-    )
+    run = {"max_new_tokens": 7, "return_dict_in_generate": True, **settings}
+    batch = model.generate(ids, attention_mask=attention_mask, generator=seeded(2), **run)
     assert batch.canvas.shape == batch.commit_steps.shape and batch.canvas.shape[1] >= ids.shape[1] + 7
     for place, row in enumerate(ROWS):
         out, ids_seen, steps = by_drafts(model, row, generator=seeded(3), **run)

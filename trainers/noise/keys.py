@@ -8,6 +8,7 @@ import torch
 
 # One stream per use, so that draws made for different purposes are independent.
 STREAM_LENGTH, STREAM_RATE, STREAM_MASK, STREAM_BLOCK, STREAM_EMBEDDING, STREAM_ATTENTION = range(6)
+STREAM_STEP, STREAM_CONDITION = range(6, 8)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _GOLDEN_RATIO = 0.6180339887498949
@@ -22,6 +23,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
     return x ^ _logical_shift(x, 31)
+
+
+def mix_keys(parts: torch.LongTensor) -> torch.LongTensor:
+    """int64 numbers, scattered: for keys that hash what a row holds."""
+    return _mix(parts + _GOLDEN)
 
 
 def keyed_uniform(seed: int, index: torch.Tensor, epoch: torch.Tensor, stream: int, n: int) -> torch.Tensor:
