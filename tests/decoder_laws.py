@@ -47,7 +47,9 @@ def toy(seed=3, grid=None):
 
 def double_norm(norm, hidden_states):
     """RMSNorm in the type of its input."""
-    return norm.weight * hidden_states * (hidden_states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    return (
+        norm.weight * hidden_states * (hidden_states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    )
 
 
 def position_scores(name, probabilities):
