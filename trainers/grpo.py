@@ -18,12 +18,26 @@ from trl.trainer import grpo_trainer
 
 from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.modeling_nanollada.loading_nanollada import load_model
+from nanollada.modeling_nanollada.rules_nanollada import OWN_SETTINGS
+from nanollada.trainers import run
+from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.data.feedback.prompts import PromptArguments, prepare_prompts
+from nanollada.trainers.rewards.registry import reward_functions
 from nanollada.trainers.rollouts.decoding import Decoding
 from nanollada.trainers.rollouts.generating import left_padded, seed_of, split, write_rollouts
 from nanollada.trainers.rollouts.likelihoods import ESTIMATORS, Scores
-from nanollada.trainers.rollouts.options import REFUSED_ARGUMENTS, check_diffusion, rollout_settings
+from nanollada.trainers.rollouts.options import (
+    DIFFUSION_ONLY,
+    REFUSED_ARGUMENTS,
+    check_autoregressive,
+    check_diffusion,
+    check_reference,
+    rollout_settings,
+)
 from nanollada.trainers.rollouts.policy import drop_thresholds, replaced, switch_off_dropout
 from nanollada.trainers.rollouts.rollouts import Rollouts
+from nanollada.trainers.tuning.entry import TuningEntry
+from nanollada.trainers.tuning.trainer import resumable
 from nanollada.trainers.weights.adapters import is_adapted
 
 logger = logging.getLogger(__name__)
@@ -68,6 +82,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     scale_rewards: str = field(
         default="none", metadata={"help": "none; group, batch: advantages over the rewards' standard deviation there."}
     )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     disable_dropout: bool = field(default=True, metadata={"help": "No dropout: it would change every ratio."})
     bf16: bool | None = field(default=False, metadata={"help": "bf16 mixed precision; scores stay float32."})
     gradient_checkpointing: bool | None = field(
@@ -107,9 +122,20 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         `ValueError`: for a model of another kind, and as `check_diffusion` and `rollout_settings`.
     """
 
-    def __init__(self, model, reward_funcs, args=None, train_dataset=None, *, ref_model=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        ref_model=None,
+        **kwargs,
+    ):
         for name, reason in REFUSED_ARGUMENTS.items():
-            if (value := kwargs.pop(name, None)):
+            if value := kwargs.pop(name, None):
                 raise ValueError(f"`{name}` must be None: {reason}, got {value!r}")
         if isinstance(model, str):
             model = load_model(NanoLLaDAForMaskedLM, model, "model")
@@ -120,23 +146,25 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             raise ValueError(f"`args` must be a DiffusionGRPOConfig, got a {type(args).__name__}")
         args.estimator = args.estimator or "replay"
         check_diffusion(args)
+        check_reference(args, ref_model, is_adapted(model) or kwargs.get("peft_config"))
         self.estimator = ESTIMATORS[args.estimator]
         self.dropped_decoding = drop_thresholds(model)
         if self.dropped_decoding:
-            logger.warning("Decoding thresholds were chosen for the model as it was, and go: %s", self.dropped_decoding)
+            logger.warning(
+                "Decoding thresholds were chosen for the model as it was, and go: %s", self.dropped_decoding
+            )
         switch_off_dropout(model)
-        self._reference = ref_model
         # TRL would put another `forward` on the model, which scores next tokens, and load the reference from a path.
         names = {"add_fused_lm_head": _leave_forward, "create_model_from_path": partial(_reference, model, ref_model)}
         with replaced(grpo_trainer, **names):
-            super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
-        config = self.plain_model.config
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        config = self.base_model.config
         self.generation_config = rollout_settings(args, config, self.eos_token_ids)
         self._decoding = Decoding.of(self.generation_config, config)
         self._rollouts, self._scores, self._eval_batch = None, None, 0
 
     @property
-    def plain_model(self) -> NanoLLaDAForMaskedLM:
+    def base_model(self) -> NanoLLaDAForMaskedLM:
         """The policy without what accelerate and PEFT put around it."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_adapted(model) else model
@@ -155,11 +183,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with profiling_context(self, "generate"), around, torch.no_grad(), self._dist.summon_full_params(
-            self.model_wrapped, recurse=False
+        with (
+            profiling_context(self, "generate"),
+            around,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             self._rollouts, completion_ids = write_rollouts(
-                self.plain_model, ids.to(device), mask.to(device), self.generation_config, self._generator()
+                self.base_model, ids.to(device), mask.to(device), self.generation_config, self._generator()
             )
         return completion_ids, None
 
@@ -259,3 +290,59 @@ def _leave_forward(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=(
 def _reference(model, given, model_id, architecture=None, **kwargs):
     """In place of TRL's `create_model_from_path`: the reference that is given, or a copy of the policy as it is."""
     return copy.deepcopy(model) if given is None else given
+
+
+def load_rows(data: PromptArguments, tokenizer, args: DiffusionGRPOConfig, config):
+    """The prompts of a run, none of which leaves too little room to answer."""
+    return prepare_prompts(data, tokenizer, config.max_position_embeddings - args.max_completion_length)
+
+
+def build(*, policy, reference, tokenizer, rows, data, args, peft_config) -> GRPOTrainer:
+    """
+    The trainer of a policy: TRL's of an AR model, the one above of a diffusion model.
+
+    Raises:
+        `ValueError`: as `check_autoregressive`, `reward_functions` and the trainers.
+    """
+    rewards = reward_functions(args.reward_funcs)
+    given = {"eval_dataset": rows.eval, "processing_class": tokenizer, "peft_config": peft_config}
+    if policy.is_diffusion:
+        return resumable(DiffusionGRPOTrainer)(policy, rewards, args, rows.train, ref_model=reference, **given)
+    check_autoregressive(args)
+    check_reference(args, reference, peft_config)
+    if args.disable_dropout:
+        switch_off_dropout(policy)
+    with replaced(grpo_trainer, create_model_from_path=partial(_reference, policy, reference)):
+        return resumable(GRPOTrainer)(policy, rewards, args, rows.train, **given)
+
+
+def objective(trainer: GRPOTrainer) -> dict:
+    """What `run.json` says of the objective."""
+    args, diffusion = trainer.args, isinstance(trainer, DiffusionGRPOTrainer)
+    names = ["reward_funcs", "reward_weights", "scale_rewards", "loss_type", "importance_sampling_level", "beta"]
+    names += ["num_generations", "num_iterations", "temperature", "max_completion_length"]
+    settings = {name: getattr(args, name) for name in names + list(DIFFUSION_ONLY if diffusion else ())}
+    if not diffusion:
+        return {"name": "GRPO", **settings}
+    decoding = trainer.generation_config.to_diff_dict()
+    own = {name: decoding[name] for name in OWN_SETTINGS if name in decoding}
+    dropped = {"decoding": own, "dropped_decoding": trainer.dropped_decoding}
+    return {"name": f"GRPO, likelihood by {args.estimator}", **settings, **dropped}
+
+
+TRAINER = TuningEntry(
+    "grpo",
+    "Trains an AR or a diffusion model by rewards for its own answers.",
+    DiffusionGRPOConfig,
+    PromptArguments,
+    load_rows,
+    build,
+    objective,
+    needs_reference=lambda args: args.beta > 0,
+    curve=("reward", "mean reward"),
+)
+
+main = partial(run.main, TRAINER)
+
+if __name__ == "__main__":
+    run_program(main)

@@ -161,7 +161,9 @@ def test_what_is_scored_is_the_canvas_and_not_the_cut_completion(tmp_path, char_
     scored, scores = seen[0]
     assert int((scores.weights > 0).sum()) == sum(decided)
     for row in range(8):
-        mine = (scored.canvas == rollouts.canvas[row]).all(1) & (scored.commit_steps == rollouts.commit_steps[row]).all(1)
+        mine = (scored.canvas == rollouts.canvas[row]).all(1) & (
+            scored.commit_steps == rollouts.commit_steps[row]
+        ).all(1)
         value = float(scores.total()[mine.nonzero()[0, 0]])
         assert value == pytest.approx(float(log_likelihood(twin, rollouts, row)), abs=1e-9)
         if row in behind:
@@ -249,7 +251,7 @@ def test_evaluation_does_not_change_training(tmp_path, char_tokenizer):
     plain.train()
     evaluated = trainer_of(
         tmp_path, char_tokenizer, max_steps=2, eval_dataset=prompts(2), per_device_eval_batch_size=4,
-        eval_strategy="steps", eval_steps=1, 
+        eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
     evaluated.train()
     assert logged(plain, "reward") == logged(evaluated, "reward")

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from rollout_cases import gradients_of, logged, policy, prompts, trainer_of
+from rollout_cases import policy, prompts, trainer_of
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
@@ -107,7 +107,8 @@ def test_a_micro_batch_carries_its_own_rollouts(tmp_path, char_tokenizer, monkey
     write, score = grpo.write_rollouts, trainer.estimator.score
     monkeypatch.setattr(grpo, "write_rollouts", lambda *args: kept.append(write(*args)) or kept[-1])
     trainer.estimator = dataclasses.replace(
-        trainer.estimator, score=lambda model, rollouts, *args, **kw: seen.append(rollouts) or score(model, rollouts, *args, **kw)
+        trainer.estimator,
+        score=lambda model, rollouts, *args, **kw: seen.append(rollouts) or score(model, rollouts, *args, **kw),
     )
     trainer.train()
     rollouts = kept[0][0]

@@ -37,7 +37,9 @@ def write_rollouts(
     own = model.generation_config
     model.generation_config = type(own)()  # a call's unset fields would be read there
     try:
-        output = model.generate(prompts, attention_mask=attention_mask, generation_config=settings, generator=generator)
+        output = model.generate(
+            prompts, attention_mask=attention_mask, generation_config=settings, generator=generator
+        )
     finally:
         model.generation_config = own
     completions = output.sequences[:, prompts.shape[1] :].cpu()  # [B, C]

@@ -80,7 +80,23 @@ def check_autoregressive(args) -> None:
     """
     for name in DIFFUSION_ONLY:
         if (value := getattr(args, name)) is not None:
-            raise ValueError(f"`{name}` is a diffusion policy's: it must not be given for an AR checkpoint, got {value!r}")
+            raise ValueError(
+                f"`{name}` is a diffusion policy's: it must not be given for an AR checkpoint, got {value!r}"
+            )
+
+
+def check_reference(args, reference, adapter) -> None:
+    """
+    Raises:
+        `ValueError`: for a reference that nothing is compared with.
+    """
+    if reference is not None and (not args.beta or adapter):
+        rule = (
+            "must be left out with an adapter, without which the policy is the reference"
+            if adapter
+            else "needs `beta`"
+        )
+        raise ValueError(f"`ref_model` {rule}, got a {type(reference).__name__} and `beta` {args.beta}")
 
 
 def check_diffusion(args) -> None:
