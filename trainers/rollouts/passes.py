@@ -10,7 +10,7 @@ from nanollada.trainers.objectives import token_cross_entropy
 from nanollada.trainers.rollouts.decoding import Decoding
 from nanollada.trainers.rollouts.rollouts import Rollouts
 
-TOKENS_PER_FORWARD = {"cpu": 4096, "other": 32768}  # a CPU's cache holds no more
+TOKENS_PER_FORWARD = {"cpu": 8192, "other": 32768}
 
 
 @dataclass

@@ -159,19 +159,20 @@ def test_random_positions_have_the_likelihood_given_their_order():
         assert float(total[40].exp()) == pytest.approx(probability, rel=1e-10)
 
 
-@pytest.mark.parametrize("settings", [{"eos_policy": "cut"}, {"eos_policy": "last"}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{"eos_policy": "cut"}, {"eos_policy": "last"}, {"eos_policy": "none"}], ids=str)
 @pytest.mark.parametrize("grid", [None, 2])
 def test_rows_that_end_early_have_a_law_too(settings, grid):
     """What was never decided has no factor; over all outcomes of many draws Σ π = 1, and each is as frequent."""
     model, count, eos = toy(grid=grid), 8000, 2
     run = {"max_new_tokens": NEW, "do_sample": True, "eos_token_id": eos, "pad_token_id": 0, **settings}
     prompts = torch.tensor([PROMPT]).expand(count, -1)
+    run["attention_mask"] = torch.ones_like(prompts)  # a pad token may be a token of the prompt
     out = model.generate(prompts, generator=seeded(6), return_dict_in_generate=True, **run)
     both, times = torch.cat((out.canvas, out.commit_steps), 1).unique(dim=0, return_counts=True)
     rows, steps = both.chunk(2, dim=1)
     assert len(rows.unique(dim=0)) == len(rows), "one trajectory for each row"
     assert ((rows == MASK) & (steps < 0))[:, len(PROMPT) : len(PROMPT) + NEW].any()
-    decoding = Decoding.of(NanoLLaDAGenerationConfig(**run), model.config)
+    decoding = decoding_of(model, settings)
     with torch.no_grad():
         law = replay(model, Rollouts(rows, steps, torch.ones_like(rows), len(PROMPT)), decoding).total().exp()
     assert 0.995 < float(law.sum()) < 1 + 1e-12
