@@ -79,12 +79,17 @@ def read(
     Returns:
         `torch.Tensor` of shape `(batch, width)`: the sum over states of scale · log-probability; and of the same shape
         the mean entropy over the states that score a position, or `None`.
+
+    Raises:
+        `ValueError`: if there is no state.
     """
+    if not len(rows):
+        raise ValueError("`rollouts` must hold a decided position to score, got none")
     width, canvas = rollouts.canvas.shape[1], rollouts.canvas
     shown = _blocks_shown(rollouts, decoding)
     tokens = TOKENS_PER_FORWARD.get(canvas.device.type, TOKENS_PER_FORWARD["other"])
     size = max(1, tokens // (width if decoding.grid is None or decoding.grid >= width else 2 * width))
-    chunks = list(torch.arange(len(rows), device=canvas.device).split(size)) if len(rows) else []
+    chunks = list(torch.arange(len(rows), device=canvas.device).split(size))
     parts, entropies, places = [], [], []
     for number in range(_most_of_all_ranks(len(chunks), canvas.device)):
         idle = number >= len(chunks)  # this rank is done, another is not: it reads a row and scores nothing
@@ -100,8 +105,6 @@ def read(
         places.append(row[where[:, 0]] * width + where[:, 1])
         if entropy:
             entropies.append(torch.special.entr(logits.detach().softmax(-1)).sum(-1))
-    if not parts:
-        raise ValueError("`rollouts` must hold a decided position to score, got none")
     place, values = torch.cat(places), torch.cat(parts)
     sums = values.new_zeros(canvas.numel()).index_add(0, place, values).view(canvas.shape)
     if not entropy:

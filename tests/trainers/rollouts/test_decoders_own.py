@@ -9,7 +9,9 @@ from transformers import LogitsProcessorList
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.modeling_nanollada.prediction_nanollada import CachedBlocks, WholeRows
+from nanollada.trainers.rollouts import passes
 from nanollada.trainers.rollouts.decoding import Decoding, check_replayable
+from nanollada.trainers.rollouts.likelihoods import ESTIMATORS
 from nanollada.trainers.rollouts.passes import TOKENS_PER_FORWARD
 from nanollada.trainers.rollouts.replay import replay
 from nanollada.trainers.rollouts.rollouts import Rollouts, row_keys
@@ -57,11 +59,11 @@ def watched(monkeypatch, model, ids, attention_mask, **run):
     return out, log_probs
 
 
-@pytest.mark.parametrize("grid", [None, 4])
+@pytest.mark.parametrize("shape", [{}, {"block_length": 4}, {"label_shift": True}], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_replay_is_what_the_decoder_computed(monkeypatch, name, grid):
+def test_a_replay_is_what_the_decoder_computed(monkeypatch, name, shape):
     """Left padding, masks in a prompt, ends of text, blocks with a cache: the same number for every token."""
-    model, (ids, attention_mask) = build(2, block_length=grid), left_padded(ROWS)
+    model, (ids, attention_mask) = build(2, **shape), left_padded(ROWS)
     run = {"max_new_tokens": 7, "do_sample": True, **CASES[name]}
     out, expected = watched(monkeypatch, model, ids, attention_mask, generator=seeded(4), **run)
     settings = NanoLLaDAGenerationConfig(**run)
@@ -97,6 +99,27 @@ def test_few_tokens_a_forward_change_nothing(monkeypatch, grid):
         in_parts = replay(counting, rollouts, decoding).log_probs
     assert len(calls) > 10 and max(calls[1:]) <= 60
     torch.testing.assert_close(at_once, in_parts, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_ranks_call_a_model_they_share_equally_often(monkeypatch, name):
+    """A rank that is done reads on for the others, and it changes neither scores nor gradients."""
+    model, (ids, attention_mask) = build(2, block_length=4), left_padded(ROWS)
+    run = {"max_new_tokens": 7, "do_sample": True, "eos_token_id": None}
+    out = model.generate(ids, attention_mask=attention_mask, return_dict_in_generate=True, **run)
+    rollouts, calls, found = Rollouts.of(out, attention_mask, model.config), [], []
+    decoding = Decoding.of(NanoLLaDAGenerationConfig(**run), model.config)
+
+    def counting(**inputs):
+        calls.append(inputs)
+        return model(**inputs)
+
+    for others in (0, 2):
+        monkeypatch.setattr(passes, "_most_of_all_ranks", lambda count, device, others=others: count + others)
+        scores = ESTIMATORS[name].score(counting, rollouts, decoding, entropy=True)
+        gradients = torch.autograd.grad(scores.total().sum(), list(model.parameters()))
+        found.append([scores.log_probs, scores.weights, scores.entropies, *gradients])
+    assert len(calls) == 1 + 3 and all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_a_block_model_reads_a_step_of_all_blocks_at_once():
