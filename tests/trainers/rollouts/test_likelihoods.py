@@ -234,14 +234,14 @@ def test_autocast_leaves_the_softmax_alone(name):
         return output
 
     with torch.autocast("cpu", torch.bfloat16):
-        scores = ESTIMATORS[name].score(watching, rollouts, DECODING)
+        scores = ESTIMATORS[name].score(watching, rollouts, Decoding(MASK, temperature=0.7, never=(MASK,)))
     assert seen[0].dtype == torch.bfloat16 and scores.log_probs.dtype == torch.float32
     scores.total().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     if name == "mean_field":
         logits = seen[0].double()
         logits[:, MASK] = -torch.inf
-        expected = logits.log_softmax(-1).gather(1, rollouts.canvas[rollouts.decided][:, None])[:, 0]
+        expected = (logits / 0.7).log_softmax(-1).gather(1, rollouts.canvas[rollouts.decided][:, None])[:, 0]
         torch.testing.assert_close(scores.log_probs[rollouts.decided].double(), expected, rtol=0, atol=1e-6)
 
 
