@@ -63,7 +63,9 @@ class DiffusionDPOConfig(DPOConfig):
         super().__post_init__()
         for name, allowed in (("estimator", ESTIMATORS), ("eos_padding", (None, *EOS_PADDINGS))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
+                )
         if self.num_masks < 1:
             raise ValueError(f"`num_masks` must be >= 1, got {self.num_masks}")
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from nanollada.trainers.noise.blocks import block_sums, choose_smallest
-from nanollada.trainers.noise.keys import STREAM_BLOCK, STREAM_CONDITION, STREAM_MASK, STREAM_RATE, keyed_uniform
+from nanollada.trainers.noise.blocks import block_shifts, block_sums, choose_smallest
+from nanollada.trainers.noise.keys import STREAM_CONDITION, STREAM_MASK, STREAM_RATE, keyed_uniform
 from nanollada.trainers.rollouts.decoding import Decoding
 from nanollada.trainers.rollouts.passes import Scores, States, read
 from nanollada.trainers.rollouts.replay import replay
@@ -90,10 +90,7 @@ def draw_masks(rollouts, blocks, row, draw, draws, seed):
     keys, positions, targets = rollouts.keys[row], rollouts.positions[row], rollouts.decided[row]
     sizes = block_sums(targets, blocks[row])  # [C, U]
     total = sizes.gather(1, blocks[row]).clamp(min=1)  # [C, W]
-    # The blocks of a row stand apart by equal shares, in a random order.
-    order = keyed_uniform(seed, keys, torch.zeros_like(keys), STREAM_BLOCK, sizes.shape[1]).masked_fill(sizes == 0, 2)
-    used = (sizes > 0).sum(-1, keepdim=True).clamp(min=1)
-    ahead = (order.argsort(-1).argsort(-1) / used.double()).gather(1, blocks[row])
+    ahead = block_shifts(seed, keys, torch.zeros_like(keys), sizes, blocks[row])
     time = (draw[:, None] + keyed_uniform(seed, keys, draw, STREAM_RATE, 1)) / draws[:, None]
     count = torch.minimum(((time + ahead) % 1.0 * total).long(), total - 1) + 1
     noise = keyed_uniform(seed, keys, draw, STREAM_MASK, positions.shape[1]).gather(1, positions)

@@ -23,7 +23,7 @@ class Scores:
             gradient; 0 where nothing was scored.
         weights (`torch.Tensor` of shape `(batch, width)`): What a position counts in the row's sum: 1, more where it
             stands for others that were not scored, 0 where it was not scored itself.
-        entropies (`torch.Tensor` of shape `(batch, width)`, *optional*): Of the distributions, in nats, without a
+        entropies (`torch.Tensor` of shape `(batch, width)`, *optional*): Of the distributions, in nats, with a
             gradient; 0 where nothing was scored.
     """
 
@@ -104,7 +104,7 @@ def read(
         parts.append(log_probs)
         places.append(row[where[:, 0]] * width + where[:, 1])
         if entropy:
-            entropies.append(torch.special.entr(logits.detach().softmax(-1)).sum(-1))
+            entropies.append(_entropy(logits))
     place, values = torch.cat(places), torch.cat(parts)
     sums = values.new_zeros(canvas.numel()).index_add(0, place, values).view(canvas.shape)
     if not entropy:
@@ -144,6 +144,12 @@ def _logits(model, state, keep, visible, shown, decoding):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's types are too coarse
     never = torch.tensor(decoding.never, dtype=torch.long, device=logits.device)
     return logits.index_fill(1, never, -torch.inf) / decoding.temperature
+
+
+def _entropy(logits):
+    """`[N]`, nats; what can't be drawn, at −∞, has no part in it and gets no gradient."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0)).sum(-1)
 
 
 def _most_of_all_ranks(count, device):

@@ -223,6 +223,21 @@ def test_entropies_are_those_of_the_distributions(name):
     assert ESTIMATORS[name].score(model, rollouts, DECODING).entropies is None
 
 
+def test_entropies_have_a_gradient():
+    """For a bonus on them: that of an entropy over what can be drawn, by hand."""
+    model, rollouts = toy(), rollouts_of([[1, 0, 2]])
+    scores = ESTIMATORS["replay"].score(
+        model, rollouts, Decoding(MASK, temperature=0.7, never=(1, MASK)), entropy=True
+    )
+    logits = model(torch.tensor([[1, 0, MASK]])).logits[0, 2, [0, 2]] / 0.7
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scores.entropies[0, 2], entropy)
+    parameters = list(model.parameters())
+    both = (torch.autograd.grad(value, parameters) for value in (scores.entropies.sum(), entropy))
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_autocast_leaves_the_softmax_alone(name):
     """bfloat16 in the layers, float32 in the scores: those of the very logits that the model gave."""
