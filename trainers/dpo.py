@@ -61,11 +61,10 @@ class DiffusionDPOConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("estimator", ESTIMATORS), ("eos_padding", (None, *EOS_PADDINGS))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
-                )
+        for name, allowed in (("estimator", ESTIMATORS), ("eos_padding", EOS_PADDINGS)):
+            value = getattr(self, name)
+            if value not in allowed and not (name == "eos_padding" and value is None):
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
         if self.num_masks < 1:
             raise ValueError(f"`num_masks` must be >= 1, got {self.num_masks}")
 

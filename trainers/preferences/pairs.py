@@ -17,7 +17,7 @@ def padding_for(
     """
     What follows the answers of a model's pairs.
 
-    A score is the bound that SFT trained: on answers that learnt EOS fill up, and that is what the decoder writes, too.
+    A score is the bound that SFT trained, on answers that learnt EOS fill up: what the decoder writes, too.
 
     Args:
         kind (`str`, *optional*): `eos_padding` of SFT. By default "block" for what decodes in blocks, in those (a

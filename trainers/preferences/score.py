@@ -8,7 +8,8 @@ import torch
 from nanollada.trainers.noise.corruption import Corruption
 from nanollada.trainers.objectives import token_cross_entropy
 
-TOKENS_PER_FORWARD = 8192
+# A CPU is as fast with few, and holds few logits at a time; a GPU wants large products.
+TOKENS_PER_FORWARD = {"cpu": 2**13, "other": 2**16}
 
 
 @dataclass
@@ -36,7 +37,7 @@ def score_masks(
     clean: torch.LongTensor,
     attention_mask: torch.LongTensor,
     block_length: int | None,
-    tokens_per_forward: int = TOKENS_PER_FORWARD,
+    tokens_per_forward: int | None = None,
 ) -> Score:
     """
     Runs a model on corrupted rows, in parts of similar length.
@@ -53,6 +54,8 @@ def score_masks(
         tokens_per_forward (`int`, *optional*): A part has no more tokens than this, or is one row.
     """
     (rows, length), device = clean.shape, clean.device
+    if tokens_per_forward is None:
+        tokens_per_forward = TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["other"])
     lengths, draws = attention_mask.sum(-1), len(noise.labels) // len(clean)
     values, places, right = [], [], []
     for part in _parts(lengths.repeat(draws), tokens_per_forward, 1 if block_length is None else 2):
