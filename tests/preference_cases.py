@@ -1,4 +1,4 @@
-"""Pairs, a tokenizer of thirty words, and trainers of the smallest size: what the tests of preference learning share."""
+"""Pairs, a tokenizer of thirty words, and the smallest trainers: what the tests of preference learning share."""
 
 import torch
 from datasets import Dataset
@@ -62,10 +62,10 @@ def build_trainer(folder, model=None, rows=None, trainer_class=DiffusionDPOTrain
     defaults = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     defaults |= {"per_device_train_batch_size": 4, "logging_steps": 1, "max_grad_norm": 0.0}
     args = DiffusionDPOConfig(str(folder), **{**defaults, **settings})
-    rows = make_pairs() if rows is None else rows
-    own["eval_dataset"] = None if own["eval_dataset"] is None else Dataset.from_list(own["eval_dataset"])
+    own["train_dataset"] = make_pairs() if rows is None else rows
+    own |= {name: Dataset.from_list(value) for name, value in own.items() if isinstance(value, list)}
     model = build_model() if model is None else model
-    return trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=words(), **own)
+    return trainer_class(model, args=args, processing_class=words(), **own)
 
 
 def batch_of(trainer, rows=None):

@@ -1,25 +1,31 @@
-"""Trains on preference pairs: `accelerate launch trainers/dpo.py --model_name_or_path CHECKPOINT --data pairs.jsonl`.
+"""Trains on preference pairs: `accelerate launch trainers/dpo.py --config scripts/recipes/<recipe>.yaml`.
 
 An AR checkpoint is trained by TRL's `DPOTrainer` as it is. For a diffusion checkpoint the same trainer compares ELBOs,
 under the same masks for policy and reference (VRPO, LLaDA 1.5, 2505.19223); all else is TRL's.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Literal
 
-import torch
 from datasets.fingerprint import Hasher
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from nanollada.modeling_nanollada import NanoLLaDAForMaskedLM
 from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_tokenizer
-from nanollada.trainers.models import ModelArguments, load_model_and_tokenizer
+from nanollada.trainers import run
+from nanollada.trainers.arguments import default_of
+from nanollada.trainers.commands.ending import run_program
+from nanollada.trainers.data.feedback.preferences import PreferenceArguments, PreparedRows, prepare_preferences
 from nanollada.trainers.preferences.installing import ScoreCalls, in_place_of_fused_head, install_score
 from nanollada.trainers.preferences.masks import ESTIMATORS, EVALUATION
-from nanollada.trainers.preferences.pairs import PAIR, KeyedCollator, padding_for
-from nanollada.trainers.preferences.settings import check_settings
+from nanollada.trainers.preferences.pairs import KeyedCollator, padding_for
+from nanollada.trainers.preferences.score import score_variance
+from nanollada.trainers.preferences.settings import check_models, check_settings
+from nanollada.trainers.tuning.entry import TuningEntry
+from nanollada.trainers.tuning.policy import PolicyArguments, load_policy
+from nanollada.trainers.tuning.trainer import resumable
 
 EOS_PADDINGS = ("none", "block", "max_length")
 SCORE_VERSION = 1  # of the masks and weights that precomputed scores of a reference were made with
@@ -55,8 +61,8 @@ class DiffusionDPOConfig(DPOConfig):
     eval_seed: int = field(default=0, metadata={"help": "Diffusion: seed of the masks of held-out pairs."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     bf16: bool | None = field(default=False, metadata={"help": "Compute in bfloat16."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations anew in the backward pass: less memory, more time."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The older name of activation_checkpointing."}
     )
 
     def __post_init__(self):
@@ -69,7 +75,7 @@ class DiffusionDPOConfig(DPOConfig):
             raise ValueError(f"`num_masks` must be >= 1, got {self.num_masks}")
 
 
-class DiffusionDPOTrainer(DPOTrainer):
+class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
     """
     TRL's `DPOTrainer` whose scores are ELBOs (VRPO, 2505.19223, §3): `num_masks` masks per answer, in even strata of
     the number of masked tokens, the same for policy and reference. With both equal the loss is ln 2 without noise.
@@ -90,8 +96,7 @@ class DiffusionDPOTrainer(DPOTrainer):
         ref_model ([`NanoLLaDAForMaskedLM`], *optional*): Default: the policy as it is now; of an adapter that starts
             (`peft_config`), the model without it.
         args ([`DiffusionDPOConfig`], *optional*): With `eos_padding`, see `preferences.pairs.padding_for`.
-        others: TRL's. `train_dataset`: TRL's columns, or `prompt_ids`, `chosen_ids`, `rejected_ids`; with `index`, the
-            rows' keys, or without.
+        others: TRL's. Datasets are of any shape that `preference_rows` reads; `index`, a row's key, may stand in them.
 
     Raises:
         `ValueError`: for models of another kind or in other blocks, and for what a score can't do, naming it.
@@ -153,22 +158,13 @@ class DiffusionDPOTrainer(DPOTrainer):
 
     @staticmethod
     def _loaded(model, args, tokenizer) -> tuple:
+        own = None
         if isinstance(model, str):
-            model, tokenizer = load_model_and_tokenizer(
-                NanoLLaDAForMaskedLM, ModelArguments(model_name_or_path=model), args.seed, tokenizer
-            )
-        elif tokenizer is None:
-            tokenizer = load_tokenizer(model.name_or_path, "processing_class")
+            model, own = load_policy(PolicyArguments(model_name_or_path=model), args.seed)
+        if tokenizer is None:
+            tokenizer = own or load_tokenizer(model.name_or_path, "processing_class")
         check_tokenizer(model, tokenizer)
         return model, tokenizer
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        columns = next(iter(dataset))
-        if not all(name in columns for name in PAIR):
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if "index" not in columns:
-            dataset = dataset.map(lambda row, number: {"index": number}, with_indices=True)
-        return dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -220,37 +216,72 @@ class DiffusionDPOTrainer(DPOTrainer):
         return super().prediction_step(model, inputs, True, ignore_keys)  # there are no logits to return
 
 
-def check_models(model, ref_model, peft_config) -> None:
+class CausalDPOTrainer(PreparedRows, DPOTrainer):
+    """TRL's `DPOTrainer`, unchanged, on rows that are tokens already."""
+
+
+DIFFUSION_ONLY = ("estimator", "num_masks", "eos_padding", "eval_seed")
+
+
+def check_causal(args: DiffusionDPOConfig) -> None:
     """
     Raises:
-        `ValueError`: unless both denoise, in the same blocks and with the same vocabulary; and for an adapter that
-            puts tokens before the row.
+        `ValueError`: naming a field of the diffusion model's score that an AR model has no use for.
     """
-    for name, one in (("model", model), ("ref_model", ref_model)):
-        if one is not None and getattr(one, "is_diffusion", None) is not True:
-            raise ValueError(f"`{name}` must be a NanoLLaDAForMaskedLM, got a {type(one).__name__}")
-    for name in () if ref_model is None else ("block_length", "vocab_size", "label_shift"):
-        own, other = getattr(model.config, name), getattr(ref_model.config, name)
-        if own != other:
-            raise ValueError(f"`ref_model` must have the policy's `{name}`, got {other} and {own}")
-    configs = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
-    for config in configs:
-        if config.is_prompt_learning:
-            raise ValueError(f"`peft_config` must adapt weights, got {config.peft_type.value}, which adds tokens")
+    defaults = {item.name: default_of(item) for item in fields(args)}
+    for name in DIFFUSION_ONLY:
+        if (value := getattr(args, name)) != defaults[name]:
+            raise ValueError(f"`{name}` must be left out for an AR checkpoint, whose score is exact, got {value!r}")
 
 
-def score_variance(log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
+def load_rows(data: PreferenceArguments, tokenizer, args: DiffusionDPOConfig, config):
+    """The pairs of a run, as tokens."""
+    return prepare_preferences(data, tokenizer, args.max_length)
+
+
+def build(*, policy, reference, tokenizer, rows, data, args, peft_config) -> DPOTrainer:
     """
-    The variance of each pair's preference score that its masks cause, `(pairs,)`.
+    The trainer of a policy: TRL's of an AR model, the one above of a diffusion model.
 
-    Half the mean square of the differences of successive draws, over the number of draws: the variance of their mean
-    if they are independent, and more if they come from strata.
-
-    Args:
-        log_ratios (`torch.Tensor` of shape `(draws, 2 * pairs)`): Policy − reference in nats, draw by draw, all chosen
-            answers first. At least two draws.
-        beta (`float`): Of the score; the variance has the unit nats² · β².
+    Raises:
+        `ValueError`: as `check_causal` and as the trainers.
     """
-    chosen, rejected = log_ratios.chunk(2, dim=1)
-    scores = beta * (chosen - rejected)  # [D, B]
-    return (scores[1:] - scores[:-1]).square().mean(0) / 2 / len(scores)
+    if not policy.is_diffusion:
+        check_causal(args)
+    kind = DiffusionDPOTrainer if policy.is_diffusion else CausalDPOTrainer
+    return resumable(kind)(
+        policy,
+        reference,
+        args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def objective(trainer: DPOTrainer) -> dict:
+    """What `run.json` says of the objective."""
+    args, diffusion = trainer.args, isinstance(trainer, DiffusionDPOTrainer)
+    names = ("loss_type", "loss_weights", "beta", "label_smoothing", "precompute_ref_log_probs", "sync_ref_model")
+    names += DIFFUSION_ONLY[:3] if diffusion else ()
+    settings = {name: getattr(args, name) for name in names}
+    return {"name": f"DPO on {'ELBOs' if diffusion else 'log-likelihoods'}", **settings}
+
+
+TRAINER = TuningEntry(
+    "dpo",
+    "Trains an AR or a diffusion model on preference pairs, against a reference.",
+    DiffusionDPOConfig,
+    PreferenceArguments,
+    load_rows,
+    build,
+    objective,
+    needs_reference=lambda args: True,
+    curve=("loss", "preference loss"),
+)
+
+main = partial(run.main, TRAINER)
+
+if __name__ == "__main__":
+    run_program(main)

@@ -79,6 +79,23 @@ def score_masks(
     return Score(scattered.mean(0), scattered.detach().sum(-1), hits.sum((0, 2)), masked.sum((0, 2)))
 
 
+def score_variance(log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """
+    The variance of each pair's preference score that its masks cause, `(pairs,)`.
+
+    Half the mean square of the differences of successive draws, over the number of draws: the variance of their mean
+    if they are independent, and more if they come from strata.
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(draws, 2 * pairs)`): Policy − reference in nats, draw by draw, all chosen
+            answers first. At least two draws.
+        beta (`float`): Of the score; the variance has the unit nats² · β².
+    """
+    chosen, rejected = log_ratios.chunk(2, dim=1)
+    scores = beta * (chosen - rejected)  # [D, B]
+    return (scores[1:] - scores[:-1]).square().mean(0) / 2 / len(scores)
+
+
 def _block_inputs(block_length: int | None, length: int, clean: torch.LongTensor) -> dict:
     """What the model needs to predict every block from itself and the clean blocks before it."""
     if block_length is None or block_length >= length:

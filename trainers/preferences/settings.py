@@ -1,4 +1,4 @@
-"""Fields of TRL's `DPOConfig` that mean nothing, or something else, where a score is an ELBO."""
+"""What of TRL's `DPOTrainer` means nothing, or something else, where a score is an ELBO."""
 
 import dataclasses
 
@@ -39,3 +39,22 @@ def check_settings(args: DPOConfig) -> None:
     for name, reason in REFUSED.items():
         if (value := getattr(args, name)) != defaults[name]:
             raise ValueError(f"`{name}` must be {defaults[name]!r} for a diffusion model: {reason}, got {value!r}")
+
+
+def check_models(model, ref_model, peft_config) -> None:
+    """
+    Raises:
+        `ValueError`: unless both denoise, in the same blocks and with the same vocabulary; and for an adapter that
+            puts tokens before the row.
+    """
+    for name, one in (("model", model), ("ref_model", ref_model)):
+        if one is not None and getattr(one, "is_diffusion", None) is not True:
+            raise ValueError(f"`{name}` must be a NanoLLaDAForMaskedLM, got a {type(one).__name__}")
+    for name in () if ref_model is None else ("block_length", "vocab_size", "label_shift"):
+        own, other = getattr(model.config, name), getattr(ref_model.config, name)
+        if own != other:
+            raise ValueError(f"`ref_model` must have the policy's `{name}`, got {other} and {own}")
+    configs = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
+    for config in configs:
+        if config.is_prompt_learning:
+            raise ValueError(f"`peft_config` must adapt weights, got {config.peft_type.value}, which adds tokens")
