@@ -1,17 +1,9 @@
 """Evidence on your text: AR, masked and block diffusion with equal parameters, training tokens and tokenizer."""
 
-import itertools
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import asdict
-from graphlib import TopologicalSorter
 from pathlib import Path
 
+from nanollada.scripts.studies.cells import Cells, listed, paired_options
 from nanollada.scripts.studies.variants import (
     NOISE,
     OPTIONAL,
@@ -20,44 +12,24 @@ from nanollada.scripts.studies.variants import (
     TOKENIZER_TEXTS,
     VARIANTS,
     StudyArguments,
-    listed,
     needs,
 )
-from nanollada.trainers.commands.programs import recorded_command
-from nanollada.trainers.records import provenance, read_json, write_json
+from nanollada.trainers.records import read_json, write_json
 
-PROGRAM = Path(__file__).parents[1] / "study.py"
 RECIPES = Path(os.path.relpath(Path(__file__).parents[1] / "recipes"))  # as in the command of a run
-# What may differ between two calls for the same folder; everything else belongs to its numbers.
-FREE = ("output", "part", "runs", "seeds", "eval_blocks", "draws", "jobs", "minutes", "only")
 
 
-class Study:
-    """
-    The runs of a study.
+class Study(Cells):
+    """The runs of `scripts/study.py`."""
 
-    Args:
-        args ([`StudyArguments`]): The settings; kept in the folder, which serves no other ones.
-        options (`list[str]`): Command-line arguments for every training.
+    program = "study.py"
+    free = (*Cells.free, "eval_blocks", "draws")  # everything else belongs to the folder's numbers
 
-    Raises:
-        `ValueError`: if the folder holds a study with other settings.
-    """
+    def names(self) -> list[str]:
+        return [name for part in self.args.part for name in PARTS[part]]
 
-    def __init__(self, args: StudyArguments, options: list[str] | None = None):
-        self.args, self.options = args, list(options or [])
-        self.folder = Path(args.output)
-        settings = {name: value for name, value in asdict(args).items() if name not in FREE}
-        settings["options"] = self.options
-        path = self.folder / "settings.json"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)  # once: the runs' own processes begin at the same time
-        earlier = read_json(path)
-        if changed := [name for name in settings if settings[name] != earlier.get(name)]:
-            raise ValueError(
-                f"`output` holds a study with another `{changed[0]}`: choose another folder, got {self.folder}"
-            )
+    def needs(self, name: str) -> str | None:
+        return needs(name)
 
     # ---- rows and tokenizer
 
@@ -89,9 +61,6 @@ class Study:
 
     # ---- one run
 
-    def run_folder(self, name: str, seed: int) -> Path:
-        return self.folder / f"{name}-{seed}"
-
     def done(self, name: str, seed: int) -> bool:
         files = ("noise.json",) if name in NOISE else ("run.json",)
         if name in VARIANTS and VARIANTS[name].rows != "small":
@@ -121,10 +90,6 @@ class Study:
             write_json(
                 folder / "scores.json", {**self.command(), "results": score(folder, sources, blocks, **options)}
             )
-
-    def command(self) -> dict:
-        """The command of this process and what it runs on, for its numbers."""
-        return {**provenance(), "command": recorded_command("study", sys.argv[1:])}
 
     def train(self, name: str, seed: int) -> None:
         from nanollada.trainers import run
@@ -180,84 +145,16 @@ class Study:
         given = {key: value for key, value in chosen.items() if variant.init is None or key not in SHAPE}
         return [part for key, value in given.items() for part in (f"--{key}", *listed(value))]
 
-    # ---- all runs
-
-    def plan(self) -> list[tuple[str, int]]:
-        """The runs of this call, seed by seed, each behind the one that it starts from; finished ones are left out."""
-        names = self.args.runs or [name for part in self.args.part for name in PARTS[part]]
-        order = []
-        for seed in self.args.seeds:
-            for name in names:
-                order += [(needed, seed) for needed in (needs(name), name) if needed]
-        return [run for run in dict.fromkeys(order) if not self.done(*run)]
-
-    def run(self) -> dict[str, dict]:
-        """
-        Prepares, runs what is not done, as many at a time as `jobs`, and returns the report on all that is.
-
-        Raises:
-            `RuntimeError`: with the end of its log, if a run failed; the others that were running are finished first.
-        """
-        self.prepare()
-        runs, started, failed = self.plan(), time.perf_counter(), []
-        before = {run: {(needs(run[0]), run[1])} & set(runs) for run in runs}
-        order = TopologicalSorter(before)
-        order.prepare()
-        count = itertools.count(1)
-
-        def do(run: tuple[str, int]) -> None:
-            late = self.args.minutes is not None and time.perf_counter() - started > 60 * self.args.minutes
-            if not (late or failed):
-                print(f"{time.perf_counter() - started:7.0f} s  {next(count)}/{len(runs)}  {run[0]}-{run[1]}")
-                if self.start(*run).wait():
-                    failed.append(run)
-
-        in_order(order, do, self.args.jobs)
-        if failed:
-            log = self.run_folder(*failed[0]).with_suffix(".log")
-            raise RuntimeError(f"{failed[0][0]}-{failed[0][1]} failed: {log}\n{log.read_text()[-2000:]}")
-        return self.report()
-
-    def start(self, name: str, seed: int) -> subprocess.Popen:
-        """A run in a process of its own, with its share of the cores; what it prints goes to `<name>-<seed>.log`."""
-        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, str(PROGRAM), *self.arguments(), "--only", f"{name}-{seed}"]
-        with open(self.run_folder(name, seed).with_suffix(".log"), "w") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-    def arguments(self) -> list[str]:
-        """This study's settings as command-line arguments, without those of the whole call."""
-        skipped = ("part", "runs", "seeds", "jobs", "minutes", "only")
-        given = {name: value for name, value in asdict(self.args).items() if name not in skipped and value}
-        return [part for name, value in given.items() for part in (f"--{name}", *listed(value))] + self.options
-
     def report(self) -> dict[str, dict]:
         """`<part>.json`, `<part>.md` and `<part>.png` from all finished runs of the folder; the former by part."""
         from nanollada.scripts.studies.report import write_part
 
         records = {}
         for part in self.args.part:
-            finished = {}
-            for name in PARTS[part] + OPTIONAL[part]:
-                folders = sorted(self.folder.glob(f"{name}-*/"), key=lambda path: path.name)
-                finished[name] = [path for path in folders if self.done(name, int(path.name.rpartition("-")[2]))]
-            if any(finished.values()):
-                print(write_part(self.folder, part, {name: paths for name, paths in finished.items() if paths}))
+            if finished := self.finished(PARTS[part] + OPTIONAL[part]):
+                print(write_part(self.folder, part, finished))
                 records[part] = read_json(self.folder / f"{part}.json")
         return records
-
-
-def in_order(order: TopologicalSorter, do: Callable, jobs: int) -> None:
-    """Does everything that is sorted, each behind what it needs, as many at a time as `jobs`."""
-    with ThreadPoolExecutor(jobs) as pool, ExitStack() as at_the_end:
-        at_the_end.callback(pool.shutdown, wait=False, cancel_futures=True)  # interrupted: nothing new begins
-        running = {}
-        while order.is_active():
-            running |= {pool.submit(do, node): node for node in order.get_ready()}
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                order.done(running.pop(future))
-                future.result()
 
 
 def study(args: StudyArguments, **options) -> dict[str, dict]:
@@ -295,6 +192,4 @@ def main(argv: list[str] | None = None) -> None:
     from nanollada.trainers.commands.parser import Parser
 
     args, options = Parser(StudyArguments, trainer_options).parse_args_and_config(argv)
-    if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
-        raise ValueError(f"options for the trainers must be pairs `--name value`, got {options}")
-    study(args, **{name[2:]: value for name, value in zip(options[::2], options[1::2], strict=True)})
+    study(args, **paired_options(options))

@@ -155,7 +155,3 @@ class StudyArguments:
 def needs(name: str) -> str | None:
     """The run whose weights a run starts from or measures."""
     return NOISE[name] if name in NOISE else VARIANTS[name].init
-
-
-def listed(value) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
