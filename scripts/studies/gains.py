@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from nanollada.scripts.reporting.tables import NONE, markdown, percent, with_error
-from nanollada.trainers.callbacks import read_metrics
+from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.records import read_json, write_json
 from nanollada.trainers.scoring.estimates import mean
 

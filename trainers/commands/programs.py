@@ -50,6 +50,9 @@ PROGRAMS: dict[str, Program] = {
     "lm-eval": Program("scripts/lm_eval_nanollada.py", "EleutherAI's harness on our checkpoints"),
     "benchmark": Program("scripts/benchmark.py", "speed of training and decoding on this machine"),
     "study": Program("scripts/study.py", "compare objectives at equal parameters and tokens"),
+    "post-training-study": Program(
+        "scripts/post_training_study.py", "compare DPO under shared and naive masks, and GRPO by replay and ELBO"
+    ),
     "puzzles": Program("scripts/puzzles.py", "rows of problems with checkable answers"),
     "convert": Program("scripts/convert_checkpoint.py", "bring foreign checkpoints here, take ours there"),
     "merge": Program("scripts/merge_checkpoints.py", "the mean of several checkpoints"),
