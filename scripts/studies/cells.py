@@ -16,7 +16,7 @@ from nanollada.trainers.commands.programs import name_of, recorded_command
 from nanollada.trainers.records import provenance, read_json, write_json
 
 SCRIPTS = Path(__file__).parents[1]
-OF_A_CALL = ("part", "runs", "seeds", "jobs", "minutes", "only")  # the runs' own processes get `only` and no others
+OF_A_CALL = ("runs", "seeds", "jobs", "minutes", "only")  # the runs' own processes get `only` and no others
 
 
 class Cells:
@@ -34,7 +34,7 @@ class Cells:
     """
 
     program: str  # its file in scripts/
-    free: tuple[str, ...] = ("output", *OF_A_CALL)  # what may differ between two calls for the same folder
+    free: tuple[str, ...] = ("output", "part", *OF_A_CALL)  # what may differ between two calls for the same folder
 
     def __init__(self, args, options: list[str] | None = None):
         self.args, self.options = args, list(options or [])

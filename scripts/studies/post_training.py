@@ -97,9 +97,10 @@ class PostTrainingArguments:
         if not self.seeds:
             raise ValueError(f"`seeds` must be given, got {self.seeds}")
         arms = [name for name, arm in ARMS.items() if arm.part == self.part]
-        if unknown := [name for name in self.runs or [] if name not in arms]:
+        if unknown := [name for name in self.runs or () if name not in arms]:
             raise ValueError(f"`runs` must be among {', '.join(arms)} in part {self.part}, got {unknown[0]!r}")
-        needed = {ARMS[name].start for name in self.runs or PARTS[self.part]}
+        runs = [self.only.rpartition("-")[0]] if self.only else self.runs or PARTS[self.part]
+        needed = {ARMS[name].start for name in runs}
         needed |= {"data", "eval_data"} if self.part == "preferences" else set()
         for name in sorted(needed):
             if not getattr(self, name):
@@ -209,7 +210,7 @@ def trainer_options() -> list[str]:
     from nanollada.trainers.commands.parser import Parser
     from nanollada.trainers.registry import TRAINERS
 
-    parsers = [Parser(TRAINERS[name].arguments) for name in TRAINED.values()]
+    parsers = [Parser(TRAINERS[name].arguments) for name in TRAINED.values() if name in TRAINERS]
     return list(dict.fromkeys(name for parser in parsers for name in parser.names()))
 
 

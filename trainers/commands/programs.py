@@ -43,6 +43,8 @@ PROGRAMS: dict[str, Program] = {
     "train-tokenizer": Program("scripts/train_tokenizer.py", "train a tokenizer on your text"),
     "train-causal": Program("trainers/causal.py", "train an autoregressive model: pretraining and SFT"),
     "train-diffusion": Program("trainers/diffusion.py", "train a masked-diffusion model: pretraining and SFT"),
+    "train-dpo": Program("trainers/dpo.py", "train either on preference pairs: DPO, VRPO"),
+    "train-grpo": Program("trainers/grpo.py", "train either on checked answers of its own: GRPO"),
     "generate": Program("scripts/generate.py", "continue a prompt, fill gaps, or chat"),
     "compare": Program("scripts/compare.py", "an AR and a diffusion model side by side on the same prompts"),
     "demo": Program("scripts/demo.py", "both models in a browser, step by step"),
