@@ -45,7 +45,7 @@ def elbo(
     entropy: bool = False,
 ) -> Scores:
     """
-    The sequence's bound as ESPO (2512.03759) and EBPO (LLaDA 2.1, 2602.08676, §4.3) take it: pieces of positions that
+    The sequence's bound as ESPO (2512.03759) and EBPO (LLaDA 2.1, 2602.08676) take it: pieces of positions that
     sum to a Monte Carlo estimate of it, each the mean over masks of (n/k)·log p with k of a block's n decided tokens
     hidden. A piece alone is no probability: ratios are for the sequence.
 
@@ -107,7 +107,7 @@ def mean_field(
     entropy: bool = False,
 ) -> Scores:
     """
-    All tokens at once from an empty answer, as diffu-GRPO (d1, 2504.12216, §3.1) takes it: one pass with every decided
+    All tokens at once from an empty answer, as diffu-GRPO (d1, 2504.12216) takes it: one pass with every decided
     position masked and each prompt token hidden with probability 0.15. A model with blocks is shown the earlier ones.
 
     Args:

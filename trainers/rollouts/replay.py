@@ -27,7 +27,8 @@ def replay(
 
     All steps take one forward pass each. With `steps` = n, a row's n steps are drawn without replacement and stand for
     its K: `weights` is K/n, the sum is unbiased, and log-probabilities are exact where they are computed. A model with
-    blocks reads step k of all blocks in one pass, and n steps are drawn for each block.
+    blocks reads step k of all blocks in one pass, and n steps are drawn for each block. With a gradient, all passes'
+    activations live until the backward pass.
 
     Args:
         model (`Callable`): The masked-diffusion model, or a wrapper around it.

@@ -49,7 +49,7 @@ def test_a_replay_is_the_decoders_law(settings, grid):
 @parametrized
 def test_generate_draws_from_that_law(settings, grid):
     """χ² of its samples, and the steps that it reports."""
-    model, count = toy(grid=grid), 8000
+    model, count = toy(grid=grid), 5000
     rollouts, probabilities = enumerated(model, settings)
     prompts = torch.tensor([PROMPT]).expand(count, -1)
     run = {"max_new_tokens": NEW, "do_sample": True, "eos_token_id": None, **settings}
