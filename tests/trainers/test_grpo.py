@@ -228,8 +228,11 @@ def test_truncated_completions_can_be_left_out(tmp_path, char_tokenizer, monkeyp
     assert sorted(masks[0].any(1).tolist()) == sorted(ended) and 0 < sum(ended) < 8
 
 
-@pytest.mark.parametrize("estimator", ["replay", "elbo", "mean_field"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize(
+    "estimator, loss_type",
+    [("replay", loss) for loss in "grpo dr_grpo dapo bnpo cispo sapo luspo vespo".split()]
+    + [("elbo", loss) for loss in "grpo dapo cispo vespo".split()],
+)
 def test_every_loss_of_trl_trains(tmp_path, char_tokenizer, estimator, loss_type):
     level = "sequence" if loss_type == "luspo" or estimator == "elbo" else "token"
     trainer = trainer_of(

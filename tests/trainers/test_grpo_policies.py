@@ -28,9 +28,7 @@ def test_an_adapter_is_trained_against_the_policy_without_it(tmp_path, char_toke
     model = policy(char_tokenizer)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     config = peft.LoraConfig(**LORA)
-    trainer = trainer_of(
-        tmp_path, char_tokenizer, model, peft_config=config, beta=0.1, max_steps=3, learning_rate=0.5
-    )
+    trainer = trainer_of(tmp_path, char_tokenizer, model, peft_config=config, beta=0.1, max_steps=3, learning_rate=0.5)
     assert trainer.ref_model is None and trainer.base_model is model
     trainer.train()
     first, second, third = logged(trainer, "kl")
@@ -158,7 +156,7 @@ def test_an_ar_policy_has_no_estimator(tmp_path, char_tokenizer, monkeypatch, se
 # A reward whose best policy is known.
 
 
-@pytest.mark.parametrize("settings", [{"estimator": "replay"}, {"estimator": "replay", "score_steps": 2}, {"estimator": "elbo"}])
+@pytest.mark.parametrize("settings", [{"estimator": "replay", "score_steps": 2}, {"estimator": "elbo"}])
 def test_the_rewarded_token_takes_over(tmp_path, char_tokenizer, settings):
     """Reward 1 for a first token that is `a`, else 0, from a policy of no opinion."""
     wanted = char_tokenizer.convert_tokens_to_ids("a")
@@ -168,8 +166,8 @@ def test_the_rewarded_token_takes_over(tmp_path, char_tokenizer, settings):
 
     model = policy(char_tokenizer, initializer_range=0.02)
     trainer = trainer_of(
-        tmp_path, char_tokenizer, model, first_is_wanted, train=prompts(8), max_completion_length=3, max_steps=60,
-        per_device_train_batch_size=64, num_generations=32, learning_rate=5e-3, **settings,
+        tmp_path, char_tokenizer, model, first_is_wanted, max_completion_length=3, max_steps=30, learning_rate=0.02,
+        per_device_train_batch_size=64, num_generations=32, lr_scheduler_type="constant", **settings,
     )  # fmt: skip
     trainer.train()
     rewards = logged(trainer, "reward")
