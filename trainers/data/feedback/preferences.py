@@ -270,7 +270,7 @@ def _checked(row: dict, index: int, name: str, read: PreferenceEncoder) -> dict:
 
 
 def _encoded(row: dict, index: int, name: str, read: PreferenceEncoder) -> dict:
-    return {**_placed(lambda: read(row), name, index)[1], "index": index}
+    return {**_placed(lambda: read(dict(row)), name, index)[1], "index": index}
 
 
 class PreparedRows:
