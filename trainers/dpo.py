@@ -22,7 +22,7 @@ from nanollada.trainers.preferences.installing import ScoreCalls, in_place_of_fu
 from nanollada.trainers.preferences.masks import ESTIMATORS, EVALUATION
 from nanollada.trainers.preferences.pairs import KeyedCollator, padding_for
 from nanollada.trainers.preferences.score import score_variance
-from nanollada.trainers.preferences.settings import check_models, check_settings
+from nanollada.trainers.preferences.settings import check_models, check_settings, check_whole
 from nanollada.trainers.tuning.entry import TuningEntry
 from nanollada.trainers.tuning.policy import PolicyArguments, load_policy
 from nanollada.trainers.tuning.trainer import resumable
@@ -99,7 +99,7 @@ class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
         others: TRL's. Datasets are of any shape that `preference_rows` reads; `index`, a row's key, may stand in them.
 
     Raises:
-        `ValueError`: for models of another kind or in other blocks, and for what a score can't do, naming it.
+        `ValueError`: for models of another kind, in other blocks or in shards, and for what a score can't do, by name.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        padding = padding_for(
+        self.padding = padding_for(
             args.eos_padding, model.config, model.generation_config, processing_class.eos_token_id, args.max_length
         )
         self._calls, self._precomputing = ScoreCalls(), None
@@ -147,7 +147,7 @@ class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
                 model,
                 ref_model,
                 args,
-                KeyedCollator(collator, padding),
+                KeyedCollator(collator, self.padding),
                 train_dataset,
                 eval_dataset,
                 processing_class,
@@ -155,6 +155,10 @@ class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        check_whole(self)
 
     @staticmethod
     def _loaded(model, args, tokenizer) -> tuple:
@@ -264,8 +268,11 @@ def objective(trainer: DPOTrainer) -> dict:
     """What `run.json` says of the objective."""
     args, diffusion = trainer.args, isinstance(trainer, DiffusionDPOTrainer)
     names = ("loss_type", "loss_weights", "beta", "label_smoothing", "precompute_ref_log_probs", "sync_ref_model")
-    names += DIFFUSION_ONLY[:3] if diffusion else ()
     settings = {name: getattr(args, name) for name in names}
+    if diffusion:
+        padding, block_length = trainer.padding, trainer.model.config.block_length
+        settings |= {"estimator": args.estimator, "num_masks": args.num_masks, "block_length": block_length}
+        settings["eos_padding"] = "none" if padding is None else padding.kind
     return {"name": f"DPO on {'ELBOs' if diffusion else 'log-likelihoods'}", **settings}
 
 

@@ -1,5 +1,6 @@
 """The preference trainer of diffusion models: what its score, its noise and its loss must be."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from preference_cases import EOS, batch_of, build_model, build_trainer, likelihood_batch, make_pairs, nudged, words
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForCausalLM
-from nanollada.trainers.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from nanollada.trainers.dpo import DIFFUSION_ONLY, DiffusionDPOConfig, DiffusionDPOTrainer, check_causal, objective
 from nanollada.trainers.preferences.masks import EVALUATION
 from nanollada.trainers.scoring.likelihood import exact_nelbo
 
@@ -274,6 +275,36 @@ def test_a_path_is_a_policy(tmp_path):
     trainer = DiffusionDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=Dataset.from_list(make_pairs()))
     loss = trainer._compute_loss(trainer.model, batch_of(trainer), False)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_texts_become_rows_and_run_json_says_how_they_end(tmp_path):
+    rows = [{"prompt": "w4 w5", "chosen": f"w{n} w7", "rejected": f"w{n} w8 w9"} for n in range(10, 18)]
+    trainer = build_trainer(tmp_path, build_model(block_length=4), rows, max_steps=1)
+    assert trainer.train_dataset[0] == {"prompt_ids": [4, 5], "chosen_ids": [10, 7, 2], "rejected_ids": [10, 8, 9, 2],
+                                        "index": 0}  # fmt: skip
+    trainer.train()
+    said = objective(trainer)
+    assert said["name"] == "DPO on ELBOs" and said["loss_type"] == ["sigmoid"]
+    assert (said["eos_padding"], said["block_length"], said["num_masks"]) == ("block", 4, 8)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+def test_a_model_in_shards_is_refused(kind, name, tmp_path, monkeypatch):
+    own = DPOTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        DPOTrainer, "create_accelerator_and_postprocess", lambda self: (own(self), setattr(self, kind, True))
+    )
+    with pytest.raises(ValueError, match=f"A score needs whole models on every rank .*, got {name}"):
+        build_trainer(tmp_path)
+
+
+def test_fields_of_the_score_are_refused_for_an_ar_model():
+    own = {field.name for field in dataclasses.fields(DiffusionDPOConfig)}
+    assert own - {field.name for field in dataclasses.fields(DPOConfig)} == set(DIFFUSION_ONLY)
+    check_causal(DiffusionDPOConfig(use_cpu=True, ld_alpha=0.5, f_divergence_type="forward_kl"))  # TRL's own
+    for change in ({"estimator": "naive"}, {"num_masks": 4}, {"eos_padding": "none"}, {"eval_seed": 1}):
+        with pytest.raises(ValueError, match=f"`{[*change][0]}` must be left out for an AR checkpoint"):
+            check_causal(DiffusionDPOConfig(use_cpu=True, **change))
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -80,9 +80,8 @@ def test_the_cache_knows_what_a_score_hangs_on(tmp_path, monkeypatch):
     scores = []
     for change in [*changes, {}]:
         calls.clear()
-        model = build_model(block_length=4 if "eos_padding" in change else None)
         settings = {"precompute_ref_log_probs": True, "eos_padding": "none", **change}
-        trainer = build_trainer(tmp_path, model, load_from_disk(tmp_path / "rows"), **settings)
+        trainer = build_trainer(tmp_path, build_model(block_length=4), load_from_disk(tmp_path / "rows"), **settings)
         scores.append(tuple(trainer.train_dataset["ref_chosen_logps"]))
         assert bool(calls) is (len(scores) <= len(changes)), change
     assert len(set(scores)) == len(changes) and scores[0] == scores[-1]

@@ -58,3 +58,14 @@ def check_models(model, ref_model, peft_config) -> None:
     for config in configs:
         if config.is_prompt_learning:
             raise ValueError(f"`peft_config` must adapt weights, got {config.peft_type.value}, which adds tokens")
+
+
+def check_whole(trainer) -> None:
+    """
+    Raises:
+        `ValueError`: for a model in shards: its ranks must call it equally often, and the parts of a score hang on
+            the rows of each.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise ValueError(f"A score needs whole models on every rank (DDP does that), got {kind}")
