@@ -104,8 +104,8 @@ class Cells:
 
     def arguments(self) -> list[str]:
         """This study's settings as command-line arguments, without those of the whole call."""
-        given = {name: value for name, value in asdict(self.args).items() if name not in OF_A_CALL and value}
-        return [part for name, value in given.items() for part in (f"--{name}", *listed(value))] + self.options
+        given = {name: value for name, value in asdict(self.args).items() if name not in OF_A_CALL}
+        return options_of({name: value for name, value in given.items() if value not in (None, [])}) + self.options
 
     def finished(self, names) -> dict[str, list[Path]]:
         """The folders of the finished runs by name; names without one are left out."""
@@ -128,17 +128,28 @@ def in_order(order: TopologicalSorter, do: Callable, jobs: int) -> None:
                 future.result()
 
 
+def options_of(values: dict) -> list[str]:
+    """Command-line arguments of options by name."""
+    return [part for name, value in values.items() for part in (f"--{name}", *listed(value))]
+
+
 def listed(value) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def paired_options(options: list[str]) -> dict[str, str]:
+def options_by_name(words: list[str]) -> dict[str, str | list[str]]:
     """
-    Options for the trainers by name, of command-line arguments.
+    Options for the trainers by name, of command-line arguments; a list where several values follow a name.
 
     Raises:
-        `ValueError`: for arguments that are not pairs `--name value`.
+        `ValueError`: for values without a name, and names without a value.
     """
-    if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
-        raise ValueError(f"options for the trainers must be pairs `--name value`, got {options}")
-    return {name[2:]: value for name, value in zip(options[::2], options[1::2], strict=True)}
+    options, values = {}, []
+    for word in words:
+        if word.startswith("--"):
+            options[word[2:]] = values = []
+        else:
+            values.append(word)
+    if not all(options.values()) or (words and not words[0].startswith("--")):
+        raise ValueError(f"options for the trainers must be `--name value`, got {words}")
+    return {name: values if len(values) > 1 else values[0] for name, values in options.items()}

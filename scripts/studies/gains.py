@@ -12,7 +12,7 @@ from nanollada.trainers.scoring.estimates import mean
 CONTRASTS = {
     "preferences": (("vrpo", "naive"), ("vrpo", "naive_one"), ("vrpo", "vrpo_one"), ("vrpo", "ar_dpo")),
     "problems": (
-        *(("replay", "elbo"), ("replay", "start"), ("elbo", "start"), ("replay_all", "start"), ("replay_all", "elbo")),
+        *(("replay", "elbo"), ("replay", "start"), ("elbo", "start")),
         *(("mean_field", "start"), ("replay", "mean_field"), ("ar_grpo", "ar_start")),
     ),
 }

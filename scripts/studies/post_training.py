@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nanollada.scripts.studies.cells import Cells, listed, paired_options
+from nanollada.scripts.studies.cells import Cells, options_by_name, options_of
 from nanollada.trainers.puzzles.registry import PUZZLES
 from nanollada.trainers.records import read_json, write_json
 
@@ -23,6 +23,7 @@ class Arm:
         start (`str`): The checkpoint that it starts from: "diffusion" or "ar".
         settings (`dict`): What it tells the trainer.
         share (`float`): Of the study's steps; 0 trains nothing and judges the start.
+        steps_scored (`bool`): Whether the study says how many steps, or masks, of a rollout are scored.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Arm:
     start: str = "diffusion"
     settings: dict = field(default_factory=dict)
     share: float = 1.0
+    steps_scored: bool = False
 
 
 ARMS = {
@@ -43,9 +45,8 @@ ARMS = {
     ),
     "ar_dpo": Arm("AR, DPO", "preferences", "ar"),
     "start": Arm("before GRPO", "problems", share=0),
-    "replay": Arm("GRPO, replay, 4 steps", "problems", settings={"estimator": "replay", "score_steps": 4}),
-    "elbo": Arm("GRPO, ELBO, 4 masks", "problems", settings={"estimator": "elbo", "score_steps": 4}),
-    "replay_all": Arm("GRPO, replay, all steps", "problems", settings={"estimator": "replay"}),
+    "replay": Arm("GRPO, replay", "problems", settings={"estimator": "replay"}, steps_scored=True),
+    "elbo": Arm("GRPO, ELBO", "problems", settings={"estimator": "elbo"}, steps_scored=True),
     "mean_field": Arm("GRPO, mean field", "problems", settings={"estimator": "mean_field"}),
     "ar_start": Arm("AR, before GRPO", "problems", "ar", share=0),
     "ar_grpo": Arm("AR, GRPO", "problems", "ar"),
@@ -83,6 +84,9 @@ class PostTrainingArguments:
     eval_problems: int = field(default=400, metadata={"help": "problems: to judge by, of the puzzle's test side."})
     prompts: int = field(default=8, metadata={"help": "problems: prompts of a step."})
     rollouts: int = field(default=8, metadata={"help": "problems: rollouts of a prompt."})
+    score_steps: int = field(
+        default=4, metadata={"help": "problems: steps (replay) or masks (ELBO) of a rollout that are scored; 0: all."}
+    )
     max_new_tokens: int = field(default=17, metadata={"help": "problems: places of an answer, its end included."})
     jobs: int = field(default=1, metadata={"help": "Runs at a time, which share the cores."})
     minutes: float | None = field(default=None, metadata={"help": "Start no further run after so many minutes."})
@@ -92,6 +96,8 @@ class PostTrainingArguments:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.score_steps < 0:
+            raise ValueError(f"`score_steps` must be >= 0, got {self.score_steps}")
         if self.rollouts < 2:
             raise ValueError(f"`rollouts` must be at least 2, which are compared, got {self.rollouts}")
         if not self.seeds:
@@ -172,8 +178,8 @@ class PostTraining(Cells):
             chosen |= {"data": [str(self.problems)], "num_generations": args.rollouts}
             chosen |= {"per_device_train_batch_size": args.prompts * args.rollouts}
             chosen |= {"max_completion_length": args.max_new_tokens}
-        chosen |= arm.settings | paired_options(self.options)
-        return [part for key, value in chosen.items() for part in (f"--{key}", *listed(value))]
+            chosen |= {"score_steps": args.score_steps} if arm.steps_scored and args.score_steps else {}
+        return options_of(chosen | arm.settings | options_by_name(self.options))
 
     def report(self) -> dict[str, dict]:
         """`<part>.json` and `<part>.md` from all finished runs of the folder; the former by part."""
@@ -197,7 +203,7 @@ def post_training(args: PostTrainingArguments, **options) -> dict[str, dict]:
     Returns:
         `dict[str, dict]`: the record of the part, if it has a finished run, as in `<part>.json`.
     """
-    runs = PostTraining(args, [part for name, value in options.items() for part in (f"--{name}", str(value))])
+    runs = PostTraining(args, options_of(options))
     if args.only is None:
         return runs.run()
     name, _, seed = args.only.rpartition("-")
@@ -210,7 +216,7 @@ def trainer_options() -> list[str]:
     from nanollada.trainers.commands.parser import Parser
     from nanollada.trainers.registry import TRAINERS
 
-    parsers = [Parser(TRAINERS[name].arguments) for name in TRAINED.values() if name in TRAINERS]
+    parsers = [Parser(TRAINERS[name].arguments) for name in TRAINED.values()]
     return list(dict.fromkeys(name for parser in parsers for name in parser.names()))
 
 
@@ -219,4 +225,4 @@ def main(argv: list[str] | None = None) -> None:
     from nanollada.trainers.commands.parser import Parser
 
     args, options = Parser(PostTrainingArguments, trainer_options).parse_args_and_config(argv)
-    post_training(args, **paired_options(options))
+    post_training(args, **options_by_name(options))

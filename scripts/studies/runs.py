@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanollada.scripts.studies.cells import Cells, listed, paired_options
+from nanollada.scripts.studies.cells import Cells, options_by_name, options_of
 from nanollada.scripts.studies.variants import (
     NOISE,
     OPTIONAL,
@@ -140,10 +140,8 @@ class Study(Cells):
         if variant.init is not None:
             chosen["model_name_or_path"] = self.run_folder(variant.init, seed)
         chosen |= variant.settings
-        options = dict(zip(self.options[::2], self.options[1::2], strict=True))
-        chosen |= {name.removeprefix("--"): value for name, value in options.items()}
-        given = {key: value for key, value in chosen.items() if variant.init is None or key not in SHAPE}
-        return [part for key, value in given.items() for part in (f"--{key}", *listed(value))]
+        chosen |= options_by_name(self.options)
+        return options_of({key: value for key, value in chosen.items() if variant.init is None or key not in SHAPE})
 
     def report(self) -> dict[str, dict]:
         """`<part>.json`, `<part>.md` and `<part>.png` from all finished runs of the folder; the former by part."""
@@ -168,7 +166,7 @@ def study(args: StudyArguments, **options) -> dict[str, dict]:
     Returns:
         `dict[str, dict]`: the record of each part that has a finished run, as in `<part>.json`.
     """
-    runs = Study(args, [part for name, value in options.items() for part in (f"--{name}", str(value))])
+    runs = Study(args, options_of(options))
     if args.only is None:
         return runs.run()
     name, _, seed = args.only.rpartition("-")
@@ -192,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
     from nanollada.trainers.commands.parser import Parser
 
     args, options = Parser(StudyArguments, trainer_options).parse_args_and_config(argv)
-    study(args, **paired_options(options))
+    study(args, **options_by_name(options))

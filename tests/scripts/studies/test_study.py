@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanollada.scripts.studies import runs as study
+from nanollada.scripts.studies.cells import listed
 from nanollada.scripts.studies.runs import PARTS, VARIANTS, Study, StudyArguments, needs
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "study.py"
@@ -44,8 +45,8 @@ def test_a_folder_serves_one_study(tmp_path):
         Study(StudyArguments(**GIVEN, output=str(tmp_path), tokens=7), ["--learning_rate", "1e-3"])
 
 
-def test_options_are_pairs(tmp_path):
-    with pytest.raises(ValueError, match=r"must be pairs `--name value`, got \['--bf16'\]"):
+def test_options_have_values(tmp_path):
+    with pytest.raises(ValueError, match=r"must be `--name value`, got \['--bf16'\]"):
         study.main(["--data", "a", "--eval_data", "b", "--output", str(tmp_path), "--bf16"])
 
 
@@ -158,7 +159,7 @@ def test_a_tiny_study(tmp_path, tokenizer, capsys):
 @pytest.mark.slow
 def test_the_program_in_two_processes_and_again(tmp_path, tokenizer):
     settings = {**arguments(tmp_path, tokenizer), "runs": ["mdlm", "ar"], "jobs": 2}
-    options = [part for name, value in settings.items() for part in (f"--{name}", *study.listed(value))]
+    options = [part for name, value in settings.items() for part in (f"--{name}", *listed(value))]
     command = [sys.executable, str(SCRIPT), *options, *TINY.split()]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
