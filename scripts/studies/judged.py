@@ -55,7 +55,6 @@ def problems(folder: str, puzzle: str, count: int, options: dict, max_new_tokens
     """
     from nanollada.scripts.decoding.checkpoint import load_checkpoint, prompt_ids
     from nanollada.scripts.decoding.settings import default_decoding, generation_settings
-    from nanollada.scripts.evaluation.answers import batches_of_prompts, new_tokens, until_end
     from nanollada.trainers.puzzles.registry import make_rows, solves
     from nanollada.trainers.scoring.kind import is_diffusion
 
@@ -68,15 +67,22 @@ def problems(folder: str, puzzle: str, count: int, options: dict, max_new_tokens
             continue
         with default_decoding(model):
             settings = generation_settings(model, max_new_tokens=max_new_tokens, **decoding)
-            hits = [0] * count
-            for number, places in enumerate(batches_of_prompts(model, prompts, TOGETHER, settings)):
-                batch = [prompts[place] for place in places]
-                written = new_tokens(model, batch, tokenizer.pad_token_id, 1000 * seed + number, settings)
-                for place, ids in zip(places, written, strict=True):
-                    answer = tokenizer.decode(until_end(model, ids)[0], skip_special_tokens=True)
-                    hits[place] = int(solves(puzzle, rows[place], answer))
-        solved[name] = hits
+            texts = _answers(model, tokenizer, prompts, settings, seed)
+        solved[name] = [int(solves(puzzle, row, text)) for row, text in zip(rows, texts, strict=True)]
     return {"solved": solved}
+
+
+def _answers(model, tokenizer, prompts: list[list[int]], settings: dict, seed: int) -> list[str]:
+    """What is written behind each prompt, up to its end."""
+    from nanollada.scripts.evaluation.answers import batches_of_prompts, new_tokens, until_end
+
+    texts = [""] * len(prompts)
+    for number, places in enumerate(batches_of_prompts(model, prompts, TOGETHER, settings)):
+        batch = [prompts[place] for place in places]
+        written = new_tokens(model, batch, tokenizer.pad_token_id, 1000 * seed + number, settings)
+        for place, ids in zip(places, written, strict=True):
+            texts[place] = tokenizer.decode(until_end(model, ids)[0], skip_special_tokens=True)
+    return texts
 
 
 def agreement(folder: str, source: str, prompts: int, rollouts: int, max_new_tokens: int, seed: int) -> dict:

@@ -177,12 +177,10 @@ def study(args: StudyArguments, **options) -> dict[str, dict]:
 def trainer_options() -> list[str]:
     """The names of all options of the trainers."""
     from nanollada.trainers.commands.parser import Parser
-    from nanollada.trainers.data.prepare import DataArguments
-    from nanollada.trainers.models import ModelArguments
     from nanollada.trainers.registry import TRAINERS
 
-    parsers = [Parser((ModelArguments, DataArguments, entry.config_class)) for entry in TRAINERS.values()]
-    return list(dict.fromkeys(name for parser in parsers for name in parser.names()))
+    kinds = dict.fromkeys(variant.kind for variant in VARIANTS.values())
+    return list(dict.fromkeys(name for kind in kinds for name in Parser(TRAINERS[kind].arguments).names()))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,6 +46,9 @@ CASES = {
         "--warmup_steps", "--tokenizer_name_or_path outputs/nope --data rows.jsonl", f".*, {NOWHERE}", ("train",)
     ),
     "study": Case("--small_epochs", "--data a --eval_data b --tokenizer nope", "`tokenizer` must be .*, got nope"),
+    "post-training-study": Case(
+        "--score_steps", "--part problems --output x", "`diffusion` must be given for these runs, got None"
+    ),
     "puzzles": Case("--options", "--puzzle sudoku --rows 0 --output x.jsonl", ".*rows.*0.*"),
     "convert": Case("--rms_norm_eps", "--source nope --to masked --output x", "`source` must .*, got nope, .*"),
     "merge": Case("--checkpoints", "--checkpoints nope nope2 --output_dir x", ".*nope.*"),
