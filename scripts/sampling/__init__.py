@@ -1,1 +1,1 @@
-"""Answers that a model is let write in numbers, and what is made of them."""
+"""Answers drawn in numbers, and rows to learn from that are made of them."""

@@ -1,6 +1,6 @@
 """Prompts for reinforcement learning: a chat or a text to be answered, and the columns that rewards read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ class PromptReader:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         max_length (`int`, *optional*): Most tokens of a prompt. Nothing is cut.
+        needs_puzzle (`bool`): Whether every row must name its puzzle.
     """
 
     tokenizer: Any
     max_length: int | None = None
+    needs_puzzle: bool = False
 
     def __call__(self, row: Any) -> tuple[Any, dict[str, Any]]:
         """
@@ -56,20 +58,26 @@ class PromptReader:
             raise BadRow("no prompt", "`prompt` must end with what is to be answered")
         if clash := [name for name in RESERVED if name in row]:
             raise BadRow("reserved column", f"`{clash[0]}` is no column that a reward can read: rename or remove it")
+        if self.needs_puzzle:
+            row.required("verify")
         check_puzzle(row)
         self._check_tokens(prompt)
         return prompt, {**row, "prompt": prompt if isinstance(prompt, str) else list(prompt)}
 
-    def _check_tokens(self, prompt: str | tuple[dict, ...]) -> None:
+    def ids(self, prompt: str | Sequence[dict]) -> list[int]:
+        """The tokens of a prompt that stand before the answer in SFT's row."""
         if isinstance(prompt, str):
-            ids = encode_spans(self.tokenizer, prompt, [(0, len(prompt))])[0]
-            theirs = self.tokenizer(prompt)["input_ids"]
+            return encode_spans(self.tokenizer, prompt, [(0, len(prompt))])[0]
+        chat = render_prompt(self.tokenizer, prompt)
+        return encode_spans(self.tokenizer, chat.text, [(0, len(chat.text))], chat.literal)[0]
+
+    def _check_tokens(self, prompt: str | tuple[dict, ...]) -> None:
+        ids = self.ids(prompt)
+        if isinstance(prompt, str):
+            theirs = self.tokenizer(prompt)
         else:
-            chat = render_prompt(self.tokenizer, prompt)
-            ids = encode_spans(self.tokenizer, chat.text, [(0, len(chat.text))], chat.literal)[0]
             theirs = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
-            theirs = theirs["input_ids"]
-        if ids != theirs:
+        if ids != theirs["input_ids"]:
             raise BadRow(
                 "control token", "`prompt` becomes other tokens in SFT than in TRL: it spells a control token"
             )
@@ -94,7 +102,9 @@ def check_puzzle(row: dict[str, Any]) -> None:
         raise BadRow("bad puzzle", str(error)) from error
 
 
-def prepare_prompts(args: PromptArguments, tokenizer, max_length: int | None = None) -> PreparedData:
+def prepare_prompts(
+    args: PromptArguments, tokenizer, max_length: int | None = None, needs_puzzle: bool = False
+) -> PreparedData:
     """
     Reads, checks and splits the prompts of a run.
 
@@ -105,13 +115,14 @@ def prepare_prompts(args: PromptArguments, tokenizer, max_length: int | None = N
         args ([`PromptArguments`]): The sources and their treatment.
         tokenizer (`PreTrainedTokenizerFast`): The model's.
         max_length (`int`, *optional*): Most tokens of a prompt; more is a broken row.
+        needs_puzzle (`bool`): Whether every row must have a `verify`.
 
     Raises:
         DataError: At a broken row, unless `on_bad_rows="skip"`.
         ValueError: For no sources, for columns whose values are of several types, and if nothing is left to train or
             evaluate on.
     """
-    return prepared("prompt", args, max_length, PromptReader(tokenizer, max_length))
+    return prepared("prompt", args, max_length, PromptReader(tokenizer, max_length, needs_puzzle))
 
 
 def texts_of(specs: list[str], argument: str) -> set[str]:

@@ -4,14 +4,15 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from nanollada.trainers.data.files import BadRow
 from nanollada.trainers.data.prepare import PreparedData
 from nanollada.trainers.data.sources import HeldOutArguments, RowPolicy, Source, refuse_idle, resolve_source
+from nanollada.trainers.records import file_digest
 
 BATCH = 1000
 # What a reader makes of a row: the content that decides between training and evaluation, and the columns.
@@ -44,22 +45,20 @@ def read_rows(
     eval_sources = [resolve_source(spec, eval_args, argument="eval_data") for spec in args.eval_data or []]
     refuse_idle([*sources, *eval_sources])
     held_out = args.data if args.held_out_fraction and not args.eval_data else []
-    report = {**_counts(args.data or []), "eval": {**_counts(args.eval_data or held_out or []), "unused_documents": 0}}
-    sides = _split(args, sources, read, report)
-    policy = RowPolicy(args.on_bad_rows, report["eval"]["skipped_rows"])
-    sides[1] += [row for source in eval_sources for _, row in _read(source, policy, read)]
-    for side, counts in zip(sides, (report, report["eval"]), strict=True):
-        counts["documents"] = counts["rows"] = len(side)
-        counts["target_tokens"] = sum(map(targets, side))
-    if sources and not sides[0]:
+    train, evaluation = _Side(args.data or [], features, targets), _Side(args.eval_data or held_out, features, targets)
+    unused = _split(args, sources, read, train, evaluation)
+    policy = RowPolicy(args.on_bad_rows, evaluation.skipped)
+    for _, row in (pair for source in eval_sources for pair in _read(source, policy, read)):
+        evaluation.add(row)
+    if sources and not train.count:
         raise ValueError(f"`data` must hold rows to train on, got none that can be used in {args.data}")
-    if (held_out or eval_sources) and not sides[1]:
+    if (held_out or eval_sources) and not evaluation.count:
         raise ValueError(
             "nothing to evaluate on: raise `held_out_fraction` (0 turns evaluation off) or name rows in `eval_data`, "
-            f"got {args.held_out_fraction} of {len(sides[0])} rows and {args.eval_data}"
+            f"got {args.held_out_fraction} of {train.count} rows and {args.eval_data}"
         )
-    train, evaluation = (_dataset(side, features) if side else None for side in sides)
-    return train, evaluation, report
+    report = {**train.report(sources), "eval": {**evaluation.report(eval_sources), "unused_documents": unused}}
+    return train.dataset(), evaluation.dataset(), report
 
 
 def prepared(format: str, args: HeldOutArguments, max_length: int | None, *read) -> PreparedData:
@@ -68,8 +67,50 @@ def prepared(format: str, args: HeldOutArguments, max_length: int | None, *read)
     return PreparedData(train, evaluation, format, {"format": format, "max_length": max_length, **report})
 
 
-def _counts(sources: list[str]) -> dict[str, Any]:
-    return {"sources": sources, "documents": 0, "rows": 0, "target_tokens": 0, "skipped_rows": Counter()}
+class _Side:
+    """Rows for training or for evaluation while they are read, in batches: lists of Python's integers are large."""
+
+    def __init__(self, specs: list[str], features, targets: Callable[[dict], int]):
+        self.specs, self.features, self.targets = specs, features, targets
+        self.skipped: Counter = Counter()
+        self.count = self.target_tokens = 0
+        self._batch: list[dict[str, Any]] = []
+        self._parts: list = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._batch.append({**row, "index": self.count})
+        self.count += 1
+        self.target_tokens += self.targets(row)
+        if self.features is not None and len(self._batch) == BATCH:
+            self._store()
+
+    def _store(self) -> None:
+        import datasets
+
+        features = self.features and datasets.Features({**self.features, "index": datasets.Value("int64")})
+        if features is None:
+            _check_types(self._batch)
+        self._parts.append(datasets.Dataset.from_list(self._batch, features=features))
+        self._batch = []
+
+    def dataset(self):
+        """The rows with their `index`; `None` without any."""
+        import datasets
+
+        if self._batch:
+            self._store()
+        return datasets.concatenate_datasets(self._parts) if self._parts else None
+
+    def report(self, sources: list[Source]) -> dict[str, Any]:
+        """What `run.json` says of them."""
+        return {
+            "sources": self.specs,
+            "digests": {Path(file).name: file_digest(file) for source in sources for file in source.files},
+            "documents": self.count,
+            "rows": self.count,
+            "target_tokens": self.target_tokens,
+            "skipped_rows": self.skipped,
+        }
 
 
 def _read(source: Source, policy: RowPolicy, read: Reader) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -82,22 +123,22 @@ def _read(source: Source, policy: RowPolicy, read: Reader) -> Iterator[tuple[Any
             raise ValueError(f"{name}, row {number}: {error}") from error
 
 
-def _split(args: HeldOutArguments, sources: list[Source], read: Reader, report: dict) -> list[list[dict]]:
-    """Training rows and held-out ones, at most the same number of each source."""
-    policy = RowPolicy(args.on_bad_rows, report["skipped_rows"])
-    fraction = 0.0 if args.eval_data else args.held_out_fraction
+def _split(args: HeldOutArguments, sources: list[Source], read: Reader, train: _Side, evaluation: _Side) -> int:
+    """Puts rows on their sides, on the held-out one as many of each source at most; how many are left over."""
+    policy = RowPolicy(args.on_bad_rows, train.skipped)
+    fraction, unused = 0.0 if args.eval_data else args.held_out_fraction, 0
     share = math.ceil(args.max_held_out_documents / max(1, len(sources)))
-    sides: list[list[dict]] = [[], []]
     for source in sources:
         left = share
         for content, row in _read(source, policy, read):
-            side = _position(content) < fraction
-            if side and not left:
-                report["eval"]["unused_documents"] += 1
-                continue
-            left -= side
-            sides[side].append(row)
-    return sides
+            if _position(content) >= fraction:
+                train.add(row)
+            elif left:
+                left -= 1
+                evaluation.add(row)
+            else:
+                unused += 1
+    return unused
 
 
 def _position(content) -> float:
@@ -106,13 +147,13 @@ def _position(content) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
-def _dataset(rows: Iterable[dict[str, Any]], features):
-    """Rows with their `index`, in batches: lists of Python's integers are large."""
-    import datasets
-
-    rows, parts = iter(enumerate(rows)), []
-    if features is not None:
-        features = datasets.Features({**features, "index": datasets.Value("int64")})
-    while batch := [{**row, "index": index} for index, row in islice(rows, BATCH if features else None)]:
-        parts.append(datasets.Dataset.from_list(batch, features=features))
-    return datasets.concatenate_datasets(parts)
+def _check_types(rows: list[dict[str, Any]]) -> None:
+    """A column of a table holds one type."""
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value).__name__)
+    if mixed := [name for name, types in kinds.items() if len(types) > 1]:
+        raise ValueError(
+            f"column `{mixed[0]}` must hold one type in all rows, got {', '.join(sorted(kinds[mixed[0]]))}"
+        )
