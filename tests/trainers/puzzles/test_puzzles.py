@@ -29,7 +29,8 @@ def test_rows_are_made_from_the_seed(puzzle):
     assert rows == make_rows(puzzle, 40, 3) and rows != make_rows(puzzle, 40, 4)
     assert rows[:10] == make_rows(puzzle, 10, 3)
     assert len({row["prompt"] for row in rows}) == 40 and all(solves(puzzle, row, row["answer"]) for row in rows)
-    training = {row["prompt"] for seed in range(3) for row in make_rows(puzzle, 100, seed, "train")}
+    count = 20 if puzzle == "sudoku9" else 100  # boards take their time
+    training = {row["prompt"] for seed in range(3) for row in make_rows(puzzle, count, seed, "train")}
     assert not training & {row["prompt"] for row in rows}
     if not PUZZLES[puzzle].has_sides:
         assert {side_of(row["prompt"]) for row in rows} == {"test"} and {side_of(row) for row in training} == {"train"}
@@ -173,6 +174,36 @@ def test_the_rows_are_those_of_the_figures():
 def test_columns_of_a_verifier_are_checked(puzzle, row, message):
     with pytest.raises(ValueError, match=message):
         PUZZLES[puzzle].columns(row)
+
+
+def test_rows_unlike_others():
+    every = make_rows("countdown", 30, 7, "train")
+    left_out = {row["prompt"] for row in every[:20]}
+    others = make_rows("countdown", 25, 7, "train", left_out)
+    assert others[:10] == every[20:] and not left_out & {row["prompt"] for row in others}
+    message = "`rows` must not exceed the test problems of arithmetic with .* that are left, got 1"
+    with pytest.raises(ValueError, match=message):
+        prompts = {f"{one}+{other}=" for one in range(10) for other in range(10)}
+        make_rows("arithmetic", 1, 0, "test", prompts, digits=1, operators="+")
+    with pytest.raises(ValueError, match="`format` must be among messages, prompts, got 'text'"):
+        write_rows("countdown", 1, "x.jsonl", format="text")
+
+
+def test_the_program_writes_prompts_that_no_other_row_has(tmp_path, capsys):
+    sft, prompts = tmp_path / "sft.jsonl", tmp_path / "prompts.jsonl"
+    words = ["--puzzle", "sudoku", "--options", '{"min_blanks": 5, "max_blanks": 6}']
+    main([*words, "--rows", "40", "--output", str(sft)])
+    main([*words, "--rows", "20", "--output", str(prompts), "--format", "prompts", "--unlike", str(sft)])
+    asked = {json.loads(line)["messages"][0]["content"] for line in sft.read_text().splitlines()}
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    assert len(rows) == 20 and not asked & {row["prompt"][0]["content"] for row in rows}
+    boards, _ = split_grids(42)
+    for row in rows:
+        assert row["prompt"] == [{"role": "user", "content": f"Sudoku {row['puzzle']}"}] and row["verify"] == "sudoku"
+        assert row["answer"] in boards and row["puzzle"].count("0") in (5, 6)
+    same = tmp_path / "same.jsonl"
+    main([*words, "--rows", "20", "--output", str(same), "--format", "prompts"])
+    assert {json.loads(line)["prompt"][0]["content"] for line in same.read_text().splitlines()} <= asked
 
 
 REVERSAL = """

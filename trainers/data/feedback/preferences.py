@@ -250,6 +250,7 @@ def preference_rows(dataset, tokenizer, max_length: int | None = None, name: str
     from datasets import Features, Value
 
     columns = dataset.column_names or list(next(iter(dataset), ()))
+    dataset = dataset.with_format(None) if hasattr(dataset, "__len__") else dataset
     kwargs = {"name": name, "read": PreferenceEncoder(tokenizer, max_length)}
     if set(IDS) <= set(columns):
         return dataset.map(_checked, with_indices=True, fn_kwargs=kwargs)

@@ -89,7 +89,7 @@ class _Side:
 
         features = self.features and datasets.Features({**self.features, "index": datasets.Value("int64")})
         if features is None:
-            _check_types(self._batch)
+            self._batch = _even(self._batch)
         self._parts.append(datasets.Dataset.from_list(self._batch, features=features))
         self._batch = []
 
@@ -147,13 +147,13 @@ def _position(content) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
-def _check_types(rows: list[dict[str, Any]]) -> None:
-    """A column of a table holds one type."""
+def _even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that all have the same columns, null where one has none; a column of a table holds one type."""
     kinds: dict[str, set[str]] = {}
-    for row in rows:
-        for name, value in row.items():
-            kinds.setdefault(name, set()).add(type(value).__name__)
+    for name, value in ((name, value) for row in rows for name, value in row.items()):
+        kinds.setdefault(name, set()).add(type(value).__name__)
     if mixed := [name for name, types in kinds.items() if len(types) > 1]:
         raise ValueError(
             f"column `{mixed[0]}` must hold one type in all rows, got {', '.join(sorted(kinds[mixed[0]]))}"
         )
+    return [{name: row.get(name) for name in kinds} for row in rows]
