@@ -1,7 +1,7 @@
 """The schema of evaluation.json: reads, checks and writes what was measured of a model.
 
-A result is one figure of one task, as a row of `results`. This file imports the standard library only, so that
-verify.py has it where nanollada is not installed.
+A result is one figure of one task, as a row of `results`. This file imports the standard library and its neighbour
+only, so that verify.py has it where nanollada is not installed.
 """
 
 import hashlib
@@ -13,13 +13,20 @@ import sys
 import uuid
 from pathlib import Path
 
+if __package__:
+    from nanollada.hub_upload.adapter_base import ADAPTER, base_folder, read_adapter
+else:  # verify.py runs by its path, without nanollada
+    from adapter_base import ADAPTER, base_folder, read_adapter
+
 EVALUATION = "evaluation.json"
 VERSION = 2
 # Of config.json: who wrote it, from where its code is loaded, and the dtype, for all is measured in float32.
 BOOKKEEPING = ("transformers_version", "auto_map", "dtype", "torch_dtype", "_name_or_path")
+PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # so of adapter_config.json
 # Nats and bits of a text: exact of a causal class, a bound of a masked one.
 LIKELIHOODS = ("bits_per_byte", "nats_per_token", "nats_per_answer")
 SHARES = ("acc", "acc_norm", "acc_bytes", "accuracy", "exact_match", "f1", "greedy_match", "ended")  # or by their unit
+DIGESTS = ("weights_sha256", "config_sha256")
 SAMPLED = ("samples", "estimator")  # settings of a better measurement of the same thing
 
 
@@ -75,10 +82,11 @@ def save_evaluation(evaluation: dict, path: str | os.PathLike) -> dict:
         `ValueError`: for a file that is no JSON object with `results`.
     """
     path = Path(path)
-    names = ("checkpoint",) if evaluation["weights_sha256"] is None else ("weights_sha256", "config_sha256")
+    names = ("checkpoint",) if evaluation["weights_sha256"] is None else DIGESTS
     new = {_identity(result) for result in evaluation["results"]}
     old, kept = old_evaluation(path), []
-    if old.get("version") == VERSION and all(old.get(name) == evaluation.get(name) for name in names):
+    same = old.get("base") == evaluation.get("base") and all(old.get(name) == evaluation.get(name) for name in names)
+    if old.get("version") == VERSION and same:
         kept = [result for result in old["results"] if _identity(result) not in new]
     elif old.get("results"):
         version = old.get("version", 1)
@@ -143,20 +151,35 @@ def file_digest(path: Path) -> str:
 def config_digest(folder: str | os.PathLike) -> str:
     """
     SHA-256 of what of a folder's config.json decides the computation: all (the class in `architectures`, too) but
-    [`BOOKKEEPING`], so that a key that is new here counts.
+    [`BOOKKEEPING`], so that a key that is new here counts. Of an adapter's folder so its adapter_config.json.
 
     Raises:
-        `ValueError`: for a config.json that is not there or no JSON object.
+        `ValueError`: for a file that is not there or no JSON object.
     """
-    config = {
-        name: value for name, value in read_object(Path(folder) / "config.json").items() if name not in BOOKKEEPING
-    }
+    name, dropped = ("config.json", BOOKKEEPING) if read_adapter(folder) is None else (ADAPTER, PLACE)
+    config = {key: value for key, value in read_object(Path(folder) / name).items() if key not in dropped}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def model_digests(folder: str | os.PathLike) -> dict[str, str]:
-    """What evaluation.json says of the model: `weights_sha256` and `config_sha256`."""
-    return {"weights_sha256": weights_digest(folder), "config_sha256": config_digest(folder)}
+def model_digests(folder: str | os.PathLike) -> dict[str, str | dict]:
+    """
+    What evaluation.json says of the model: `weights_sha256` and `config_sha256`; of an adapter's folder these are of
+    the adapter, and `base` says the same of the model under it, with its `name` and `architecture`.
+
+    Raises:
+        `ValueError`: as `weights_digest` and `base_folder`.
+    """
+    digests = {"weights_sha256": weights_digest(folder), "config_sha256": config_digest(folder)}
+    adapter = read_adapter(folder)
+    if adapter is None:
+        return digests
+    base = base_folder(folder)
+    names = {"name": adapter["base_model_name_or_path"], "architecture": _architecture(base)}
+    return {**digests, "base": {**names, **model_digests(base)}}
+
+
+def _architecture(folder: str | os.PathLike) -> str:
+    return str((read_object(Path(folder) / "config.json").get("architectures") or [None])[0])
 
 
 def check_model(evaluation: dict, folder: Path, file: str = EVALUATION) -> None:
@@ -165,26 +188,38 @@ def check_model(evaluation: dict, folder: Path, file: str = EVALUATION) -> None:
 
     Args:
         evaluation (`dict`): Content of evaluation.json.
-        folder (`Path`): With config.json and safetensors.
+        folder (`Path`): With config.json and safetensors, or an adapter's; then also whether they are of the model
+            that it names and, if that is a folder here, of its weights.
         file (`str`): What messages call the evaluation.
 
     Raises:
         `ValueError`: if a digest is missing or another's, for results that such a class does not have, and as
             `results_of`.
     """
-    for name, digest in model_digests(folder).items():
+    for name, digest in {"weights_sha256": weights_digest(folder), "config_sha256": config_digest(folder)}.items():
         got = evaluation.get(name)
         if got is None:
             raise ValueError(f"{file} must name its model by `{name}`, got none (of an older version? measure again)")
         if got != digest:
             raise ValueError(f"{file} must be of the model in {folder.name}, got `{name}` {got}")
-    architecture = str((read_object(Path(folder) / "config.json").get("architectures") or [None])[0])
+    architecture = _architecture(folder) if read_adapter(folder) is None else _check_base(evaluation, folder, file)
     for result in results_of(evaluation):
         bound, metric = result["bound"], result["metric"]
         if bound != ("MaskedLM" in architecture) and (bound or metric in LIKELIHOODS):
             kinds = "upper bounds of a masked class and exact likelihoods of a causal one"
             kind = "upper bound" if bound else "exact"
             raise ValueError(f"{file} must hold {kinds}, got {metric}, {kind}, of {architecture}")
+
+
+def _check_base(evaluation: dict, folder: Path, file: str) -> str:
+    """The class of the model under an adapter, which results must be of, too."""
+    base, name = evaluation.get("base"), read_adapter(folder)["base_model_name_or_path"]
+    if not isinstance(base, dict) or base.get("name") != name:
+        raise ValueError(f"{file} must be of the adapter on {name}, got `base` {base}")
+    if Path(name).is_dir() and base != (there := model_digests(folder)["base"]):
+        odd = next(key for key in {**there, **base} if base.get(key) != there.get(key))
+        raise ValueError(f"{file} must be of the model that {folder.name} adapts, got another `{odd}` of {name}")
+    return str(base.get("architecture"))
 
 
 # ---- one result

@@ -97,9 +97,9 @@ def evaluate_checkpoint(
         source_options: `data_config`, `data_split`, `sample_by`, `on_bad_rows`, `streaming` of the sources.
 
     Returns:
-        `dict`: `version`, `checkpoint`, `weights_sha256` and `config_sha256` (`None` for a name on the Hub and
-            for an adapter), `command`, `seed`, `results`: those of a suite with a task "text" and a task "generation"
-            per source.
+        `dict`: `version`, `checkpoint`, `weights_sha256` and `config_sha256` (`None` for a name on the Hub; for an
+            adapter also `base`), `command`, `seed`, `results`: those of a suite with a task "text" and a task
+            "generation" per source.
             `standard_error` is over the scored rows (`None` for a single one), `mask_error` that of the masks alone.
 
     Raises:
@@ -115,8 +115,8 @@ def evaluate_checkpoint(
     _check(metrics, batch_size, decoding)
     decoding = decoding or {}
     digests = {"weights_sha256": None, "config_sha256": None}
-    digests |= model_digests(checkpoint) if (Path(checkpoint) / "config.json").is_file() else {}
     model, tokenizer = load_checkpoint(checkpoint, trust_remote_code, device)
+    digests |= model_digests(checkpoint) if Path(checkpoint).is_dir() else {}
     generation_settings(model, **decoding)  # before anything takes long
     if "likelihood" in metrics:
         check_length(max_length, model.config)

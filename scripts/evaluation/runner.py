@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nanollada.hub_upload.adapter_base import ADAPTER, base_folder, read_adapter
 from nanollada.hub_upload.evaluation_file import (
     EVALUATION,
     model_digests,
@@ -77,7 +78,10 @@ class SuiteArguments:
             raise ValueError(f"`samples` must be a positive even number, got {self.samples}")
         for name, folders in (("checkpoints", self.checkpoints), ("judge", [self.judge] if self.judge else [])):
             for folder in folders:
-                if not (Path(folder) / "config.json").is_file():
+                adapter = read_adapter(folder) is not None
+                if adapter and name == "judge":
+                    raise ValueError(f"`judge` must be a model, got {folder}, which holds an adapter (merge it first)")
+                if not adapter and not (Path(folder) / "config.json").is_file():
                     raise ValueError(f"`{name}` must be folders with a config.json, got {folder}")
         if self.names is not None and len(self.names) != len(self.checkpoints):
             raise ValueError(
@@ -110,7 +114,7 @@ def plan(args: SuiteArguments) -> tuple[str, list[Planned]]:
 def digest_files(folder: str | Path) -> str:
     """SHA-256 over the files that decide a model's numbers beside its weights."""
     digest = hashlib.sha256()
-    for path in (Path(folder) / name for name in FILES):
+    for path in (Path(folder) / name for name in (*FILES, *([ADAPTER] if read_adapter(folder) else []))):
         digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
     return digest.hexdigest()
 
@@ -179,14 +183,18 @@ class Runner:
         for model in models:
             own = [result for result in results if result["model"] == model["name"] and "group" not in result]
             own = [{name: value for name, value in result.items() if name != "model"} for result in own]
-            digests = {name: model[name] for name in ("checkpoint", "weights_sha256", "config_sha256")}
+            names = ("checkpoint", "weights_sha256", "config_sha256", "base")
+            digests = {name: model[name] for name in names if name in model}
             save_evaluation(
                 {**digests, **self.command_and_seed, "results": own}, Path(model["checkpoint"]) / EVALUATION
             )
 
     def run_model(self, model: dict) -> tuple[dict, list[dict]]:
         """Everything of one model, which is loaded only if something is left to do."""
-        bench, results, files = None, [], digest_files(model["checkpoint"])
+        bench, results, files = None, [], [digest_files(model["checkpoint"])]
+        if read_adapter(model["checkpoint"]):
+            base = base_folder(model["checkpoint"])
+            files += [weights_digest(base), digest_files(base)]
         model |= {"kind": None, "parameters": None}
         for item in self.planned:
             identity = self.identity(item, model["weights_sha256"], files)
@@ -208,10 +216,12 @@ class Runner:
         model, tokenizer = load_checkpoint(checkpoint, args.trust_remote_code, args.device)
         return Bench(model, tokenizer, args.samples, args.seed, args.batch_size, self.judge)
 
-    def identity(self, item: Planned, weights: str, files: str) -> dict:
+    def identity(self, item: Planned, weights: str, files: list[str]) -> dict:
         """All that a result depends on. AR takes no samples, but is asked before that is known."""
+        files, *base = files  # of an adapter also the model under it
         task, kind = item.task, KINDS[item.task.kind]
         identity = {"protocol": PROTOCOL, "weights_sha256": weights, "files_sha256": files, "seed": self.args.seed}
+        identity |= {"base_sha256": base} if base else {}
         identity |= {"kind": task.kind, "language": task.language, "data_sha256": item.digest}
         identity |= {"settings": task.settings(), "rows": len(item.rows)}
         identity |= {"samples": self.args.samples} if kind.scored else {}
