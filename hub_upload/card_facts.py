@@ -75,7 +75,8 @@ def read_facts(checkpoint: str | os.PathLike, evaluation: str | os.PathLike | No
 
 def _check_saved(saved: dict, folder: Path) -> None:
     """The files that the run scored and saved must be those that are there, by their SHA-256."""
-    there = {path.name: file_digest(path) for path in (*folder.glob("*.safetensors"), *folder.glob("config.json"))}
+    patterns = ("*.safetensors", "config.json", "adapter_config.json")
+    there = {path.name: file_digest(path) for pattern in patterns for path in folder.glob(pattern)}
     if odd := [name for name in {**saved, **there} if saved.get(name) != there.get(name)]:
         raise ValueError(
             f"run.json must be of the model in {folder.name}, got an `evaluation` of another {odd[0]} (measure again)"

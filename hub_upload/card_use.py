@@ -36,9 +36,10 @@ class Example(NamedTuple):
     answer: str | None = None
 
 
-def use_of(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None) -> dict:
+def use_of(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None, base: tuple | None = None) -> dict:
     """
     What the template's "Use" needs: python blocks that run one after the other, and what each of them printed here.
+    `base` is of an adapter's model: its name on the Hub, and a revision or `None`.
 
     Raises:
         `ValueError`: for a `prompt` that the tokenizer can't express.
@@ -52,6 +53,7 @@ def use_of(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None) -> 
         printed.append(run_snippet(blocks[1], namespace))
     return {
         "repo_id": _literal(repo_id),
+        "base": base and [part and _literal(part) for part in base],
         "blocks": [{"code": code, "printed": fenced(text)} for code, text in zip(blocks, printed, strict=True)],
         "settings": own_settings(model),
     }

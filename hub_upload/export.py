@@ -1,7 +1,8 @@
 """Turns a checkpoint into a folder for the Hub: flat code, safetensors, tokenizer, generation settings, card, and
-golden tokens with the program that verifies them.
+golden tokens with the program that verifies them. Of an adapter's folder a repository of the adapter alone.
 
 python hub_upload/export.py CHECKPOINT OUTPUT --license apache-2.0 --language en
+python hub_upload/export.py ADAPTER OUTPUT --base_model user/its-model --license apache-2.0 --language en
 
 The folder is made by `save_pretrained`, never by copying source files:
 `modeling_nanollada/configuration_nanollada.py` is a bridge that only works inside the package.
@@ -15,12 +16,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nanollada.hub_upload import recompute, verify
+from nanollada.hub_upload import adapter_base, recompute, verify
+from nanollada.hub_upload.adapter_base import ADAPTER, HUB_NAME, WEIGHTS, base_folder, read_adapter
 from nanollada.hub_upload.card_facts import Facts, read_facts
 from nanollada.hub_upload.card_use import choose_example
-from nanollada.hub_upload.evaluation_file import file_digest, model_digests
+from nanollada.hub_upload.evaluation_file import config_digest, file_digest, model_digests, weights_digest
 from nanollada.hub_upload.model_card import build_card
-from nanollada.hub_upload.verify import GOLDEN, check_files, check_results
+from nanollada.hub_upload.recompute import GOLDEN
+from nanollada.hub_upload.verify import check_files, check_results
 from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.commands.programs import command_of
 
@@ -49,7 +52,7 @@ def export(
     overwrite: bool = False,
 ) -> Path:
     """
-    Exports a checkpoint of either model.
+    Exports a checkpoint of either model, or an adapter of one.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder with model and tokenizer: a run's, or one of its `checkpoint-N`.
@@ -60,7 +63,8 @@ def export(
         repo_id (`str`, *optional*): What the card's snippets load. Defaults to the folder's name; uploading sets it.
         model_name (`str`, *optional*): Title of the card. Defaults to the last part of `repo_id`, else of `output`.
         datasets (`list[str]`, *optional*): Hub names of the training data.
-        base_model (`str`, *optional*): Hub name of the model that this one comes from.
+        base_model (`str`, *optional*): Hub name of the model that this one comes from. Of an adapter: of the model
+            that it adapts, needed if that is a folder here; of a merged adapter it defaults to that model's name.
         prompt (`str`, *optional*): Prompt of the card's snippets, whose answer the card shows. Defaults to the first
             that the evaluation asked (`examples` of evaluation.json).
         twin (`str`, *optional*): Hub name of the model of the other kind, which the card links to. Without an owner
@@ -73,8 +77,8 @@ def export(
 
     Raises:
         `ValueError`: if `output` is not empty, or is not an export and would be overwritten; if the checkpoint is not
-            nanollada's, lacks or has too many tensors; if tokenizer and model don't agree; if `picture` is no PNG or
-            GIF; as `read_facts` and `build_card`.
+            nanollada's, lacks or has too many tensors; for an adapter without a name of its model; if tokenizer and
+            model don't agree; if `picture` is no PNG or GIF; as `read_facts` and `build_card`.
     """
     from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer
 
@@ -82,6 +86,7 @@ def export(
     _check_output(checkpoint, output, overwrite)
     shown = None if picture is None else _picture_name(Path(picture))
     facts = read_facts(checkpoint, evaluation)
+    base_model = _base_model(checkpoint, facts, base_model)
     model = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     check_tokenizer(model, tokenizer)
@@ -92,8 +97,15 @@ def export(
     options = {"repo_id": repo_id, "prompt": prompt, "twin": twin, "picture": shown}
     card = build_card(model, tokenizer, facts, model_name=name, **options, **metadata)
     partial = there.with_name(f".{there.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, model, tokenizer, card, facts, choose_example(tokenizer, facts, prompt))
+        partial.mkdir(parents=True)
+        if read_adapter(checkpoint) is None:
+            model.save_pretrained(partial)
+        else:
+            _write_adapter(partial, checkpoint, base_model, model)
+        _write(partial, tokenizer, card, facts, choose_example(tokenizer, facts, prompt))
+        write_golden(partial, None if read_adapter(checkpoint) is None else base_folder(checkpoint))
         if shown is not None:
             shutil.copy(picture, partial / shown)
         check_files(partial)
@@ -101,15 +113,27 @@ def export(
         _put_in_place(partial, there)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    gaps = [f"{name}: --{name} is not given" for name in ("license", "language") if not metadata[name]]
+    needed = ("license", "language", *(["base_model"] if (facts.run or {}).get("merged") else []))
+    gaps = [f"{name}: --{name} is not given" for name in needed if not metadata[name]]
     for gap in (*facts.missing, *gaps):
         print(f"README.md leaves out {gap}", file=sys.stderr)
     return output
 
 
+def _base_model(checkpoint: Path, facts: Facts, base_model: str | None) -> str | None:
+    """The name on the Hub of the model under an adapter, or under one that was merged."""
+    adapter, merged = read_adapter(checkpoint), (facts.run or {}).get("merged") or {}
+    name = merged.get("base_model") if adapter is None else adapter["base_model_name_or_path"]
+    if base_model is None and name and HUB_NAME.fullmatch(name) and not Path(name).exists() and "/" in name:
+        base_model = name
+    if adapter is not None and base_model is None:
+        raise ValueError(f"`base_model` must be the Hub name of the model under the adapter, got none for {name}")
+    return base_model
+
+
 def load_model(checkpoint: Path):
     """
-    The model with the local classes, in the dtype it was saved in.
+    The model with the local classes, in the dtype it was saved in; of an adapter's folder with the adapter on it.
 
     Raises:
         `ValueError`: for another kind of model, for tensors that are NaN or infinite, and as
@@ -119,12 +143,17 @@ def load_model(checkpoint: Path):
 
     from nanollada.modeling_nanollada import loading_nanollada
 
-    if not (checkpoint / "config.json").is_file():
+    adapter = read_adapter(checkpoint)
+    folder = checkpoint if adapter is None else base_folder(checkpoint)
+    if not (folder / "config.json").is_file():
         raise ValueError(f"`checkpoint` must be a folder with config.json, got {checkpoint}")
-    model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != "nanollada":
         raise ValueError(f"`checkpoint` must hold a nanollada model, got the model type {model_type}")
-    model = loading_nanollada.load_model(AutoModelForCausalLM, checkpoint, "checkpoint", dtype="auto")
+    if adapter is None:
+        model = loading_nanollada.load_model(AutoModelForCausalLM, checkpoint, "checkpoint", dtype="auto")
+    else:
+        model = loading_nanollada.load_adapted(checkpoint, "checkpoint", folder, dtype="auto")
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:
         raise ValueError(f"`checkpoint` must hold finite weights, got NaN or infinity in {', '.join(broken)}")
@@ -151,7 +180,8 @@ def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"`output` must be new or empty (or give --overwrite), got {output}")
-    if not ((output / "config.json").is_file() and (output / "README.md").is_file()):
+    is_export = any((output / name).is_file() for name in ("config.json", ADAPTER))
+    if not (is_export and (output / "README.md").is_file()):
         raise ValueError(f"`output` must be an earlier export to be overwritten, got {output} without config and card")
 
 
@@ -164,23 +194,39 @@ def _picture_name(picture: Path) -> str:
     return f"denoising.{kind}"
 
 
-def _write(folder: Path, model, tokenizer, card, facts: Facts, example: tuple) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+def _write_adapter(folder: Path, checkpoint: Path, base_model: str, model) -> None:
+    """The adapter's own bytes, so that what was measured of them stays true, and the name of its model on the Hub."""
+    shutil.copy(checkpoint / WEIGHTS, folder)
+    config = read_adapter(checkpoint)
+    if config["base_model_name_or_path"] != base_model:  # else the revision that it names is one on the Hub
+        config |= {"base_model_name_or_path": base_model, "revision": None}
+    (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(folder)
+    shutil.copy(adapter_base.__file__, folder)
+
+
+def _write(folder: Path, tokenizer, card, facts: Facts, example: tuple) -> None:
     tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")
     evaluation = facts.evaluation
     if evaluation is not None:  # of this model, as `read_facts` saw, in the files it is in now
         results = [_published(result, example) for result in evaluation["results"]]
-        evaluation = {**evaluation, "results": results, **model_digests(folder)}
+        evaluation = {**evaluation, "results": results, **_digests(folder, evaluation)}
     records = {"run.json": facts.run, "evaluation.json": evaluation}
     for name, record in records.items():
         if record is not None:
             (folder / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for module in (verify, recompute):  # so that whoever downloads the folder can check it
         shutil.copy(module.__file__, folder)
-    write_golden(folder)
+
+
+def _digests(folder: Path, evaluation: dict) -> dict:
+    """Of the files as they are now; of the model under an adapter as they were, under its name on the Hub."""
+    adapter = read_adapter(folder)
+    if adapter is None:
+        return model_digests(folder)
+    base = {**evaluation["base"], "name": adapter["base_model_name_or_path"]}
+    return {"weights_sha256": weights_digest(folder), "config_sha256": config_digest(folder), "base": base}
 
 
 def _published(result: dict, example: tuple) -> dict:
@@ -190,12 +236,15 @@ def _published(result: dict, example: tuple) -> dict:
     return {**rest, "examples": kept} if kept else rest
 
 
-def write_golden(folder: Path) -> None:
+def write_golden(folder: Path, base: Path | None = None) -> None:
     """Writes golden.json into an exported folder: what its weights decode, in float32 on the CPU, a line per run."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if base is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        model = adapter_base.load(folder, base, dtype=torch.float32).eval()
     runs = []
     for run in recompute.runs_to_check(model.config):
         decoded = recompute.recompute(model, run["prompt"], **run["settings"])
@@ -229,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repo_id", help="Hub id that the card's snippets load (default: the folder's name).")
     parser.add_argument("--model_name", help="Title of the card (default: the last part of the id).")
     parser.add_argument("--datasets", nargs="+", help="Hub names of the training data.")
-    parser.add_argument("--base_model", help="Hub name of the model that this one comes from.")
+    parser.add_argument("--base_model", help="Hub name of the model that this one comes from, or adapts.")
     parser.add_argument("--prompt", help="Prompt of the card's snippets (default: the first that was evaluated).")
     parser.add_argument("--twin", help="Hub name of the model of the other kind; without an owner, of this one's.")
     parser.add_argument("--picture", type=Path, help="PNG or GIF of how the model writes, shown on the card.")

@@ -62,21 +62,35 @@ def build_card(
     evaluation = facts.evaluation or {"results": []}
     data = _metadata(model, facts, evaluation, model_name, repo_id or model_name)
     data.license, data.language, data.base_model = license, language, base_model
+    if base_model is not None:
+        data.base_model_relation = "adapter" if _adapter(model) else "finetune"
     data.datasets = datasets or data.datasets
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=model_name,
         diffusion=model.is_diffusion,
+        adapter=_adapter(model) and {"kind": _adapter(model).peft_type.value, "base": base_model},
         parameters=f"{model.num_parameters():,}",
         shape=_shape(model),
-        use=use_of(model, tokenizer, facts, repo_id or model_name, prompt),
+        use=use_of(model, tokenizer, facts, repo_id or model_name, prompt, _base(model, base_model)),
         twin=twin and _twin(model, twin, repo_id or model_name),
         picture=picture,
         stages=[_stage(stage) for stage in facts.stages],
         evaluation=evaluation_section(evaluation),
         limits=_limits(model, facts, language),
     )
+
+
+def _adapter(model):
+    """The settings of the adapter that a model has, PEFT's."""
+    return getattr(model, "active_peft_config", None)
+
+
+def _base(model, name: str) -> tuple | None:
+    """Name and revision of the model under an adapter; one of another name has no revision of that."""
+    adapter = _adapter(model)
+    return adapter and (name, adapter.revision if adapter.base_model_name_or_path == name else None)
 
 
 def _twin(model, twin: str, repo_id: str) -> dict:
@@ -92,8 +106,10 @@ def _metadata(model, facts: Facts, evaluation: dict, model_name: str, repo_id: s
     results = results_of(evaluation)
     kind = ["diffusion", "masked-diffusion", "llada"] if model.is_diffusion else ["autoregressive"]
     kind += ["block-diffusion"] if model.is_diffusion and model.config.block_length else []
+    adapter = _adapter(model)
+    kind += [adapter.peft_type.value.lower()] if adapter else []
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["nanollada", "custom_code", *kind],
         datasets=_hub_datasets(facts.stages) or None,
@@ -115,9 +131,11 @@ def _shape(model) -> list[tuple[str, str]]:
     if config.num_key_value_heads != config.num_attention_heads:
         heads += f" ({config.num_key_value_heads} for keys and values)"
     block = "the full row" if config.block_length is None else f"{config.block_length} tokens"
+    adapter = _adapter(model)
     return [
-        ("Class", f"`{type(model).__name__}`"),
+        ("Class", f"`{type(model.get_base_model() if adapter else model).__name__}`"),
         ("Parameters", f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}"),
+        *([("Adapter", _adapter_size(model))] if adapter else []),
         ("Vocabulary", f"{config.tokenizer_length or config.vocab_size:,} tokens, special tokens included"),
         ("Shape", f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}"),
         *([("Block length", block)] if model.is_diffusion else []),
@@ -137,6 +155,7 @@ def _stage(stage: dict) -> dict:
         ("Kind", f"{kind}, `{stage['model_class']}`" if stage.get("model_class") else kind),
         ("Started from", start),
         ("Objective", f"{name} ({settings})" if name and settings else name),
+        ("Adapter", _adapter_settings(stage.get("adapter") or {})),
         ("Sources", ", ".join(f"`{source}`" for source in data.get("sources") or []) or None),
         ("Data", _counts(data)),
         ("Left out", _left_out(data)),
@@ -159,6 +178,28 @@ def _stage(stage: dict) -> dict:
         "command": command,
         "nanollada_version": stage.get("nanollada_version"),
     }
+
+
+def _adapter_settings(settings: dict) -> str | None:
+    """Kind, settings that are not PEFT's defaults, and how many parameters were trained."""
+    settings, trained = dict(settings), settings.get("trained_parameters")
+    kind = settings.pop("peft_type", "PEFT")
+    given = {name: value for name, value in settings.items() if name not in ("task_type", "trained_parameters")}
+    given = {name: ", ".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    words = "; ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
+    parts = (f"{kind} ({words})" if words else kind, sentence("{} parameters trained", number(trained)))
+    return ", ".join(filter(None, parts)) if settings else None
+
+
+def _adapter_size(model) -> str:
+    """Kind, parameters and places of an adapter."""
+    from peft import get_peft_model_state_dict
+
+    config = _adapter(model)
+    own = sum(value.numel() for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
+    places = getattr(config, "target_modules", None) or ()
+    places = f", on {places if isinstance(places, str) else ', '.join(sorted(places))}" if places else ""
+    return f"{config.peft_type.value}, {own:,} parameters of these{places}"
 
 
 def _counts(data: dict) -> str | None:

@@ -3,12 +3,17 @@
 Every exported folder carries this file beside verify.py. Above its functions it imports the standard library only.
 """
 
+import hashlib
 import itertools
 import json
 import math
+from pathlib import Path
 
+GOLDEN = "golden.json"
 TIE = 1e-3  # nats: between choices that lie closer, rounding may decide, and what comes after is another text
 NEW_TOKENS = 16  # of each run
+TOLERANCE = 1e-5
+SUPPRESSED = -1e4  # a logit below is a token that can't be, be it −∞ or a finite floor
 
 
 def runs_to_check(config) -> list[dict]:
@@ -125,6 +130,35 @@ def compare_tokens(expected: dict, tokens: list[int], what: str) -> int:
     return len(compared)
 
 
+def read_golden(folder: Path) -> dict | None:
+    """
+    The golden tokens: `runs`, each a `prompt`, its `settings` and what `recompute` gave; the `versions` that made
+    them; and `sha256` of the weights. `None` in a folder that has none, as those exported by older versions.
+
+    Raises:
+        `ValueError`: for a file that can't be read, that holds no runs, or that is of other weights.
+    """
+    path = folder / GOLDEN
+    if not path.is_file():
+        return None
+    try:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        digests, runs = dict(golden["sha256"]), golden["runs"]
+        complete = bool(runs) and all(len(run["tokens"]) == len(run["steps"]) > 0 and run["margins"] for run in runs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{GOLDEN} must hold `sha256` and `runs`, got {type(error).__name__}: {error}") from error
+    if not complete:
+        raise ValueError(f"{GOLDEN} must hold `runs` with `tokens`, `steps` and `margins`, got {len(runs)} runs")
+    there = {}
+    for weights in folder.glob("*.safetensors"):
+        with open(weights, "rb") as stream:
+            there[weights.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if odd := sorted(name for name in {**digests, **there} if digests.get(name) != there.get(name)):
+        others = ", ".join(odd)
+        raise ValueError(f"{GOLDEN} must be of the weights beside it, got those of another {others} (export again)")
+    return golden
+
+
 def generate(model, prompts: list[list[int]], use_cache: bool, *, new_tokens: int, **settings) -> list[list[int]]:
     """The new tokens of `model.generate`, greedy, without an EOS, for prompts padded on the left to one length."""
     import torch
@@ -188,3 +222,44 @@ class Recomputation:
             tokens = self.of(run["prompt"], run["settings"])["tokens"]
             counts = [counts[0] + compare_tokens(run, tokens, what), counts[1] + len(tokens)]
         return counts
+
+
+# ---- logits
+
+
+def probe(model):
+    """Logits on fixed ids; a diffusion model also sees mask tokens."""
+    import torch
+
+    config = model.config
+    length = min(24, config.max_position_embeddings)
+    ids = (torch.arange(2 * length).view(2, length) * 7919 + 13) % config.vocab_size  # [2, L]
+    ids[ids == config.mask_token_id] = (config.mask_token_id + 1) % config.vocab_size
+    if model.is_diffusion:
+        ids[:, ::3] = config.mask_token_id
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float().cpu()
+
+
+def compare_logits(logits, reference) -> float:
+    """
+    Largest difference of logits; what is suppressed must be so in the same places, whatever its floor.
+
+    Raises:
+        `ValueError`: for other shapes and places, for NaN, and for a difference above `TOLERANCE`.
+    """
+    import torch
+
+    shape, expected = tuple(logits.shape), tuple(reference.shape)
+    if shape != expected:
+        raise ValueError(f"logits: the shapes must agree, got {shape} in the clean process and {expected}")
+    out, nan = logits < SUPPRESSED, logits.isnan() | reference.isnan()
+    if not torch.equal(out, reference < SUPPRESSED) or nan.any():
+        raise ValueError(
+            "logits: the clean process and the local classes must suppress the same tokens, and never give NaN"
+        )
+    difference = (logits - reference)[~out].abs().max().item()
+    if not difference <= TOLERANCE:
+        rule = f"logits: the clean process must agree with the local classes within {TOLERANCE}"
+        raise ValueError(f"{rule}, got {difference:.3g}")
+    return difference

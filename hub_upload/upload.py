@@ -48,6 +48,7 @@ def upload(
     private: bool | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
+    base_model: str | os.PathLike | None = None,
 ) -> str | None:
     """
     Verifies an exported folder, lists what goes where, and with `push` creates the repository and uploads.
@@ -59,6 +60,7 @@ def upload(
         push (`bool`, defaults to `False`): Whether to upload. Otherwise nothing is written, and the network not used.
         private (`bool`, *optional*): Visibility of a repository that does not exist yet. Defaults to the account's.
         commit_message (`str`, *optional*): Defaults to "Upload <folder> with nanollada".
+        base_model (`str` or `os.PathLike`, *optional*): Of an adapter: the folder of its model, to verify with.
         revision (`str`, *optional*): Branch; made if it does not exist. Defaults to the main one.
 
     Returns:
@@ -78,7 +80,7 @@ def upload(
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder made by export.py, got {folder}, which is not there")
     files = files_to_upload(folder)
-    verify(folder)
+    verify(folder, base_model=base_model)
     sizes = [path.stat().st_size for path in files]
     for path, size in zip(files, sizes, strict=True):
         print(f"{size:>14,}  {path.relative_to(folder)}")
@@ -123,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push", action="store_true", help="Really upload.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--commit_message", help='Default: "Upload <folder> with nanollada".')
+    parser.add_argument("--base_model", help="Of an adapter: its model's folder (default: the downloaded one).")
     parser.add_argument("--revision", help="Branch, made if it does not exist (default: the main one).")
     try:
         url = upload(**vars(parser.parse_args(argv)))

@@ -12,7 +12,7 @@ folder's own code and its card's snippets are executed: verify what you would al
 import argparse
 import contextlib
 import difflib
-import hashlib
+import functools
 import importlib.util
 import io
 import json
@@ -25,9 +25,8 @@ import time
 import traceback
 from pathlib import Path
 
-TOLERANCE = 1e-5
-SUPPRESSED = -1e4  # a logit below is a token that can't be, be it −∞ or a finite floor
-GOLDEN = "golden.json"
+ADAPTER = "adapter_config.json"
+OPTIONS = ("--python", "--base_model")
 FAULTS = 5  # of a card that are named
 TIMEOUT = 1800  # seconds
 BLOCKED = ("nanollada", "configuration_nanollada", "modeling_nanollada", "hub_upload", "trainers")
@@ -44,7 +43,12 @@ class VerificationError(ValueError):
     """The folder is not what a Hub repository must be; says which check failed and why."""
 
 
-def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None, say=lambda line: None) -> dict:
+def verify(
+    folder: str | os.PathLike,
+    python: str | os.PathLike | None = None,
+    say=lambda line: None,
+    base_model: str | os.PathLike | None = None,
+) -> dict:
     """
     Loads an exported folder in a clean process, recomputes what it generates, and compares it with the local classes.
 
@@ -53,6 +57,7 @@ def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None, s
         python (`str` or `os.PathLike`, *optional*): The interpreter of the clean process, for instance one with
             another transformers. Defaults to the running one.
         say (`Callable[[str], None]`, *optional*): Gets a line for each check that was passed or can't be made here.
+        base_model (`str` or `os.PathLike`, *optional*): Folder of an adapter's model. Default: as it was downloaded.
 
     Returns:
         `dict`: `ok` (`True`), `folder`, `class`, `auto_classes`, `parameters`, `max_logit_difference` (`None` if
@@ -73,12 +78,18 @@ def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None, s
         say(line)
 
     check_files(folder)
+    adapter = (folder / ADAPTER).is_file()
+    _require(adapter or base_model is None, f"`base_model` is for an adapter, got {base_model} for {folder.name}")
+    with _verifying():
+        base = load_neighbour("adapter_base").base_folder(folder, base_model) if adapter else None
     tell("files", None)
     tell("results", check_results(folder), "the card's numbers are those of evaluation.json")
     with tempfile.TemporaryDirectory(prefix="nanollada-verify-") as scratch:
+        if base is not None:
+            load_neighbour("adapter_base").put_into_cache(folder, base, Path(scratch) / "home")
         clean = _start_clean_process(folder, Path(scratch), python or sys.executable)
         try:
-            reference = _reference_logits(folder)  # while the other process imports
+            reference = _reference_logits(folder, base)  # while the other process imports
             output, _ = clean.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             raise VerificationError(f"`folder` must load and generate within {TIMEOUT} s, got no end") from None
@@ -88,7 +99,7 @@ def verify(folder: str | os.PathLike, python: str | os.PathLike | None = None, s
         report = _read_report(Path(scratch), clean.returncode, output, tell)
         difference = report["max_logit_difference"] = _compare(Path(scratch) / "logits.pt", reference)
         missing = "nanollada is not installed here" if difference is None else None
-        tell("logits", missing, f"those of the local classes within {TOLERANCE}")
+        tell("logits", missing, "those of the local classes")
     seconds = round(time.perf_counter() - started, 1)
     return {"ok": True, "folder": folder.name, **report, "not_checked": not_checked, "seconds": seconds}
 
@@ -99,15 +110,21 @@ def check_files(folder: Path) -> dict:
     the golden tokens are.
 
     Returns:
-        `dict`: config.json.
+        `dict`: config.json; of an adapter adapter_config.json.
 
     Raises:
         `VerificationError`: naming what is missing or wrong.
     """
-    needed = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
+    adapter = (folder / ADAPTER).is_file()
+    needed = ("README.md", ADAPTER if adapter else "config.json", "generation_config.json", "tokenizer_config.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     _require(not missing, f"`folder` must hold {', '.join(needed)}, got none of {missing} in {folder.name}")
     _require(any(folder.glob("*.safetensors")), f"`folder` must hold safetensors weights, got none in {folder.name}")
+    if adapter:
+        with _verifying():
+            load_neighbour("adapter_base").check_adapter(folder)
+        read_golden(folder)
+        return load_neighbour("adapter_base").read_adapter(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or [None])[0]
     _require(
@@ -133,31 +150,13 @@ def check_files(folder: Path) -> dict:
 
 def read_golden(folder: Path) -> dict | None:
     """
-    The golden tokens: `runs`, each a `prompt`, its `settings` and what `recompute` gave; the `versions` that made
-    them; and `sha256` of the weights. `None` in a folder that has none, as those exported by older versions.
+    See `recompute.read_golden`.
 
     Raises:
         `VerificationError`: for a file that can't be read, that holds no runs, or that is of other weights.
     """
-    path = folder / GOLDEN
-    if not path.is_file():
-        return None
-    try:
-        golden = json.loads(path.read_text(encoding="utf-8"))
-        digests, runs = dict(golden["sha256"]), golden["runs"]
-        complete = bool(runs) and all(len(run["tokens"]) == len(run["steps"]) > 0 and run["margins"] for run in runs)
-    except (ValueError, KeyError, TypeError) as error:
-        message = f"{GOLDEN} must hold `sha256` and `runs`, got {type(error).__name__}: {error}"
-        raise VerificationError(message) from error
-    _require(complete, f"{GOLDEN} must hold `runs` with `tokens`, `steps` and `margins`, got {len(runs)} runs")
-    there = {}
-    for weights in folder.glob("*.safetensors"):
-        with open(weights, "rb") as stream:
-            there[weights.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    odd = sorted(name for name in {**digests, **there} if digests.get(name) != there.get(name))
-    others = ", ".join(odd)
-    _require(not odd, f"{GOLDEN} must be of the weights beside it, got those of another {others} (export again)")
-    return golden
+    with _verifying():
+        return load_neighbour("recompute").read_golden(folder)
 
 
 def check_results(folder: Path) -> str | None:
@@ -197,6 +196,15 @@ def read_printed(card: str) -> list[str | None]:
     return [match and match[1] for match in (PRINTED.match(card, block.end()) for block in SNIPPET.finditer(card))]
 
 
+@contextlib.contextmanager
+def _verifying():
+    """A neighbour's `ValueError` is a check that failed."""
+    try:
+        yield
+    except ValueError as error:
+        raise VerificationError(str(error)) from error
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise VerificationError(message)
@@ -229,7 +237,7 @@ def _start_clean_process(folder: Path, scratch: Path, python: str | os.PathLike)
     )
 
 
-def _reference_logits(folder: Path):
+def _reference_logits(folder: Path, base: Path | None):
     """Logits of the local classes, or `None` without nanollada."""
     try:
         import nanollada.modeling_nanollada  # noqa: F401  registers the classes
@@ -240,11 +248,12 @@ def _reference_logits(folder: Path):
     import torch
     from transformers import AutoModelForCausalLM
 
+    load = AutoModelForCausalLM.from_pretrained if base is None else load_neighbour("adapter_base").load
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load(folder, **({} if base is None else {"base": base}), dtype=torch.float32)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise VerificationError(f"`folder` must load with the local classes, got {error}") from error
-    return _probe(model.eval())
+    return load_neighbour("recompute").probe(model.eval())
 
 
 def _read_report(scratch: Path, code: int, output: str, tell=lambda *line: None) -> dict:
@@ -260,37 +269,13 @@ def _read_report(scratch: Path, code: int, output: str, tell=lambda *line: None)
 
 
 def _compare(path: Path, reference) -> float | None:
-    """Largest difference of logits; what is suppressed must be so in the same places, whatever its floor."""
+    """Largest difference of logits, see `recompute.compare_logits`."""
     if reference is None:
         return None
     import torch
 
-    logits = torch.load(path, weights_only=True)
-    shape, expected = tuple(logits.shape), tuple(reference.shape)
-    _require(shape == expected, f"logits: the shapes must agree, got {shape} in the clean process and {expected}")
-    out, nan = logits < SUPPRESSED, logits.isnan() | reference.isnan()
-    same = torch.equal(out, reference < SUPPRESSED) and not nan.any()
-    _require(same, "logits: the clean process and the local classes must suppress the same tokens, and never give NaN")
-    difference = (logits - reference)[~out].abs().max().item()
-    _require(
-        difference <= TOLERANCE,
-        f"logits: the clean process must agree with the local classes within {TOLERANCE}, got {difference:.3g}",
-    )
-    return difference
-
-
-def _probe(model):
-    """Logits on fixed ids; a diffusion model also sees mask tokens."""
-    import torch
-
-    config = model.config
-    length = min(24, config.max_position_embeddings)
-    ids = (torch.arange(2 * length).view(2, length) * 7919 + 13) % config.vocab_size  # [2, L]
-    ids[ids == config.mask_token_id] = (config.mask_token_id + 1) % config.vocab_size
-    if model.is_diffusion:
-        ids[:, ::3] = config.mask_token_id
-    with torch.no_grad():
-        return model(input_ids=ids).logits.float().cpu()
+    with _verifying():
+        return load_neighbour("recompute").compare_logits(torch.load(path, weights_only=True), reference)
 
 
 # ------------------------------------------------------------------------------------------------ the clean process
@@ -311,6 +296,8 @@ class _CleanProcess:
 
     def __init__(self, folder: Path, scratch: Path):
         self.folder, self.scratch, self.report, self.details = folder, scratch, {}, {}
+        path = folder / ADAPTER
+        self.adapter = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def run(self) -> dict:
         lines, checks = [], (self.card, self.versions, self.config, self.tokenizer, self.models)
@@ -330,7 +317,10 @@ class _CleanProcess:
         gap = "[More Information Needed]"
         _require(gap not in text, f"README.md must be complete, got {gap!r} in it")
         data = ModelCard(text).data  # raises on a broken model-index
-        for name, value in (("library_name", "transformers"), ("pipeline_tag", "text-generation")):
+        library = [("library_name", "peft" if self.adapter else "transformers"), ("pipeline_tag", "text-generation")]
+        name = self.adapter and self.adapter["base_model_name_or_path"]
+        base = [("base_model", name), ("base_model_relation", "adapter")] if name else []
+        for name, value in (*library, *base):
             got = getattr(data, name, None)
             _require(got == value, f"`{name}` of README.md must be {value!r}, got {got!r}")
         _require("custom_code" in (data.tags or []), f"`tags` of README.md must hold 'custom_code', got {data.tags}")
@@ -339,7 +329,7 @@ class _CleanProcess:
         import platform
         from importlib.metadata import version
 
-        names = ("torch", "transformers", "huggingface_hub")
+        names = ("torch", "transformers", "huggingface_hub", *(["peft"] if self.adapter else []))
         numbers = {"python": platform.python_version(), **{name: version(name) for name in names}}
         self.report |= numbers
         self.details["versions"] = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -347,9 +337,12 @@ class _CleanProcess:
     def config(self):
         from transformers import AutoConfig
 
-        self.settings = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        place, revision = self.folder, None
+        if self.adapter is not None:
+            place, revision = self.adapter["base_model_name_or_path"], self.adapter.get("revision")
+        self.settings = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
         module = type(self.settings).__module__
-        _require(module.startswith("transformers_modules."), f"the config must come from the folder, got {module}")
+        _require(module.startswith("transformers_modules."), f"the config must come with its code, got {module}")
 
     def tokenizer(self):
         from transformers import AutoTokenizer
@@ -366,26 +359,30 @@ class _CleanProcess:
         import torch
         import transformers
 
-        architecture = self.settings.architectures[0]
-        names = AUTO_CLASSES[architecture]
-        logits = None
-        for name in names:
-            options = {"trust_remote_code": True, "dtype": torch.float32, "output_loading_info": True}
-            model, loading = getattr(transformers, name).from_pretrained(self.folder, **options)
-            _require(type(model).__name__ == architecture, f"{name} must give {architecture}, got {type(model)}")
+        architecture, options = self.settings.architectures[0], {"trust_remote_code": True, "dtype": torch.float32}
+        if self.adapter is None:
+            loaded = {name: getattr(transformers, name).from_pretrained for name in AUTO_CLASSES[architecture]}
+            loaded = {name: load(self.folder, **options, output_loading_info=True) for name, load in loaded.items()}
+        else:
+            loaded = load_neighbour("adapter_base").load_in_each_way(self.folder, **options)
+            loaded = {name: (model, {}) for name, model in loaded.items()}
+        names, logits = list(loaded), None
+        for name, (model, loading) in loaded.items():
+            kind = type(model if self.adapter is None else model.get_base_model()).__name__
+            _require(kind == architecture, f"{name} must give {architecture}, got {kind}")
             faults = {key: sorted(map(str, value)) for key, value in loading.items() if value}
             _require(not faults, f"{name} must find exactly its tensors, got {faults}")
-            probe = _probe(model.eval())
-            _require(logits is None or torch.equal(probe, logits), f"{name} must give the logits of {names[0]}")
-            logits = probe
+            first, logits = logits, load_neighbour("recompute").probe(model.eval())
+            _require(first is None or torch.equal(first, logits), f"{name} must give the logits of {names[0]}")
         torch.save(logits, self.scratch / "logits.pt")
         self.model = model
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.report |= {"class": architecture, "auto_classes": list(names), "parameters": parameters}
+        self.report |= {"class": architecture, "auto_classes": names, "parameters": parameters}
 
     def generation(self):
         """`generate` gives what is recomputed."""
-        self.recomputation = load_recompute().Recomputation(self.model, f"transformers {self.report['transformers']}")
+        versions = f"transformers {self.report['transformers']}"
+        self.recomputation = load_neighbour("recompute").Recomputation(self.model, versions)
         return self._count("generation", "generated_tokens", self.recomputation.check_generate())
 
     def golden(self):
@@ -393,7 +390,7 @@ class _CleanProcess:
         golden = read_golden(self.folder)
         if golden is None:
             self.report["golden_tokens"] = None
-            return f"no {GOLDEN} in the folder (of an older version: export again)"
+            return "no golden.json in the folder (of an older version: export again)"
         return self._count("golden", "golden_tokens", self.recomputation.check_golden(golden))
 
     def _count(self, check: str, name: str, counts: list[int]) -> str | None:
@@ -445,9 +442,9 @@ def _run_blocks(blocks: list[str]) -> list[str]:
     return [output.getvalue().rstrip("\n") for output in outputs]
 
 
-def load_recompute():
-    """recompute.py beside this file, whether this one is part of the package, of a download, or the clean process."""
-    spec = importlib.util.spec_from_file_location("recompute", Path(__file__).with_name("recompute.py"))
+def load_neighbour(name: str):
+    """A module beside this file, whether this one is part of the package, of a download, or the clean process."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -472,13 +469,15 @@ def main(argv: list[str] | None = None) -> int:
     description = "Check an exported folder in a clean process without nanollada."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     here = Path(__file__).resolve().parent
-    own = {"nargs": "?", "default": here} if (here / "config.json").is_file() else {}  # part of a download
+    download = any((here / name).is_file() for name in ("config.json", ADAPTER))
+    own = {"nargs": "?", "default": here} if download else {}
     parser.add_argument("folder", type=Path, help="Folder made by export.py (default: that of this file).", **own)
     parser.add_argument("--python", help="Interpreter of the clean process (default: this one).")
+    parser.add_argument("--base_model", help="Of an adapter: its model's folder (default: the downloaded one).")
     parser.add_argument("--clean", type=Path, help=argparse.SUPPRESS)  # how the clean process is told that it is one
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = "".join(f": did you mean `{name}`?" for name in difflib.get_close_matches(unknown[0], ["--python"]))
+        near = "".join(f": did you mean `{name}`?" for name in difflib.get_close_matches(unknown[0], OPTIONS))
         return _mistake(f"unknown option `{unknown[0]}`{near}")
     if not args.folder.is_dir():
         return _mistake(f"`folder` must be a folder made by export.py, got {args.folder}, which is not there")
@@ -488,7 +487,8 @@ def main(argv: list[str] | None = None) -> int:
         (args.clean / "report.json").write_text(json.dumps(report), encoding="utf-8")
         return 0
     try:
-        print(json.dumps(verify(args.folder, args.python, lambda line: print(line, file=sys.stderr, flush=True))))
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        print(json.dumps(verify(args.folder, args.python, say, args.base_model)))
     except VerificationError as error:
         print(f"FAILED: {str(error).splitlines()[0]}", file=sys.stderr)
         print(json.dumps({"ok": False, "folder": args.folder.resolve().name, "error": str(error)}))
