@@ -56,6 +56,7 @@ PROGRAMS: dict[str, Program] = {
         "scripts/post_training_study.py", "compare DPO under shared and naive masks, and GRPO by replay and ELBO"
     ),
     "puzzles": Program("scripts/puzzles.py", "rows of problems with checkable answers"),
+    "pairs": Program("scripts/pairs.py", "preference pairs of a model's own right and wrong answers"),
     "convert": Program("scripts/convert_checkpoint.py", "bring foreign checkpoints here, take ours there"),
     "merge": Program("scripts/merge_checkpoints.py", "the mean of several checkpoints"),
     "export": Program("hub_upload/export.py", "make a Hub folder of a checkpoint"),
