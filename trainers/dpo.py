@@ -11,7 +11,6 @@ from typing import Literal
 
 from datasets.fingerprint import Hasher
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from nanollada.modeling_nanollada.loading_nanollada import check_tokenizer, load_tokenizer
 from nanollada.trainers import run
@@ -20,7 +19,7 @@ from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.data.feedback.preferences import PreferenceArguments, PreparedRows, prepare_preferences
 from nanollada.trainers.preferences.installing import ScoreCalls, in_place_of_fused_head, install_score
 from nanollada.trainers.preferences.masks import ESTIMATORS, EVALUATION
-from nanollada.trainers.preferences.pairs import KeyedCollator, padding_for
+from nanollada.trainers.preferences.pairs import KeyedCollator, padding_for, trl_collator
 from nanollada.trainers.preferences.score import score_variance
 from nanollada.trainers.preferences.settings import check_models, check_settings, check_whole
 from nanollada.trainers.tuning.entry import TuningEntry
@@ -128,15 +127,10 @@ class DiffusionDPOTrainer(PreparedRows, DPOTrainer):
         check_models(model, ref_model, peft_config)
         if ref_model is None and not (peft_config or hasattr(model, "peft_config") or args.precompute_ref_log_probs):
             ref_model = copy.deepcopy(model).requires_grad_(False).eval()
-        collator = data_collator or DataCollatorForPreference(
-            pad_token_id=processing_class.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
         self.padding = padding_for(
             args.eos_padding, model.config, model.generation_config, processing_class.eos_token_id, args.max_length
         )
+        collator = data_collator or trl_collator(args, processing_class.pad_token_id)
         self._calls, self._precomputing = ScoreCalls(), None
 
         def install(model):

@@ -172,6 +172,7 @@ def test_one_mask_has_no_variance_to_log(tmp_path):
     assert trainer.state.log_history[0]["rewards/margins"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # the model was adapted before
 def test_an_adapter_starts_at_its_reference_and_is_reloaded_to_the_last_bit(tmp_path):
     model = build_model().float()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -100,6 +100,9 @@ def test_columns_and_collator():
     batch = DataCollatorForPreference(pad_token_id=0)(rows)
     assert batch["input_ids"].tolist() == [[4, 5, 0], [4, 6, 0], [4, 15, 16], [4, 16, 17]]  # all chosen, all rejected
     assert set(batch) == {"input_ids", "attention_mask", "completion_mask"}
+    assert "DataCollatorForPreference(\n                    pad_token_id=" in inspect.getsource(DPOTrainer.__init__)
+    names = [field.name for field in dataclasses.fields(DataCollatorForPreference)]
+    assert names == ["pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"]
 
 
 def causal_trainer(folder, **settings):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from nanollada.trainers.data.packing import EosPadding
 
@@ -52,6 +53,16 @@ def padded(row: dict[str, Any], padding: EosPadding | None) -> dict[str, Any]:
     prompt = len(row["prompt_ids"])
     answers = {name: list(row[name]) for name in PAIR[1:]}
     return row | {name: ids + padding.tokens(prompt + len(ids)) for name, ids in answers.items()}
+
+
+def trl_collator(args, pad_token_id: int) -> DataCollatorForPreference:
+    """The collator that TRL's `DPOTrainer` makes of a `DPOConfig`."""
+    return DataCollatorForPreference(
+        pad_token_id=pad_token_id,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
 
 
 @dataclass
