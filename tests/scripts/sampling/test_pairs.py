@@ -24,7 +24,7 @@ def checkpoints(tokenizer, tmp_path_factory):
     for name, model_class in CLASSES.items():
         torch.manual_seed(0)
         model = model_class(config_for(tokenizer, initializer_range=0.02, tie_word_embeddings=False, **SHAPE))
-        said = [*tokenizer("0123456789", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        said = [*tokenizer("0123", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         model.generation_config.suppress_tokens = [i for i in range(len(tokenizer)) if i not in said]
         model.generation_config.max_new_tokens = 2
         model.save_pretrained(folder / name)
@@ -35,7 +35,7 @@ def checkpoints(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "prompts.jsonl"
-    write_rows("arithmetic", 80, path, format="prompts", digits=1, operators="+-")
+    write_rows("arithmetic", 40, path, format="prompts", digits=1, operators="-")
     return path
 
 
@@ -49,18 +49,18 @@ def test_a_model_makes_pairs_that_training_reads(kind, checkpoints, prompts, tmp
     words = ["--checkpoint", str(checkpoints / kind), "--data", str(prompts), "--temperature", "1", "--samples", "16"]
     counts = main([*words, "--output", str(output)])
     rows, given = rows_of(output), {row["prompt"][0]["content"]: row for row in rows_of(prompts)}
-    assert 3 < len(rows) == counts["pairs"] == counts["paired"]
+    assert 1 < len(rows) == counts["pairs"] == counts["paired"]
     for row in rows:
         problem = given[row["prompt"][0]["content"]]
         (chosen,), (rejected,) = row["chosen"], row["rejected"]
         assert solves("arithmetic", problem, chosen["content"]) and chosen["role"] == "assistant"
         assert not solves("arithmetic", problem, rejected["content"]) and rejected["content"].strip()
-    assert counts["prompts"] == 80 and counts["answers"] == 80 * 16
+    assert counts["prompts"] == 40 and counts["answers"] == 40 * 16
     used = sum(counts[name] for name in ("right", "wrong", "unfinished", "empty", "with_control_tokens"))
     assert used == counts["answers"] and counts["with_control_tokens"] == 0 < counts["unfinished"]
-    assert counts["paired"] + counts["none_right"] + counts["none_wrong"] + counts["none_usable"] == 80
+    assert counts["paired"] + counts["none_right"] + counts["none_wrong"] + counts["none_usable"] == 40
     shown = capsys.readouterr().out
-    assert f"1,280 answers to 80 prompts: {100 * counts['right'] / 1280:.1f} % right" in shown
+    assert f"640 answers to 40 prompts: {100 * counts['right'] / 640:.1f} % right" in shown
     assert f"{len(rows)} pairs of {len(rows)} prompts: {output}" in shown
     data = prepare_preferences(PreferenceArguments(data=[str(output)], held_out_fraction=0.0), tokenizer, 200)
     assert len(data.train) == len(rows) and not data.report["skipped_rows"]
@@ -102,14 +102,14 @@ def test_answers_that_do_not_count(tokenizer):
 def test_prompts_are_asked_once_and_pairs_are_kept_as_they_come(checkpoints, prompts, tmp_path, monkeypatch):
     output, twice = tmp_path / "pairs.jsonl", tmp_path / "twice.jsonl"
     twice.write_text(prompts.read_text() * 2)
-    monkeypatch.setattr(script, "CHUNK", 32)
+    monkeypatch.setattr(script, "CHUNK", 16)
     written, asked = [], []
     answers_to, write_whole = script.answers_to, script.write_whole
     monkeypatch.setattr(script, "answers_to", lambda *args: (asked.append(len(args[2])), answers_to(*args))[1])
     monkeypatch.setattr(script, "write_whole", lambda *args: (written.append(args[1]), write_whole(*args)))
-    args = PairArguments(str(checkpoints / "ar"), data=[str(twice)], output=str(output), samples=3, batch_size=40)
+    args = PairArguments(str(checkpoints / "ar"), data=[str(twice)], output=str(output), samples=3, batch_size=20)
     counts = write_pairs(args, script.DecodingArguments(temperature=1.0))
-    assert counts["prompts"] == counts["repeated"] == 80 and sum(asked) == 240 and max(asked) == 40
+    assert counts["prompts"] == counts["repeated"] == 40 and sum(asked) == 120 and max(asked) == 20
     assert len(written) == 3 and written[-1] == output.read_text() and written[1].startswith(written[0])
 
 
