@@ -23,6 +23,8 @@ from nanollada.trainers.data.prepare import DataArguments
 from nanollada.trainers.data.tokenizers import TokenizerArguments
 from nanollada.trainers.diffusion import DiffusionConfig
 from nanollada.trainers.models import ModelArguments
+from nanollada.trainers.registry import TRAINERS
+from nanollada.trainers.tuning.policy import PolicyArguments
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "scripts" / "NANO_LLADA.md").read_text(encoding="utf-8")
@@ -107,6 +109,7 @@ SEED = {
 }
 
 PROGRAMS = {
+    "trainers/dpo.py": [TRAINERS["dpo"].arguments],
     "trainers/causal.py": [(ModelArguments, DataArguments, CausalConfig)],
     "trainers/diffusion.py": [(ModelArguments, DataArguments, DiffusionConfig)],
     "scripts/train_tokenizer.py": [(TokenizerArguments,)],
@@ -122,7 +125,6 @@ CONFIGS = {
 ARGUMENT = re.compile(r"`((?:trainers|scripts)/\w+\.py) --(\w+)(?: ([^`]+))?` \(([^)]*)\)")
 FIELD = re.compile(r"`(NanoLLaDA\w*Config)\.(\w+)` \(([^)]*)\)")
 TASK = re.compile(r"`(\{kind: [^`]+\})`")
-TO_COME = re.compile(r"to come: `([\w/]+\.py)`")
 
 
 def sections() -> list[tuple[list[str], list[list[str]]]]:
@@ -184,7 +186,7 @@ def test_every_heading_and_file_is_known():
     assert {script for scripts, _ in sections() for script in scripts} == set(SEED)
     ours = 0
     for name in re.findall(r"`([a-z_]+/[\w/]*(?:\.py)?)[` ]", PAGE):
-        if name.startswith(("core/", "scripts/train/", "scripts/eval/")) or f"to come: `{name}`" in PAGE:
+        if name.startswith(("core/", "scripts/train/", "scripts/eval/")):
             continue  # Nano-LLaDA's own
         assert (ROOT / name).exists(), name
         ours += 1
@@ -199,16 +201,14 @@ def test_every_row_says_where_or_why():
         assert re.fullmatch(r"`--[a-z0-9-]+`", flag) and default, row
         assert len(remark.split()) <= 15, f"{flag}: {remark}"
         rest = ours
-        for pattern in (ARGUMENT, FIELD, TASK, TO_COME):
+        for pattern in (ARGUMENT, FIELD, TASK):
             rest = pattern.sub("", rest)
         assert rest.strip(" ,") in ("", "–"), f"{flag}: {rest!r} is nothing that is checked"
         assert remark or "–" not in ours, f"{flag} is gone without a reason"
 
 
-def test_what_is_to_come_does_not_exist_yet():
-    """As soon as it does, the page has to say so."""
-    for name in unique(TO_COME):
-        assert not (ROOT / name).exists(), f"{name} exists: give its arguments"
+def test_nothing_is_to_come():
+    assert "to come" not in PAGE
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -226,6 +226,7 @@ def test_values_are_accepted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     needed = {
         ModelArguments: ["--tokenizer_name_or_path", "x"],
+        PolicyArguments: ["--model_name_or_path", "x"],
         GenerateArguments: ["--checkpoint", "x"],
         EvaluateArguments: ["--checkpoint", str(tmp_path), "--data", "x"],
         CompareArguments: ["--ar", "x", "--diffusion", "x", "--prompts", "x"],

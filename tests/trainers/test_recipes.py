@@ -25,7 +25,8 @@ from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+TUNING = ("_dpo.yaml", "_grpo.yaml")  # see tuning/test_tuning_recipes.py
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.endswith(TUNING))
 LAUNCHERS = sorted((FOLDER / "accelerate").glob("*.yaml"))
 KINDS = {entry.program: entry for entry in TRAINERS.values()}
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

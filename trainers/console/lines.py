@@ -15,12 +15,23 @@ SHOWN = {
     "masked_rate": "masked {:.0%}",
     "target_tokens_per_second": "{:,.0f} tokens/s",
     "train_loss": "mean loss {:.4g}",
+    "reward": "reward {:.3g}",
+    "rewards/accuracies": "right order {:.0%}",
+    "rewards/margins": "margin {:.3g}",
+    "score/variance": "variance {:.2g}",
     "eval_loss": "held out {:.4g} nats/token",
+    "eval_reward": "held-out reward {:.3g}",
+    "eval_rewards/accuracies": "right order {:.0%}",
+    "eval_rewards/margins": "margin {:.3g}",
     "eval_bits_per_byte": "{:.4g} bits/byte",
     "eval_bits_per_byte_standard_error": "± {:.2g}",
 }
 # Known, and in the blocks before and behind training or in the line already.
+# TRL's many others, with a slash or here, are in the file.
 LEFT_OUT = {"epoch", "step", "num_input_tokens_seen", "total_flos", "eval_tokens", "eval_bytes"}
+LEFT_OUT |= {f"{side}{name}" for side in ("", "eval_") for name in ("entropy", "num_tokens", "mean_token_accuracy")}
+LEFT_OUT |= {f"{side}{name}" for side in ("", "eval_") for name in ("reward_std", "frac_reward_zero_std", "step_time")}
+LEFT_OUT |= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
 LEFT_OUT |= {f"train_{name}" for name in ("runtime", "tokens_per_second", "samples_per_second", "steps_per_second")}
 
 
@@ -32,11 +43,12 @@ def line_of(logs: dict, step: int, steps: int, left: float | None) -> str:
         logs (`dict`): The entry; a number that was not finite is `None` and is named so.
         left (`float`, *optional*): Seconds.
     """
-    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    parts, preference = [f"step {step:>{len(str(steps))}}/{steps}"], "eval_rewards/accuracies" in logs
     for name, form in SHOWN.items():
+        form = "held out {:.4g}" if name == "eval_loss" and (preference or "eval_reward" in logs) else form
         if name in logs and (logs[name] or not name.endswith("error")):
             parts.append(f"{name}: not finite" if logs[name] is None else form.format(logs[name]))
-    for name in (name for name in logs if name not in SHOWN and name not in LEFT_OUT):
+    for name in (name for name in logs if name not in SHOWN and name not in LEFT_OUT and "/" not in name):
         parts.append(f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}")
     if left is not None:
         parts.append(f"{clock(left)} left")
