@@ -9,6 +9,7 @@ import pytest
 import yaml
 from tuning_cases import checkpoint
 
+from nanollada.scripts.decoding.settings import DecodingArguments
 from nanollada.scripts.puzzles import PuzzleArguments
 from nanollada.scripts.sampling.pairs import PairArguments
 from nanollada.trainers.commands.parser import Parser
@@ -19,7 +20,7 @@ from nanollada.trainers.run import main
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "recipes"
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem.endswith(("_dpo", "_grpo")))
-PROGRAMS = {"scripts/puzzles.py": PuzzleArguments, "scripts/pairs.py": PairArguments}
+PROGRAMS = {"scripts/puzzles.py": PuzzleArguments, "scripts/pairs.py": (PairArguments, DecodingArguments)}
 
 
 def name_of(path):
@@ -52,7 +53,7 @@ def test_its_commands_make_what_it_reads(recipe):
             written.add(parsed[-1].output_dir)
             assert set(parsed[1].data) <= written
         else:
-            (args,) = Parser(PROGRAMS[words[1]]).parse_args_and_config(words[2:])
+            args, *_ = Parser(PROGRAMS[words[1]]).parse_args_and_config(words[2:])
             written.add(args.output)
     assert all(path in written for path in settings["data"] if not path.startswith("hf://"))
     assert settings["output_dir"] == f"runs/{recipe.stem.partition('_')[0]}/{recipe.stem.partition('_')[2]}"
