@@ -1,18 +1,23 @@
 """A whole run of TRL's trainers: files, records, refusals, and a resumption that is like no break."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tuning_cases import DPO, GRPO, checkpoint, tune
+from trl import DPOTrainer, GRPOTrainer
+from tuning_cases import DPO, GRPO, PlainTRL, checkpoint, tune
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM
-from nanollada.modeling_nanollada.loading_nanollada import load_model, load_tokenizer
+from nanollada.modeling_nanollada.loading_nanollada import load_adapted, load_model, load_tokenizer
 from nanollada.trainers.console.callbacks import read_metrics
 from nanollada.trainers.records import file_digest, read_json
 from nanollada.trainers.resuming.checkpoints import fault_of
+from nanollada.trainers.resuming.stopping import Interrupted
+from nanollada.trainers.tuning.trainer import resumable
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,97 @@ def test_a_run_leaves_its_files(policy, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "8 to train on, 4 held out: prompts with a better and a worse answer" in shown
     assert "held out  loss" in shown.replace("  ", "  ") and "step 3/3" in shown
+
+
+def test_ctrl_c_ends_behind_a_checkpoint_and_a_finished_run_stays(policy, tmp_path, monkeypatch):
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    whole = tune(DPO, policy, tmp_path / "whole", **settings)
+    step = PlainTRL.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainTRL, "training_step", interrupted)
+        with pytest.raises(Interrupted, match="interrupted after step 2: .*checkpoint-2 is saved"):
+            tune(DPO, policy, tmp_path / "part", **settings)
+    assert not (tmp_path / "part" / "run.json").exists() and fault_of(tmp_path / "part" / "checkpoint-2") is None
+    part = tune(DPO, policy, tmp_path / "part", resume_from_checkpoint="last", **settings)
+    assert part["sha256"] == whole["sha256"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir()}
+    assert tune(DPO, policy, tmp_path / "part", resume_from_checkpoint="last", **settings)["steps"] == 3
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir()} == times
+
+
+def test_an_adapter_is_trained_alone(policy, tmp_path):
+    facts = tune(DPO, policy, tmp_path / "run", max_steps=2, use_peft=True, lora_r=4)
+    folder = tmp_path / "run"
+    assert facts["adapter"]["trained_parameters"] < facts["parameters"] / 2
+    assert "adapter_model.safetensors" in facts["sha256"] and not (folder / "model.safetensors").exists()
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == str(policy)
+    ids = torch.arange(5, 15)[None]
+    base, loaded = load_model(NanoLLaDAForCausalLM, policy), load_adapted(folder)
+    assert not torch.equal(loaded(ids).logits, base(ids).logits)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(ids).logits, base(ids).logits)
+
+
+def test_another_reference(policy, tmp_path, tokenizer):
+    torch.manual_seed(5)
+    other = NanoLLaDAForCausalLM(load_model(NanoLLaDAForCausalLM, policy).config)
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(policy).save_pretrained(tmp_path / "other")
+    tune(DPO, policy, tmp_path / "run", max_steps=1, ref_model_name_or_path=tmp_path / "other")
+    assert abs(read_metrics(tmp_path / "run")[0]["rewards/chosen"]) > 1e-3  # at the policy's own it is 0
+    checkpoint(tmp_path / "masked", tokenizer, diffusion=True)
+    with pytest.raises(ValueError, match="`ref_model_name_or_path` must hold a NanoLLaDAForCausalLM of"):
+        tune(DPO, policy, tmp_path / "no", ref_model_name_or_path=tmp_path / "masked")
+    with pytest.raises(ValueError, match="`ref_model_name_or_path` must be left out: these settings compare with no"):
+        tune(GRPO, policy, tmp_path / "no", ref_model_name_or_path=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"push_to_hub": True}, "`push_to_hub` must be False: publishing is hub_upload"),
+        ({"hub_model_id": "me/mine"}, "`hub_model_id` must be None: publishing is hub_upload"),
+        ({"trust_remote_code": True}, "`trust_remote_code` must be False: the policy is loaded by"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0.0"),
+        ({"ignore_data_skip": True}, "`ignore_data_skip` must be False"),
+        ({"hidden_dropout": 0.1}, "`hidden_dropout` must be left out: the same text is scored more than once"),
+        ({"hidden_size": 16}, "`hidden_size` is the checkpoint's own"),
+        ({"max_length": 99999}, "`max_length` must be at most"),
+    ],
+)
+def test_what_does_nothing_is_refused_by_name(settings, match, policy, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        tune(DPO, policy, tmp_path / "run", max_steps=1, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_option_that_there_is_not_names_the_nearest(policy, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tune(DPO, policy, tmp_path / "run", bta=0.1)
+    assert "unknown option `--bta`: did you mean `--beta`" in capsys.readouterr().err
+
+
+def test_nothing_is_told_to_anybody(policy, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **kwargs: sent.append(kwargs))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    tune(DPO, policy, tmp_path / "run", max_steps=1)
+    assert sent == []
+
+
+def test_trl_computes_what_it_computes_alone():
+    """Nothing of a loss, a score or a batch is between a run and TRL."""
+    for kind in (DPOTrainer, GRPOTrainer):
+        ours = resumable(kind)
+        for name in ("compute_loss", "_compute_loss", "_prepare_inputs", "get_train_dataloader", "prediction_step"):
+            assert getattr(ours, name) is getattr(kind, name)
 
 
 @pytest.mark.parametrize("entry", [DPO, GRPO], ids=lambda entry: entry.name)
