@@ -252,6 +252,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         scores = self._score(model, rollouts, int(inputs["scoring_seed"]), entropy=self.estimator.exact)
         if scores.entropies is None:  # TRL wants some
             scores.entropies = torch.zeros_like(scores.log_probs)
+        if not self._entropy_bonus_enabled:  # nobody asks for its gradient, and the distributions take memory
+            scores.entropies = scores.entropies.detach()
         self._scores = scores
         weights = scores.weights * inputs["completion_mask"].any(1, keepdim=True)
         try:

@@ -262,6 +262,17 @@ def test_evaluation_does_not_change_training(tmp_path, char_tokenizer):
     assert all(torch.allclose(one, other, rtol=0, atol=1e-9) for one, other in pairs)
 
 
+def test_an_entropy_bonus_raises_entropy(tmp_path, char_tokenizer):
+    """Without any reward, from a policy of opinions."""
+    trainer = trainer_of(
+        tmp_path, char_tokenizer, reward=lambda completion_ids, **kwargs: [0.0] * len(completion_ids),
+        entropy_coef=1.0, max_steps=8, learning_rate=0.02,
+    )  # fmt: skip
+    trainer.train()
+    entropies = logged(trainer, "entropy")
+    assert entropies[-1] > entropies[0] + 0.1
+
+
 def test_completions_are_logged(tmp_path, char_tokenizer):
     trainer = trainer_of(tmp_path, char_tokenizer, log_completions=True)
     trainer.train()

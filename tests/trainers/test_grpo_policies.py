@@ -156,6 +156,7 @@ def test_an_ar_policy_has_no_estimator(tmp_path, char_tokenizer, monkeypatch, se
 # A reward whose best policy is known.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"estimator": "replay", "score_steps": 2}, {"estimator": "elbo"}])
 def test_the_rewarded_token_takes_over(tmp_path, char_tokenizer, settings):
     """Reward 1 for a first token that is `a`, else 0, from a policy of no opinion."""
