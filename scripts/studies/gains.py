@@ -50,9 +50,8 @@ def summary(runs: dict[int, list[float]], other: dict[int, list[float]] | None =
     return {"value": items["value"], "items": items["rows"], "seeds": sorted(runs), **errors}
 
 
-def wins(pairs: list[dict], measure) -> list[float]:
-    """Per pair 1 where the chosen answer has the larger measure, 0 where the rejected one has, 0.5 for equal ones."""
-    gaps = [measure(*pair["chosen"]) - measure(*pair["rejected"]) for pair in pairs]
+def wins(gaps: list[float]) -> list[float]:
+    """1 for a gap above 0, 0 for one below, 0.5 for none."""
     return [(gap > 0) + (gap == 0) / 2 for gap in gaps]
 
 
@@ -68,26 +67,30 @@ def balanced(hits: list[float], longer: list[float]) -> list[float]:
     return [hit * total / 2 / sizes[side] for hit, side in zip(hits, longer, strict=True) if side in sizes]
 
 
-def preference_numbers(pairs: list[dict]) -> dict[str, list[float]]:
-    """A number per pair for each column of the table."""
-    implicit = wins(pairs, lambda own, start, tokens: own - start)
-    longer = wins(pairs, lambda own, start, tokens: float(tokens))
+def gaps(pairs: list, measure) -> list[float]:
+    """What a measure of `(log-probability, tokens)` says of the chosen answer, over what it says of the rejected."""
+    return [measure(*chosen) - measure(*rejected) for chosen, rejected in pairs]
+
+
+def preference_numbers(pairs: list, start: list) -> dict[str, list[float]]:
+    """A number per pair for each column of the table, of the scores of a model and of the one that it began as."""
+    own, before = (gaps(each, lambda score, tokens: score) for each in (pairs, start))
+    margins = [a - b for a, b in zip(own, before, strict=True)]
+    longer = wins(gaps(pairs, lambda score, tokens: float(tokens)))
     return {
-        "implicit": implicit,
-        "implicit_balanced": balanced(implicit, longer),
-        "raw": wins(pairs, lambda own, start, tokens: own),
-        "raw_per_token": wins(pairs, lambda own, start, tokens: own / tokens),
-        "start_raw": wins(pairs, lambda own, start, tokens: start),
-        "start_per_token": wins(pairs, lambda own, start, tokens: start / tokens),
+        "implicit": wins(margins),
+        "implicit_balanced": balanced(wins(margins), longer),
+        "raw": wins(own),
+        "raw_per_token": wins(gaps(pairs, lambda score, tokens: score / tokens)),
+        "start_raw": wins(before),
+        "start_per_token": wins(gaps(start, lambda score, tokens: score / tokens)),
         "longer": longer,
-        "margin": [
-            pair["chosen"][0] - pair["chosen"][1] - pair["rejected"][0] + pair["rejected"][1] for pair in pairs
-        ],
+        "margin": margins,
     }
 
 
 def numbers_of(part: str, scores: dict) -> dict[str, list[float]]:
-    return preference_numbers(scores["pairs"]) if part == "preferences" else scores["solved"]
+    return preference_numbers(scores["pairs"], scores["start"]) if part == "preferences" else scores["solved"]
 
 
 def logged(folder: Path) -> dict[str, float]:

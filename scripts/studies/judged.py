@@ -11,32 +11,31 @@ DECODINGS = {  # by name in tables; a threshold is diffusion's
 TOGETHER = 100  # rows of a batch
 
 
-def preferences(folder: str, start: str, sources: list[str], samples: int, max_length: int | None) -> dict:
+def preferences(folder: str, sources: list[str], samples: int, max_length: int | None) -> dict:
     """
-    Scores held-out pairs under a model and under the one that it started from, with the same masks.
+    Scores held-out pairs, every model with the same masks.
 
     Args:
-        folder, start (`str`): The checkpoints.
+        folder (`str`): The checkpoint.
         sources (`list[str]`): Files of pairs; those longer than `max_length` are left out.
         samples (`int`): Masks per answer, even.
         max_length (`int`, *optional*): Most tokens of a prompt and answer.
 
     Returns:
-        `dict`: `pairs`, in the order of the files: `chosen` and `rejected`, each `[log-probability of the model, of
-            its start, tokens]` in nats (bounds for diffusion), and `mask_variance` of the model's margins, their mean.
+        `dict`: `pairs`, in the order of the files: `[chosen, rejected]`, each `[log-probability, tokens]` in nats
+            (bounds for diffusion), and `mask_variance`, that of the difference of the two by the masks, the mean.
     """
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.trainers.data.feedback.preferences import PreferenceArguments, prepare_preferences
     from nanollada.trainers.preferences.judging import score_pairs
 
     model, tokenizer = load_checkpoint(folder)
-    reference, _ = load_checkpoint(start)
     rows = prepare_preferences(PreferenceArguments(eval_data=sources, on_bad_rows="skip"), tokenizer, max_length).eval
-    judged = score_pairs(model, rows, reference=reference, samples=samples)
+    judged = score_pairs(model, rows, samples=samples)
     pairs = []
-    for row, own, first in zip(rows, judged.scores.tolist(), judged.reference.tolist(), strict=True):
+    for row, scores in zip(rows, judged.scores.tolist(), strict=True):
         lengths = [len(row[name]) for name in ("chosen_ids", "rejected_ids")]
-        pairs.append(dict(zip(("chosen", "rejected"), map(list, zip(own, first, lengths, strict=True)), strict=True)))
+        pairs.append([list(answer) for answer in zip(scores, lengths, strict=True)])
     return {"pairs": pairs, "mask_variance": judged.variances.sum(1).mean().item()}
 
 

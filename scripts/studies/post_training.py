@@ -154,7 +154,11 @@ class PostTraining(Cells):
         trained = str(folder) if arm.share else start
         folder.mkdir(exist_ok=True)
         if arm.part == "preferences":
-            scores = judged.preferences(trained, start, args.eval_data, args.samples, args.max_length)
+            settings = (args.eval_data, args.samples, args.max_length)
+            before = self.folder / f"start_{arm.start}.json"
+            if not before.exists():
+                write_json(before, judged.preferences(start, *settings))
+            scores = {**judged.preferences(trained, *settings), "start": read_json(before)["pairs"]}
         else:
             sizes = (args.prompts, args.rollouts, args.max_new_tokens)
             options = json.loads(args.puzzle_options)

@@ -23,33 +23,36 @@ def test_differences_are_paired():
         summary({1: [1.0]}, {1: [1.0, 2.0]})
 
 
-def pair(chosen, rejected):
-    return {"chosen": chosen, "rejected": rejected}
-
-
-PAIRS = [  # log-probability, that of the start, tokens
-    pair([-10.0, -12.0, 5], [-9.0, -9.0, 3]),  # learnt: +2 against 0; longer; less likely; per token −2 against −3
-    pair([-8.0, -8.0, 4], [-20.0, -23.0, 8]),  # unlearnt: 0 against 3; shorter; likelier
-    pair([-7.0, -8.0, 7], [-6.0, -7.0, 6]),  # equal: +1 and +1; longer; less likely; −1 and −1
-    pair([-5.0, -9.0, 6], [-4.0, -5.0, 2]),  # +4 against +1; longer; less likely
+PAIRS = [  # chosen and rejected: log-probability, tokens
+    [[-10.0, 5], [-9.0, 3]],  # longer; less likely; −2 a token against −3
+    [[-8.0, 4], [-20.0, 8]],  # shorter; likelier; −2 against −2.5
+    [[-7.0, 7], [-6.0, 6]],  # longer; less likely; −1 and −1
+    [[-5.0, 6], [-4.0, 2]],  # longer; less likely; −0.8 against −2
+]
+START = [  # the same before
+    [[-12.0, 5], [-9.0, 3]],  # learnt: +2 against 0
+    [[-8.0, 4], [-23.0, 8]],  # unlearnt: 0 against +3
+    [[-8.0, 7], [-7.0, 6]],  # +1 and +1
+    [[-9.0, 6], [-5.0, 2]],  # learnt: +4 against +1
 ]
 
 
 def test_who_wins_a_pair():
-    figures = preference_numbers(PAIRS)
+    figures = preference_numbers(PAIRS, START)
     assert figures["implicit"] == [1, 0, 0.5, 1] and figures["longer"] == [1, 0, 1, 1]
     assert figures["raw"] == [0, 1, 0, 0] and figures["start_raw"] == [0, 1, 0, 0]
     assert figures["raw_per_token"] == [1, 1, 0.5, 1]
+    assert figures["start_per_token"] == [1, 1, 1, 1]
     assert figures["margin"] == [2, -3, 0, 3]
-    assert wins([pair([1.0, 0.0, 1], [1.0, 0.0, 1])], lambda own, start, tokens: own) == [0.5]
+    assert wins([0.5, 0.0, -0.1]) == [1, 0.5, 0]
 
 
 def test_a_judge_of_length_is_no_better_than_chance():
-    longer = preference_numbers(PAIRS)["longer"]
+    longer = preference_numbers(PAIRS, START)["longer"]
     figures = balanced(longer, longer)  # right about all pairs whose chosen answer is longer, wrong about all others
     assert sum(figures) / len(figures) == pytest.approx(0.5)
     # three longer ones with 2.5 hits, one shorter with none: (2.5 / 3 + 0) / 2
-    figures = preference_numbers(PAIRS)["implicit_balanced"]
+    figures = preference_numbers(PAIRS, START)["implicit_balanced"]
     assert sum(figures) / len(figures) == pytest.approx(2.5 / 6)
     assert balanced([1.0, 0.0, 1.0], [1.0, 0.5, 0.0]) == pytest.approx([1.0, 1.0])  # equal lengths are left out
     assert balanced([1.0, 0.0], [1.0, 1.0]) == []  # there is nothing to balance with
