@@ -95,9 +95,12 @@ class Cells:
         return self.report()
 
     def start(self, name: str, seed: int) -> subprocess.Popen:
-        """A run in a process of its own, with its share of the cores; what it prints goes to `<name>-<seed>.log`."""
+        """
+        A run in a process of its own, with its share of the cores, unless `OMP_NUM_THREADS` says how many; what it
+        prints goes to `<name>-<seed>.log`.
+        """
         threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
         command = [sys.executable, str(SCRIPTS / self.program), *self.arguments(), "--only", f"{name}-{seed}"]
         with open(self.run_folder(name, seed).with_suffix(".log"), "w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

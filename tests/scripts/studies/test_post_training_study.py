@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.studies import judged
+from nanollada.scripts.studies import cells, judged
 from nanollada.scripts.studies.cells import options_by_name
 from nanollada.scripts.studies.post_training import (
     ARMS,
@@ -111,6 +111,17 @@ def test_a_folder_serves_one_study_of_one_part(tmp_path):
     with pytest.raises(ValueError, match="`output` holds a study with another `part`"):
         PostTraining(PostTrainingArguments(**PAIRS, output=str(tmp_path)))
     PostTraining(PostTrainingArguments(**PROBLEMS, ar="b", output=str(tmp_path), seeds=[3]))  # more runs
+
+
+def test_a_run_has_its_share_of_the_cores_or_the_threads_that_it_is_told(tmp_path, monkeypatch):
+    study = PostTraining(PostTrainingArguments(**PROBLEMS, output=str(tmp_path), jobs=2))
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda command, env, **kwargs: (command, env))
+    monkeypatch.setattr(cells.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    command, environment = study.start("replay", 3)
+    assert command[-2:] == ["--only", "replay-3"] and environment["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert study.start("replay", 3)[1]["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_tiny_study_of_preferences(tmp_path, tokenizer, starts, pairs, capsys):
