@@ -10,6 +10,7 @@ from nanollada.hub_upload.card_facts import Facts
 
 PROMPTS = ("The", "1", "a")
 CHAT_PROMPTS = ("What is a list?", "Hello")
+CHATS = ("sft", "preference", "prompt")  # formats of rows that are chats
 MOST_CHARACTERS = 400  # of a recorded prompt; a document's is no example
 NEW_TOKENS, BLOCK_LENGTH, INFILLED = 32, 16, 4  # of snippets for a checkpoint without settings of its own
 SETTINGS = {  # of transformers, in words; the others say themselves what they do
@@ -66,8 +67,8 @@ def choose_example(tokenizer, facts: Facts, prompt: str | None = None) -> Exampl
     Raises:
         `ValueError`: if the tokenizer can't express `prompt`.
     """
-    fine_tuned = bool(facts.stages) and (facts.stages[-1].get("data") or {}).get("format") == "sft"
-    chat = fine_tuned and bool(tokenizer.chat_template)
+    seen = (facts.stages[-1].get("data") or {}).get("format") if facts.stages else None
+    chat = seen in CHATS and bool(tokenizer.chat_template)
     results = (facts.evaluation or {}).get("results", []) if prompt is None else []
     for item in (item for result in results for item in result.get("examples") or []):
         if len(json.dumps(item["prompt"])) <= MOST_CHARACTERS and _is_askable(tokenizer, item["prompt"]):

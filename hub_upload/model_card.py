@@ -13,7 +13,12 @@ from nanollada.hub_upload.evaluation_file import results_of
 from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-FORMATS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
+FORMATS = {
+    "pretrain": "pretraining",
+    "sft": "supervised fine-tuning",
+    "preference": "preference learning",
+    "prompt": "reinforcement learning",
+}
 HUB = "https://huggingface.co/"
 
 
@@ -149,7 +154,7 @@ def _stage(stage: dict) -> dict:
     kind = FORMATS.get(data.get("format"), "training")
     init, seed = stage.get("init"), stage.get("seed")
     start = f"the weights of `{init}`" if init else "random weights" if "init" in stage else None
-    settings = ", ".join(f"{key} = {value}" for key, value in objective.items() if value is not None)
+    settings = ", ".join(f"{key} = {_plain(value)}" for key, value in objective.items() if value is not None)
     best = stage.get("best") or {}
     rows = [
         ("Kind", f"{kind}, `{stage['model_class']}`" if stage.get("model_class") else kind),
@@ -185,10 +190,13 @@ def _adapter_settings(settings: dict) -> str | None:
     settings, trained = dict(settings), settings.get("trained_parameters")
     kind = settings.pop("peft_type", "PEFT")
     given = {name: value for name, value in settings.items() if name not in ("task_type", "trained_parameters")}
-    given = {name: ", ".join(value) if isinstance(value, list) else value for name, value in given.items()}
-    words = "; ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
+    words = "; ".join(f"{name} = {_plain(value)}" for name, value in given.items() if value is not None)
     parts = (f"{kind} ({words})" if words else kind, sentence("{} parameters trained", number(trained)))
     return ", ".join(filter(None, parts)) if settings else None
+
+
+def _plain(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _adapter_size(model) -> str:

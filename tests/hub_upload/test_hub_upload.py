@@ -307,7 +307,7 @@ def test_a_process_that_dies_is_an_error(tmp_path):
 
 
 def test_upload_refuses(exported, monkeypatch):
-    monkeypatch.setattr(upload_module, "verify", lambda folder: pytest.fail("too late"))
+    monkeypatch.setattr(upload_module, "verify", lambda folder, **options: pytest.fail("too late"))
     for name, match in (("model", "`repo_id` must be 'user/name', got 'model'"), ("a/b/c", "namespace/repo_name")):
         with pytest.raises(ValueError, match=match):
             upload(exported, name)
@@ -319,7 +319,7 @@ def test_upload_refuses(exported, monkeypatch):
 
 
 def test_dry_run_sends_nothing(exported, monkeypatch, capsys):
-    monkeypatch.setattr(upload_module, "verify", lambda folder: {})
+    monkeypatch.setattr(upload_module, "verify", lambda folder, **options: {})
     monkeypatch.setattr(upload_module, "_push", lambda *args: pytest.fail("pushed"))
     (exported / ".cache").mkdir()
     (exported / ".cache" / "x").touch()
@@ -452,7 +452,7 @@ def test_push_makes_private_repositories_and_branches(exported, monkeypatch):
             )
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr(upload_module, "verify", lambda folder: {})
+    monkeypatch.setattr(upload_module, "verify", lambda folder, **options: {})
     assert upload(exported, "me/model", push=True, private=True, revision="trial") == "u"
     (create, branch, folder) = calls
     assert create == ("create_repo", ("me/model",), {"private": True, "exist_ok": True})
