@@ -32,7 +32,7 @@ BASE = "someone/base"
 
 @pytest.fixture(scope="module")
 def runs(tokenizer, tmp_path_factory) -> Path:
-    """`ar` and `diffusion` (tied, in blocks), and adapters of them with a run's records: `ar-lora`, `diffusion-lora`."""
+    """`ar` and `diffusion` (tied, in blocks), and adapters of them, with records: `ar-lora`, `diffusion-lora`."""
     root = tmp_path_factory.mktemp("runs")
     for name, model_class in CLASSES.items():
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_its_card(name, exports):
     assert {"nanollada", "custom_code", "lora"} <= set(data.tags)
     assert "is an adapter (LORA) of [someone/base](https://huggingface.co/someone/base).\nTogether they are a" in text
     assert "- Adapter: LORA, 1,024 parameters of these, on q_proj, v_proj\n" in text
-    assert "### Preference learning" in text and "DPO (loss_type = sigmoid, sft)" in text
+    assert "| Kind | preference learning, `NanoLLaDA" in text and "| DPO (loss_type = sigmoid, sft) |" in text
     assert "LORA (r = 4; target_modules = q_proj, v_proj; " in text.replace("task_type = CAUSAL_LM; ", "")
     assert 'base_model = "someone/base"\n' in text and "revision" not in text
 
@@ -130,26 +130,26 @@ def test_a_name_on_the_hub_keeps_its_revision(runs, tmp_path, monkeypatch):
     assert base_folder(folder) == (runs / "ar").resolve()
     output = export(folder, tmp_path / "out")
     assert json.loads((output / "adapter_config.json").read_text())["revision"] == "trial"
-    assert 'from_pretrained(base_model, revision="trial", trust_remote_code=True)' in (output / "README.md").read_text()
+    assert (
+        'from_pretrained(base_model, revision="trial", trust_remote_code=True)' in (output / "README.md").read_text()
+    )
     assert verify(output)["ok"]  # by itself: the model lies in the cache of downloads
 
 
 def test_a_base_that_is_not_there_or_has_no_name(runs, exports, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`base_model` must be the Hub name of the model under the adapter, got none"):
         export(runs / "ar-lora", tmp_path / "out")
-    with pytest.raises(ValueError, match="`base_model` must be .*'user/name'.*|`base_model`.*Hub"):
+    with pytest.raises(ValueError, match="`base_model` must be"):
         export(runs / "ar-lora", tmp_path / "out", base_model=str(runs / "ar"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(VerificationError, match="`base_model` must be the folder of someone/base, which ar-lora adapts"):
+    with pytest.raises(
+        VerificationError, match="`base_model` must be the folder of someone/base, which ar-lora adapts"
+    ):
         verify(exports["ar"])
     with pytest.raises(VerificationError, match="`base_model` must be a folder with config.json, got"):
         verify(exports["ar"], base_model=tmp_path)
     with pytest.raises(VerificationError, match="`base_model` is for an adapter, got .* for ar"):
-        verify(_whole(runs, tmp_path), base_model=runs / "ar")
-
-
-def _whole(runs: Path, tmp_path: Path) -> Path:
-    return export(runs / "ar", tmp_path / "ar")
+        verify(export(runs / "ar", tmp_path / "ar"), base_model=runs / "ar")
 
 
 @pytest.mark.slow
