@@ -41,14 +41,25 @@ class PuzzleArguments:
     options: str = field(default="{}", metadata={"help": f"Of the puzzle, as JSON: {OPTIONS}."})
 
 
+def _options(puzzle: str, text: str) -> dict:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`options` must be JSON, got {text!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"`options` must be an object of JSON, got {text!r}")
+    PUZZLES[puzzle].check_options(options)
+    return options
+
+
 def main(argv: list[str] | None = None) -> None:
     """Writes training rows."""
     from nanollada.trainers.commands.parser import Parser
     from nanollada.trainers.data.feedback.prompts import texts_of
 
     (args,) = Parser(PuzzleArguments).parse_args_and_config(argv)
-    given = texts_of(args.unlike, "unlike")
-    path = write_rows(args.puzzle, args.rows, args.output, args.seed, args.format, given, **json.loads(args.options))
+    options, given = _options(args.puzzle, args.options), texts_of(args.unlike, "unlike")
+    path = write_rows(args.puzzle, args.rows, args.output, args.seed, args.format, given, **options)
     print(f"{args.rows:,} rows: {path}")
 
 

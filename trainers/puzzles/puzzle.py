@@ -75,12 +75,7 @@ class Puzzle:
             raise ValueError(f"`side` must be 'test' or 'train', got {side!r}")
         if count < 1:
             raise ValueError(f"`rows` must be at least 1, got {count}")
-        for name, value in options.items():
-            if name not in self.options:
-                known = ", ".join(self.options)
-                raise ValueError(f"`{name}` must be an option of {self.name} ({known}), got {value!r}")
-            if not self.options[name].holds(value):
-                raise ValueError(f"`{name}` must be {self.options[name].rule}, got {value!r}")
+        self.check_options(options)
         rows = {}
         for row in self._drawn(random.Random(f"{seed}/{self.name}/{side}"), side, options):
             if row["prompt"] not in unlike:
@@ -89,6 +84,18 @@ class Puzzle:
                 return list(rows.values())
         left = f"the {side} problems of {self.name} with {options}{' that are left' if unlike else ''}"
         raise ValueError(f"`rows` must not exceed {left}, got {count}")
+
+    def check_options(self, options: dict) -> None:
+        """
+        Raises:
+            `ValueError`: for options that the puzzle does not have or that are out of range.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(self.options)
+                raise ValueError(f"`{name}` must be an option of {self.name} ({known}), got {value!r}")
+            if not self.options[name].holds(value):
+                raise ValueError(f"`{name}` must be {self.options[name].rule}, got {value!r}")
 
     def _drawn(self, rng: random.Random, side: str, options: dict) -> Iterator[dict]:
         """Problems of the side, until so many draws in a row have given nothing new."""

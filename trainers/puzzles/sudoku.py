@@ -124,7 +124,7 @@ def share_of_blanks(puzzle: str, solution: str, answer: str) -> float:
     if len(answer) != len(puzzle) or any(clue not in ("0", digit) for clue, _, digit in cells):
         return 0.0
     blanks = [digit == right for clue, right, digit in cells if clue == "0"]
-    return sum(blanks) / len(blanks)
+    return sum(blanks) / len(blanks) if blanks else 1.0  # nothing to fill, and all clues kept
 
 
 def share(row: dict, answer: str) -> float:

@@ -1,5 +1,6 @@
 """The rewards there are, and any Python function by its dotted name. A new one is a file, and its members here."""
 
+import functools
 import importlib
 import os
 import sys
@@ -64,4 +65,7 @@ def _imported(name: str) -> Callable:
         raise ValueError(f"`reward_funcs` must name a function of {module}, got {name!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"`reward_funcs` must name a function, got {name!r}, which is a {type(function).__name__}")
+    if not hasattr(function, "__name__"):  # an object that is called; TRL logs functions by their names
+        function = functools.partial(function)
+        function.__name__ = name
     return function

@@ -16,6 +16,7 @@ from nanollada.trainers.puzzles.registry import PUZZLES
 # What TRL's reward functions get under these names is no column of a row; the last ones make TRL do something else.
 RESERVED = ("prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 RESERVED += ("environments", "index", "image", "images", "tools", "chat_template_kwargs")
+FIELDS = {"role", "content"}  # a table gives every message what one of them has, and templates would read it
 
 
 @dataclass
@@ -56,6 +57,8 @@ class PromptReader:
         prompt = checked_text(prompt, "prompt") if isinstance(prompt, str) else checked_messages(prompt, "prompt")
         if not isinstance(prompt, str) and (not prompt or prompt[-1]["role"] == "assistant"):
             raise BadRow("no prompt", "`prompt` must end with what is to be answered")
+        if more := [name for message in prompt if not isinstance(prompt, str) for name in message.keys() - FIELDS]:
+            raise BadRow("unknown field", f"messages of `prompt` must have role and content alone, got `{min(more)}`")
         if clash := [name for name in RESERVED if name in row]:
             raise BadRow("reserved column", f"`{clash[0]}` is no column that a reward can read: rename or remove it")
         if self.needs_puzzle:
