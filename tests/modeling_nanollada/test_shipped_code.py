@@ -25,6 +25,7 @@ ALLOWED = {
     "difflib",
     "textwrap",
     "warnings",
+    "types",
     "typing",
     "__future__",
 }

@@ -27,7 +27,9 @@ class Reward:
 
 def text_of(completion: str | list[dict]) -> str:
     """An answer's text without space around: a string, or the content of messages."""
-    text = completion if isinstance(completion, str) else "".join(message.get("content") or "" for message in completion)
+    text = (
+        completion if isinstance(completion, str) else "".join(message.get("content") or "" for message in completion)
+    )
     return text.strip()
 
 
