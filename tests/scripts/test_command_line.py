@@ -50,6 +50,9 @@ CASES = {
         "--score_steps", "--part problems --output x", "`diffusion` must be given for these runs, got None"
     ),
     "puzzles": Case("--options", "--puzzle sudoku --rows 0 --output x.jsonl", ".*rows.*0.*"),
+    "pairs": Case(
+        "--pairs_per_prompt", "--checkpoint outputs/nope --data x --output y", f"`checkpoint` .*, {NOWHERE}"
+    ),
     "convert": Case("--rms_norm_eps", "--source nope --to masked --output x", "`source` must .*, got nope, .*"),
     "merge": Case("--checkpoints", "--checkpoints nope nope2 --output_dir x", ".*nope.*"),
     "export": Case("--base_model", "nope out", "`checkpoint` must be a folder with config.json, got nope"),
