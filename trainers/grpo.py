@@ -103,7 +103,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     """
     TRL's `GRPOTrainer` for a masked-diffusion policy.
 
-    Rollouts are written by the diffusion `generate`, one token a step unless `args.generation_kwargs` say otherwise.
+    Rollouts are written by the diffusion `generate`, in the rows that the checkpoint was trained for (its blocks, its
+    `eos_policy`), one token a step unless `args.generation_kwargs` say otherwise.
     Likelihoods are those of the canvas that the decoder left, as it was, with all tokens that it decided: TRL's own
     rows are cut behind the first EOS, and the model would see another canvas.
 
@@ -159,7 +160,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         with replaced(grpo_trainer, **names):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         config = self.base_model.config
-        self.generation_config = rollout_settings(args, config, self.eos_token_ids)
+        self.generation_config = rollout_settings(args, config, self.base_model.generation_config, self.eos_token_ids)
         self._decoding = Decoding.of(self.generation_config, config)
         self._rollouts, self._scores, self._eval_batch = None, None, 0
 

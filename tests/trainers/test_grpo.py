@@ -8,7 +8,6 @@ import torch
 from rollout_cases import evenness, gradients_of, logged, policy, prompts, trainer_of
 from training_cases import assert_same_gradients
 
-from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.trainers import grpo
 from nanollada.trainers.rollouts.rollouts import Rollouts
 
@@ -178,24 +177,27 @@ def cut_likelihood(model, rollouts, row, length):
     return float(log_likelihood(model, Rollouts(*(part[:, :width] for part in parts), rollouts.prompt_length), row))
 
 
-def test_nothing_of_the_checkpoints_decoding_has_a_part_in_rollouts(tmp_path, char_tokenizer, monkeypatch):
-    kept = recorded(monkeypatch)
+def test_rollouts_are_written_in_the_rows_of_training_and_by_no_rule_of_the_checkpoint(tmp_path, char_tokenizer):
     model = policy(char_tokenizer)
-    saved = {"threshold": 0.01, "eos_policy": "cut", "block_length": 2, "grow_length": True, "top_k": 1, "steps": 1}
-    model.generation_config.update(**saved)
+    rows, rules = {"eos_policy": "cut", "block_length": 2, "grow_length": True}, {"threshold": 0.01}
+    model.generation_config.update(**rows, **rules, top_k=1, steps=1, temperature=0.1)
     trainer = trainer_of(tmp_path, char_tokenizer, model)
-    assert trainer.dropped_decoding == {"threshold": 0.01}
-    trainer.train()
-    rollouts, _ = kept[0]
-    plain = policy(char_tokenizer)
-    plain.generation_config = NanoLLaDAGenerationConfig()
-    trainer_of(tmp_path / "plain", char_tokenizer, plain).train()
-    assert torch.equal(kept[1][0].canvas, rollouts.canvas)
-    assert torch.equal(kept[1][0].commit_steps, rollouts.commit_steps)
+    assert trainer.dropped_decoding == rules
+    settings = trainer.generation_config
+    assert {name: getattr(settings, name) for name in rows} == rows
+    assert (settings.threshold, settings.top_k, settings.steps, settings.temperature) == (None, None, None, 1)
     own = trainer.model.generation_config
-    assert own.threshold is None and {name: getattr(own, name) for name in saved if name != "threshold"} == {
-        name: value for name, value in saved.items() if name != "threshold"
-    }
+    assert own.threshold is None and {name: getattr(own, name) for name in rows} == rows
+
+
+def test_nothing_else_of_the_checkpoints_decoding_has_a_part_in_rollouts(tmp_path, char_tokenizer, monkeypatch):
+    kept, saved = recorded(monkeypatch), {"threshold": 0.01, "top_k": 1, "steps": 1, "position_score": "margin"}
+    for number, settings in enumerate((saved, {})):
+        model = policy(char_tokenizer)
+        model.generation_config.update(**settings, eos_policy="cut")
+        trainer_of(tmp_path / str(number), char_tokenizer, model).train()
+    assert torch.equal(kept[1][0].canvas, kept[0][0].canvas)
+    assert torch.equal(kept[1][0].commit_steps, kept[0][0].commit_steps)
 
 
 def test_generation_kwargs_are_the_users_to_set(tmp_path, char_tokenizer, monkeypatch):

@@ -57,6 +57,8 @@ _NEEDS_PROBABILITIES = {
     "entropy_coef": (0.0, "the entropies would not be those that tokens are drawn with"),
     "use_adaptive_entropy": (False, "the entropies would not be those that tokens are drawn with"),
 }
+# What a checkpoint's generation config says of the rows that it was trained on: rollouts are written in these.
+TRAINED = ("block_length", "grow_length", "eos_policy")
 # What TRL's trainer takes as an argument.
 REFUSED_ARGUMENTS = {
     "tools": "a diffusion policy calls no tools",
@@ -132,21 +134,23 @@ def _check_estimator(args) -> None:
         _refuse(args, "importance_sampling_level", "token", "the loss 'vespo' makes sequence weights of token ratios")
 
 
-def rollout_settings(args, config, eos_token_ids: list[int]) -> NanoLLaDAGenerationConfig:
+def rollout_settings(args, config, saved, eos_token_ids: list[int]) -> NanoLLaDAGenerationConfig:
     """
-    How rollouts are decoded: as `args` say and `generate` does by default, one token a step, whatever decoding was
-    chosen for the checkpoint.
+    How rollouts are decoded: as `args` say, in the rows that the model was trained for (`TRAINED`), and else as
+    `generate` does by default: one token a step, drawn from all tokens.
 
     Args:
         args ([`~trainers.grpo.DiffusionGRPOConfig`]): Its `temperature`, `max_completion_length`,
             `cache_implementation` and `generation_kwargs`, which override these.
         config ([`NanoLLaDAConfig`]): Of the model.
+        saved (`GenerationConfig`): The checkpoint's own.
         eos_token_ids (`list[int]`): What ends a completion.
 
     Raises:
         `ValueError`: for settings under which a rollout can't be scored, naming them.
     """
     given = {
+        **{name: getattr(saved, name, None) for name in TRAINED},
         "max_new_tokens": args.max_completion_length,
         "do_sample": True,
         "temperature": args.temperature,
