@@ -14,9 +14,9 @@ import uuid
 from pathlib import Path
 
 if __package__:
-    from nanollada.hub_upload.adapter_base import ADAPTER, base_folder, read_adapter
+    from nanollada.hub_upload.recompute import ADAPTER, base_folder, read_adapter
 else:  # verify.py runs by its path, without nanollada
-    from adapter_base import ADAPTER, base_folder, read_adapter
+    from recompute import ADAPTER, base_folder, read_adapter
 
 EVALUATION = "evaluation.json"
 VERSION = 2

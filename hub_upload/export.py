@@ -16,13 +16,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nanollada.hub_upload import adapter_base, recompute, verify
-from nanollada.hub_upload.adapter_base import ADAPTER, HUB_NAME, WEIGHTS, base_folder, read_adapter
+from nanollada.hub_upload import recompute, verify
 from nanollada.hub_upload.card_facts import Facts, read_facts
 from nanollada.hub_upload.card_use import choose_example
 from nanollada.hub_upload.evaluation_file import config_digest, file_digest, model_digests, weights_digest
 from nanollada.hub_upload.model_card import build_card
-from nanollada.hub_upload.recompute import GOLDEN
+from nanollada.hub_upload.recompute import ADAPTER, GOLDEN, HUB_NAME, WEIGHTS, base_folder, read_adapter
 from nanollada.hub_upload.verify import check_files, check_results
 from nanollada.trainers.commands.ending import run_program
 from nanollada.trainers.commands.programs import command_of
@@ -202,7 +201,6 @@ def _write_adapter(folder: Path, checkpoint: Path, base_model: str, model) -> No
         config |= {"base_model_name_or_path": base_model, "revision": None}
     (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(folder)
-    shutil.copy(adapter_base.__file__, folder)
 
 
 def _write(folder: Path, tokenizer, card, facts: Facts, example: tuple) -> None:
@@ -244,7 +242,7 @@ def write_golden(folder: Path, base: Path | None = None) -> None:
     if base is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     else:
-        model = adapter_base.load(folder, base, dtype=torch.float32).eval()
+        model = recompute.load(folder, base, dtype=torch.float32).eval()
     runs = []
     for run in recompute.runs_to_check(model.config):
         decoded = recompute.recompute(model, run["prompt"], **run["settings"])

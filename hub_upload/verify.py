@@ -81,12 +81,12 @@ def verify(
     adapter = (folder / ADAPTER).is_file()
     _require(adapter or base_model is None, f"`base_model` is for an adapter, got {base_model} for {folder.name}")
     with _verifying():
-        base = load_neighbour("adapter_base").base_folder(folder, base_model) if adapter else None
+        base = load_neighbour("recompute").base_folder(folder, base_model) if adapter else None
     tell("files", None)
     tell("results", check_results(folder), "the card's numbers are those of evaluation.json")
     with tempfile.TemporaryDirectory(prefix="nanollada-verify-") as scratch:
         if base is not None:
-            load_neighbour("adapter_base").put_into_cache(folder, base, Path(scratch) / "home")
+            load_neighbour("recompute").put_into_cache(folder, base, Path(scratch) / "home")
         clean = _start_clean_process(folder, Path(scratch), python or sys.executable)
         try:
             reference = _reference_logits(folder, base)  # while the other process imports
@@ -122,9 +122,9 @@ def check_files(folder: Path) -> dict:
     _require(any(folder.glob("*.safetensors")), f"`folder` must hold safetensors weights, got none in {folder.name}")
     if adapter:
         with _verifying():
-            load_neighbour("adapter_base").check_adapter(folder)
+            load_neighbour("recompute").check_adapter(folder)
         read_golden(folder)
-        return load_neighbour("adapter_base").read_adapter(folder)
+        return load_neighbour("recompute").read_adapter(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = (config.get("architectures") or [None])[0]
     _require(
@@ -248,7 +248,7 @@ def _reference_logits(folder: Path, base: Path | None):
     import torch
     from transformers import AutoModelForCausalLM
 
-    load = AutoModelForCausalLM.from_pretrained if base is None else load_neighbour("adapter_base").load
+    load = AutoModelForCausalLM.from_pretrained if base is None else load_neighbour("recompute").load
     try:
         model = load(folder, **({} if base is None else {"base": base}), dtype=torch.float32)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -364,7 +364,7 @@ class _CleanProcess:
             loaded = {name: getattr(transformers, name).from_pretrained for name in AUTO_CLASSES[architecture]}
             loaded = {name: load(self.folder, **options, output_loading_info=True) for name, load in loaded.items()}
         else:
-            loaded = load_neighbour("adapter_base").load_in_each_way(self.folder, **options)
+            loaded = load_neighbour("recompute").load_in_each_way(self.folder, **options)
             loaded = {name: (model, {}) for name, model in loaded.items()}
         names, logits = list(loaded), None
         for name, (model, loading) in loaded.items():

@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanollada.hub_upload.adapter_base import ADAPTER, base_folder, read_adapter
 from nanollada.hub_upload.evaluation_file import (
     EVALUATION,
     model_digests,
@@ -20,6 +19,7 @@ from nanollada.hub_upload.evaluation_file import (
     save_evaluation,
     weights_digest,
 )
+from nanollada.hub_upload.recompute import ADAPTER, base_folder, read_adapter
 from nanollada.scripts.evaluation.bench import Bench, Outcome, Planned, Task
 from nanollada.scripts.evaluation.kinds import KINDS, definitions, results_of
 from nanollada.scripts.evaluation.rows import rows_of

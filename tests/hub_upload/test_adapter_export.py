@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from nanollada.configuration_nanollada import NanoLLaDAConfig
 from nanollada.hub_upload import upload as upload_module
 from nanollada.hub_upload import verify as verify_module
-from nanollada.hub_upload.adapter_base import base_folder
 from nanollada.hub_upload.evaluation_file import VERSION, check_model, model_digests
 from nanollada.hub_upload.export import export
+from nanollada.hub_upload.recompute import base_folder
 from nanollada.hub_upload.upload import upload
 from nanollada.hub_upload.verify import VerificationError, check_files, verify
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
@@ -81,7 +81,7 @@ def test_an_adapter_s_repository(name, runs, exports):
     """The adapter's own bytes, its model's name on the Hub, and no model; the clean process computes the same."""
     folder, source = exports[name], runs / f"{name}-lora"
     there = {path.name for path in folder.iterdir()}
-    assert {"README.md", "generation_config.json", "tokenizer.json", "golden.json", "adapter_base.py"} <= there
+    assert {"README.md", "generation_config.json", "tokenizer.json", "golden.json", "recompute.py"} <= there
     assert not {"config.json", "model.safetensors", "modeling_nanollada.py"} & there
     weights = "adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (source / weights).read_bytes()
@@ -207,7 +207,7 @@ def test_dry_runs(exports, runs, tmp_path, capsys):
     assert upload(export(tmp_path / "merged", tmp_path / "out", base_model=BASE), "me/merged") is None
     assert upload_module.main([str(exports["ar"]), "me/lora", "--base_model", str(runs / "ar")]) == 0
     printed = capsys.readouterr().out
-    assert "adapter_model.safetensors" in printed and "adapter_base.py" in printed and "for me/lora" in printed
+    assert "adapter_model.safetensors" in printed and "recompute.py" in printed and "for me/lora" in printed
 
 
 USER = """
