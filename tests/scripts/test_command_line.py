@@ -38,6 +38,16 @@ CASES = {
         "--tokenizer_name_or_path outputs/nope --data x.jsonl --output_dir run --use_cpu",
         f"`tokenizer_name_or_path` .*, {NOWHERE}",
     ),
+    "train-dpo": Case(
+        "--precompute_ref_batch_size",
+        "--model_name_or_path outputs/nope --data x.jsonl --output_dir run --use_cpu",
+        f"`model_name_or_path` .*, {NOWHERE}",
+    ),
+    "train-grpo": Case(
+        "--max_completion_length",
+        "--model_name_or_path outputs/nope --data x.jsonl --output_dir run --use_cpu",
+        f"`model_name_or_path` .*, {NOWHERE}",
+    ),
     "generate": Case("--watch_delay", "--checkpoint outputs/nope --prompt x", f"`checkpoint` .*, {NOWHERE}"),
     "compare": Case("--repeats", "--ar outputs/nope --diffusion y --prompts x", f"`ar` .*, {NOWHERE}"),
     "demo": Case("--server_port", "--diffusion outputs/nope", f"`diffusion` .*, {NOWHERE}"),

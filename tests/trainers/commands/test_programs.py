@@ -39,6 +39,8 @@ def test_every_program_of_the_checkout_is_one_but_what_keeps_its_pages():
     assert {PROGRAMS[entry.console].file for entry in TRAINERS.values()} == {
         "trainers/causal.py",
         "trainers/diffusion.py",
+        "trainers/dpo.py",
+        "trainers/grpo.py",
     }
     assert all(len(program.help) <= 70 for program in PROGRAMS.values())
 
