@@ -38,6 +38,7 @@ class Rows:
     """Options of rows that the test makes itself."""
 
     count: int = field(default=12, metadata={"help": "Rows."})
+    other: bool = field(default=False, metadata={"help": "Other ones."})
 
 
 class PlainTRL(DPOTrainer):
@@ -48,7 +49,7 @@ class PlainTRL(DPOTrainer):
 
 
 def preferences(data, tokenizer, args, config):
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(4 if data.other else 3)
     draw = lambda n: torch.randint(4, len(tokenizer) - 4, (n,), generator=generator).tolist()  # noqa: E731
     rows = [{"prompt_ids": draw(3), "chosen_ids": draw(4), "rejected_ids": draw(3)} for _ in range(data.count)]
     report = {"sources": ["pairs.jsonl"], "format": "preference", "rows": data.count - 4}

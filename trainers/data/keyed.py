@@ -168,6 +168,15 @@ def digest_of(rows) -> str:
     return digest.hexdigest()
 
 
+def digest_of_columns(dataset) -> str:
+    """SHA-256 of the rows of a `datasets.Dataset`, whatever its columns, in their order."""
+    digest = hashlib.sha256(repr(dataset.features).encode())
+    for batch in dataset.with_format("arrow").iter(4096):
+        for column in batch.combine_chunks().columns:
+            digest.update(repr(column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
 class PreparedSteps(Steps):
     """
     Of map-style rows: a permutation per pass that depends on (seed, pass) alone.

@@ -187,7 +187,7 @@ class SteppingTrainer(Trainer):
         }
         self._step_loss = 0.0
         if state.global_step and saved["run"]:
-            _check_same_run(saved["run"], record.run, state.global_step)
+            check_same_run(saved["run"], record.run, state.global_step)
             vars(record).update(saved)
         if self.streaming:
             anchor = Anchor(**record.anchor) if record.anchor else dataset.beginning
@@ -233,7 +233,17 @@ class SteppingTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
 
-def _check_same_run(saved: dict, now: dict, step: int) -> None:
+def check_same_run(saved: dict, now: dict, step: int) -> None:
+    """
+    Checks that a run goes on with the rows that its checkpoint had.
+
+    Args:
+        saved, now (`dict`): What decides the rows of a step, see [`StepRecord`]: of the checkpoint, and now.
+        step (`int`): Of the checkpoint.
+
+    Raises:
+        `ValueError`: naming what is another.
+    """
     names = {
         "rows_per_step": "the run's rows per step (`per_device_train_batch_size` · `gradient_accumulation_steps` · "
         "processes)",

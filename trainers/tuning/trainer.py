@@ -8,6 +8,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from nanollada.trainers.data.keyed import digest_of_columns
+from nanollada.trainers.resuming.stepping import check_same_run
 from nanollada.trainers.resuming.trainer import ResumingTrainer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ class TuningRecord(TrainerCallback, ExportableState):
         total_loss (`float`): The losses of the run up to the last log, summed.
         tokens (`int`): DPO's count of tokens.
         micro_batch (`int`): GRPO's count of micro-batches, which says when it samples anew.
+        run (`dict`): What decides the rows of a step, as in [`~trainers.resuming.stepping.StepRecord`].
     """
 
     def __init__(self, trainer):
@@ -36,13 +39,15 @@ class TuningRecord(TrainerCallback, ExportableState):
             "total_loss": getattr(trainer, "_total_loss_scalar", 0.0),
             "tokens": trainer._total_train_tokens,
             "micro_batch": getattr(trainer, "_step", 0),
+            "run": trainer.decides_rows,
         }
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         if state.global_step:
-            self._trainer.go_on_with(**saved)
+            check_same_run(saved["run"], self._trainer.decides_rows, state.global_step)
+            self._trainer.go_on_with(**{name: value for name, value in saved.items() if name != "run"})
 
 
 class _Resumable(ResumingTrainer):
@@ -67,6 +72,18 @@ class _Resumable(ResumingTrainer):
     def uses_of_a_row(self) -> int:
         """How often a row takes part in a pass: GRPO samples a group of answers, and may train on it repeatedly."""
         return getattr(self, "num_generations", 1) * getattr(self, "num_iterations", 1)
+
+    @functools.cached_property
+    def decides_rows(self) -> dict:
+        """What decides the rows of a step; a run that goes on must have the same."""
+        args = self.args
+        return {
+            "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "seed": args.seed,
+            "rows": len(self.train_dataset),
+            "drop_last": args.dataloader_drop_last,
+            "content": digest_of_columns(self.train_dataset),
+        }
 
     def log(self, logs, *args, **kwargs):
         """`train_loss` is the mean over the run's steps, also those before a resumption."""

@@ -72,6 +72,22 @@ def test_ctrl_c_ends_behind_a_checkpoint_and_a_finished_run_stays(policy, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir()} == times
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"seed": 7}, "the run's `seed`"),
+        ({"per_device_train_batch_size": 4}, "the run's rows per step"),
+        ({"count": 10}, "rows"),
+        ({"other": True}, "rows"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_rows(changed, match, policy, tmp_path):
+    settings = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 2}
+    tune(DPO, policy, tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match=match):
+        tune(DPO, policy, tmp_path / "run", **{**settings, "max_steps": 2, **changed}, resume_from_checkpoint="last")
+
+
 def test_an_adapter_is_trained_alone(policy, tmp_path):
     facts = tune(DPO, policy, tmp_path / "run", max_steps=2, use_peft=True, lora_r=4)
     folder = tmp_path / "run"
