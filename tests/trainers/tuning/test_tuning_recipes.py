@@ -42,7 +42,7 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_its_commands_make_what_it_reads(recipe):
     """Each command parses, and what the recipe reads is what a command before it writes."""
-    settings, written = yaml.safe_load(recipe.read_text()), set()
+    settings, written = yaml.safe_load(recipe.read_text()), {"runs/quickstart/corpus/sft_train.jsonl"}
     *before, last = commands_of(recipe)
     program = f"trainers/{recipe.stem.rpartition('_')[2]}.py"
     assert last == ["accelerate", "launch", program, "--config", f"scripts/recipes/{recipe.name}"]
@@ -56,6 +56,9 @@ def test_its_commands_make_what_it_reads(recipe):
             args, *_ = Parser(PROGRAMS[words[1]]).parse_args_and_config(words[2:])
             written.add(args.output)
     assert all(path in written for path in settings["data"] if not path.startswith("hf://"))
+    start = settings["model_name_or_path"]
+    sft = recipe.with_stem(f"{recipe.stem.rpartition('_')[0]}_sft")
+    assert start in written or start == yaml.safe_load(sft.read_text())["output_dir"]
     assert settings["output_dir"] == f"runs/{recipe.stem.partition('_')[0]}/{recipe.stem.partition('_')[2]}"
 
 
