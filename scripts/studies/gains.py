@@ -59,12 +59,20 @@ def balanced(hits: list[float], longer: list[float]) -> list[float]:
     """
     Hits weighted so that pairs whose chosen answer is the longer one count as much as those whose rejected one is:
     their mean is the accuracy of a judge whom length does not help. Pairs of equal length are left out.
+
+    A value is that mean plus the pair's share in the errors of the two sides' means (linearised), so that the values'
+    standard error is the mean's, √(Σ_side s²/n) / 2.
     """
-    sizes = {side: longer.count(side) for side in (0.0, 1.0)}
-    if not all(sizes.values()):
+    sides = {side: [hit for hit, where in zip(hits, longer, strict=True) if where == side] for side in (0.0, 1.0)}
+    if not all(sides.values()):
         return []
-    total = sum(sizes.values())
-    return [hit * total / 2 / sizes[side] for hit, side in zip(hits, longer, strict=True) if side in sizes]
+    total, means = sum(map(len, sides.values())), {side: sum(own) / len(own) for side, own in sides.items()}
+    centre = sum(means.values()) / 2
+    return [
+        centre + (hit - means[side]) * total / 2 / len(sides[side])
+        for hit, side in zip(hits, longer, strict=True)
+        if side in sides
+    ]
 
 
 def gaps(pairs: list, measure) -> list[float]:

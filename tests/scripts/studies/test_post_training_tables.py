@@ -56,3 +56,14 @@ def test_a_judge_of_length_is_no_better_than_chance():
     assert sum(figures) / len(figures) == pytest.approx(2.5 / 6)
     assert balanced([1.0, 0.0, 1.0], [1.0, 0.5, 0.0]) == pytest.approx([1.0, 1.0])  # equal lengths are left out
     assert balanced([1.0, 0.0], [1.0, 1.0]) == []  # there is nothing to balance with
+
+
+def test_the_error_of_a_balanced_share_is_that_of_its_two_sides():
+    longer = [1.0] * 8 + [0.0] * 2
+    assert summary({1: balanced([1.0] * 10, longer)})["sampling_error"] == pytest.approx(
+        0.0
+    )  # right about all of them
+    hits = [1.0] * 6 + [0.0] * 2 + [1.0, 0.0]  # 3/4 of eight, 1/2 of two
+    figure = summary({1: balanced(hits, longer)})
+    assert figure["value"] == pytest.approx(5 / 8)
+    assert figure["sampling_error"] ** 2 == pytest.approx((3 / 16 / 8 + 1 / 4 / 2) / 4 * 10 / 9)
