@@ -264,6 +264,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._note(rollouts, scores)
         return loss
 
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        """As TRL's, which multiplies entropies by a mask of 0 and 1; ours holds weights."""
+        return super().get_high_entropy_mask(entropies, (mask > 0).to(entropies.dtype), threshold)
+
     def _note(self, rollouts: Rollouts, scores: Scores) -> None:
         """Metrics of the rollouts, over all ranks; what TRL's would say that isn't so here goes."""
         metrics = self._metrics["train" if self.model.training else "eval"]

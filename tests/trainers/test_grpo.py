@@ -275,6 +275,25 @@ def test_an_entropy_bonus_raises_entropy(tmp_path, char_tokenizer):
     assert entropies[-1] > entropies[0] + 0.1
 
 
+def test_tokens_of_high_entropy_are_those_above_the_quantile_whatever_they_weigh(
+    tmp_path, char_tokenizer, monkeypatch
+):
+    """A step that stands for several has a weight above 1, which is no entropy."""
+    trainer = trainer_of(tmp_path, char_tokenizer, score_steps=2, top_entropy_quantile=0.25)
+    kept, choose = [], trainer.get_high_entropy_mask
+
+    def spy(entropies, mask, threshold):
+        kept.append((entropies, mask, choose(entropies, mask, threshold)))
+        return kept[-1][2]
+
+    monkeypatch.setattr(trainer, "get_high_entropy_mask", spy)
+    trainer.train()
+    [(entropies, weights, high)] = kept
+    scored = weights > 0
+    assert (weights[scored] > 1).any()
+    assert torch.equal(high, scored & (entropies >= entropies[scored].quantile(0.75)))
+
+
 def test_completions_are_logged(tmp_path, char_tokenizer):
     trainer = trainer_of(tmp_path, char_tokenizer, log_completions=True)
     trainer.train()
