@@ -13,7 +13,7 @@ TOGETHER = 100  # rows of a batch
 
 def preferences(folder: str, sources: list[str], samples: int, max_length: int | None) -> dict:
     """
-    Scores held-out pairs, every model with the same masks.
+    Scores held-out pairs, every model with the same masks, and ended as DPO's defaults end them.
 
     Args:
         folder (`str`): The checkpoint.
@@ -28,10 +28,15 @@ def preferences(folder: str, sources: list[str], samples: int, max_length: int |
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
     from nanollada.trainers.data.feedback.preferences import PreferenceArguments, prepare_preferences
     from nanollada.trainers.preferences.judging import score_pairs
+    from nanollada.trainers.preferences.pairs import padding_for
+    from nanollada.trainers.scoring.kind import is_diffusion
 
     model, tokenizer = load_checkpoint(folder)
     rows = prepare_preferences(PreferenceArguments(eval_data=sources, on_bad_rows="skip"), tokenizer, max_length).eval
-    judged = score_pairs(model, rows, samples=samples)
+    padding = None
+    if is_diffusion(model):
+        padding = padding_for(None, model.config, model.generation_config, tokenizer.eos_token_id, max_length)
+    judged = score_pairs(model, rows, padding=padding, samples=samples)
     pairs = []
     for row, scores in zip(rows, judged.scores.tolist(), strict=True):
         lengths = [len(row[name]) for name in ("chosen_ids", "rejected_ids")]

@@ -19,6 +19,7 @@ from nanollada.scripts.studies.post_training import (
 from nanollada.trainers.data.feedback.preferences import PreferenceArguments, prepare_preferences
 from nanollada.trainers.models import config_for
 from nanollada.trainers.preferences.judging import score_pairs
+from nanollada.trainers.preferences.pairs import padding_for
 from nanollada.trainers.puzzles.registry import make_rows, write_rows
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -122,6 +123,22 @@ def test_a_run_has_its_share_of_the_cores_or_the_threads_that_it_is_told(tmp_pat
     assert command[-2:] == ["--only", "replay-3"] and environment["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert study.start("replay", 3)[1]["OMP_NUM_THREADS"] == "1"
+
+
+def test_answers_of_a_block_model_are_judged_up_to_their_blocks_end(tmp_path, tokenizer, pairs):
+    """As DPO trains them; the row without that end has another score."""
+    torch.manual_seed(0)
+    model = NanoLLaDAForMaskedLM(config_for(tokenizer, initializer_range=0.3, block_length=16, **SHAPE))
+    model.save_pretrained(tmp_path / "blocks")
+    tokenizer.save_pretrained(tmp_path / "blocks")
+    sources = pairs["eval_data"]
+    rows = prepare_preferences(PreferenceArguments(eval_data=sources), tokenizer, None).eval
+    padding = padding_for("block", model.config, model.generation_config, tokenizer.eos_token_id, None)
+    own = [
+        score for pair in judged.preferences(str(tmp_path / "blocks"), sources, 4, None)["pairs"] for score, _ in pair
+    ]
+    ended, bare = (score_pairs(model, rows, padding=end, samples=4).scores.flatten() for end in (padding, None))
+    assert own == pytest.approx(ended.tolist()) and own != pytest.approx(bare.tolist())
 
 
 def test_a_tiny_study_of_preferences(tmp_path, tokenizer, starts, pairs, capsys):
