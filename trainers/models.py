@@ -105,9 +105,10 @@ class ModelArguments(ModelConfig):
 
     def _check_inherited(self) -> None:
         """The fields of `trl.ModelConfig`, as they were given."""
-        for item in fields(ModelConfig):
+        inherited = {item.name for item in fields(ModelConfig)}
+        for item in fields(self):
             name, value = item.name, getattr(self, item.name)
-            if value == default_of(item):
+            if name not in inherited or value == default_of(item):
                 continue
             if name in REFUSED:
                 raise ValueError(f"`{name}` must be {default_of(item)!r}: {REFUSED[name]}, got {value!r}")

@@ -26,6 +26,8 @@ class PolicyArguments(ModelArguments):
         "the policy without its adapter."},
     )  # fmt: skip
 
+    lora_dropout: float = field(default=0.0, metadata={"help": "Must stay 0: a text must score the same each time."})
+
     def __post_init__(self):
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` must be a checkpoint to train further, got None")
@@ -36,6 +38,11 @@ class PolicyArguments(ModelArguments):
                     f"`{name}` must be left out: the same text is scored more than once, and must score the same, got "
                     f"{getattr(self, name)}"
                 )
+        if self.lora_dropout:
+            raise ValueError(
+                "`lora_dropout` must be 0: the same text is scored more than once, and must score the same, got "
+                f"{self.lora_dropout}"
+            )
 
 
 def load_policy(args: PolicyArguments, seed: int) -> tuple:

@@ -53,7 +53,9 @@ def test_tokens_are_those_before_the_answer_in_sft_and_trl(prompt, tmp_path, tok
     assert theirs["input_ids"] == ids
     length = len(ids)
     path = write(tmp_path / "x.jsonl", [{"prompt": prompt}])
-    assert len(read(path, tokenizer, length).train) == 1
+    data = read(path, tokenizer, length)
+    assert len(data.train) == 1
+    assert not {"max_length", "target_tokens"} & data.report.keys()  # a card would say that it was trained on as many
     with pytest.raises(DataError, match=f"row 1: too long: `prompt` has {length} tokens, at most {length - 1} leave"):
         read(path, tokenizer, length - 1)
 

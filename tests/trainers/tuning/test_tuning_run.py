@@ -124,6 +124,7 @@ def test_another_reference(policy, tmp_path, tokenizer):
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0.0"),
         ({"ignore_data_skip": True}, "`ignore_data_skip` must be False"),
         ({"hidden_dropout": 0.1}, "`hidden_dropout` must be left out: the same text is scored more than once"),
+        ({"use_peft": True, "lora_dropout": 0.1}, "`lora_dropout` must be 0: the same text is scored more than once"),
         ({"hidden_size": 16}, "`hidden_size` is the checkpoint's own"),
         ({"max_length": 99999}, "`max_length` must be at most"),
     ],

@@ -125,7 +125,8 @@ def prepare_prompts(
         ValueError: For no sources, for columns whose values are of several types, and if nothing is left to train or
             evaluate on.
     """
-    return prepared("prompt", args, max_length, PromptReader(tokenizer, max_length, needs_puzzle))
+    # A report has neither `max_length` nor `target_tokens`: how long a prompt may be is no length that was trained on.
+    return prepared("prompt", args, None, PromptReader(tokenizer, max_length, needs_puzzle))
 
 
 def texts_of(specs: list[str], argument: str) -> set[str]:

@@ -23,7 +23,7 @@ def read_rows(
     args: HeldOutArguments,
     read: Reader,
     features=None,
-    targets: Callable[[dict], int] = lambda row: 0,
+    targets: Callable[[dict], int] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """
     Training rows, evaluation rows (`None` without any) and a report as of [`~trainers.data.prepare.PreparedData`].
@@ -32,7 +32,7 @@ def read_rows(
         args ([`~trainers.data.sources.HeldOutArguments`]): The sources.
         read (`Callable`): See `Reader`; raises [`~trainers.data.files.BadRow`].
         features (`datasets.Features`, *optional*): Of the columns, without `index`; by default what they hold.
-        targets (`Callable`): How many tokens of a row are learnt from.
+        targets (`Callable`, *optional*): How many tokens of a row are learnt from, where rows say so.
 
     Raises:
         DataError: At a broken row, unless `on_bad_rows="skip"`.
@@ -64,13 +64,14 @@ def read_rows(
 def prepared(format: str, args: HeldOutArguments, max_length: int | None, *read) -> PreparedData:
     """[`read_rows`] as the trainers know prepared data."""
     train, evaluation, report = read_rows(args, *read)
-    return PreparedData(train, evaluation, format, {"format": format, "max_length": max_length, **report})
+    length = {} if max_length is None else {"max_length": max_length}
+    return PreparedData(train, evaluation, format, {"format": format, **length, **report})
 
 
 class _Side:
     """Rows for training or for evaluation while they are read, in batches: lists of Python's integers are large."""
 
-    def __init__(self, specs: list[str], features, targets: Callable[[dict], int]):
+    def __init__(self, specs: list[str], features, targets: Callable[[dict], int] | None):
         self.specs, self.features, self.targets = specs, features, targets
         self.skipped: Counter = Counter()
         self.count = self.target_tokens = 0
@@ -80,7 +81,8 @@ class _Side:
     def add(self, row: dict[str, Any]) -> None:
         self._batch.append({**row, "index": self.count})
         self.count += 1
-        self.target_tokens += self.targets(row)
+        if self.targets is not None:
+            self.target_tokens += self.targets(row)
         if self.features is not None and len(self._batch) == BATCH:
             self._store()
 
@@ -108,7 +110,7 @@ class _Side:
             "digests": {Path(file).name: file_digest(file) for source in sources for file in source.files},
             "documents": self.count,
             "rows": self.count,
-            "target_tokens": self.target_tokens,
+            **({} if self.targets is None else {"target_tokens": self.target_tokens}),
             "skipped_rows": self.skipped,
         }
 
