@@ -70,8 +70,9 @@ class DiffusionDPOConfig(DPOConfig):
             value = getattr(self, name)
             if value not in allowed and not (name == "eos_padding" and value is None):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
-        if self.num_masks < 1:
-            raise ValueError(f"`num_masks` must be >= 1, got {self.num_masks}")
+        for name, least in {"num_masks": 1, "beta": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}")
 
 
 class DiffusionDPOTrainer(PreparedRows, DPOTrainer):

@@ -43,6 +43,21 @@ from nanollada.trainers.weights.adapters import is_adapted
 logger = logging.getLogger(__name__)
 
 
+# What TRL takes as it comes, or refuses in the first step.
+LEAST = {
+    "score_steps": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "beta": 0,
+    "epsilon": 0,
+    "epsilon_high": 0,
+}
+CHOICES = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo", "luspo"),
+    "scale_rewards": ("none", "group", "batch", True, False),
+}
+
+
 @dataclass
 class DiffusionGRPOConfig(GRPOConfig):
     """
@@ -52,7 +67,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     the policy gradient itself; numbers are float32, for ratios near 1.
 
     Raises:
-        `ValueError`: as TRL's, and for an unknown `estimator` or a `score_steps` below 1.
+        `ValueError`: as TRL's, and for unknown names and values out of range.
     """
 
     estimator: str | None = field(
@@ -72,7 +87,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["puzzle"],
-        metadata={"help": "Rewards, which are added up: names of `rewards.registry`, or package.module.function."},
+        metadata={"help": "Rewards, which are added up: names of `rewards.registry`, or package.module:function."},
     )
     importance_sampling_level: str | None = field(
         default=None,
@@ -92,8 +107,12 @@ class DiffusionGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.estimator is not None and self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
-        if self.score_steps is not None and self.score_steps < 1:
-            raise ValueError(f"`score_steps` must be >= 1, got {self.score_steps}")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {value}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.importance_sampling_level is None:
             self.importance_sampling_level = ESTIMATORS[self.estimator or "replay"].ratio
         super().__post_init__()

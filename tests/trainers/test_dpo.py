@@ -243,6 +243,7 @@ REFUSED = [
     ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0.0"),
     ({"estimator": "exact"}, "`estimator` must be one of elbo, naive, got 'exact'"),
     ({"num_masks": 0}, "`num_masks` must be >= 1, got 0"),
+    ({"beta": -0.1}, "`beta` must be >= 0, got -0.1"),
     ({"eos_padding": "row"}, "`eos_padding` must be one of none, block, max_length, got 'row'"),
     ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "must adapt weights"),
 ]

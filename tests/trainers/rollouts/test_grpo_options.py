@@ -85,6 +85,13 @@ def test_images_are_refused(tmp_path, char_tokenizer):
     [
         ({"estimator": "elba"}, "`estimator` must be one of replay, elbo, mean_field, got 'elba'"),
         ({"score_steps": 0}, "`score_steps` must be >= 1, got 0"),
+        ({"num_iterations": 0}, "`num_iterations` must be >= 1, got 0"),
+        ({"max_completion_length": 0}, "`max_completion_length` must be >= 1, got 0"),
+        ({"beta": -1.0}, "`beta` must be >= 0, got -1.0"),
+        ({"epsilon": -1.0}, "`epsilon` must be >= 0, got -1.0"),
+        ({"epsilon_high": -0.1}, "`epsilon_high` must be >= 0, got -0.1"),
+        ({"loss_type": "gpo"}, "`loss_type` must be one of grpo, dr_grpo, dapo, .*, got 'gpo'"),
+        ({"scale_rewards": "batches"}, "`scale_rewards` must be one of none, group, batch, .*, got 'batches'"),
     ],
 )
 def test_values_that_a_config_refuses(tmp_path, settings, message):
