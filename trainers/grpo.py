@@ -112,7 +112,9 @@ class DiffusionGRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be >= {least}, got {value}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
+                )
         if self.importance_sampling_level is None:
             self.importance_sampling_level = ESTIMATORS[self.estimator or "replay"].ratio
         super().__post_init__()
