@@ -34,8 +34,8 @@ COLUMNS = ("Task", "Language", "Metric", "Value ± s.e.", "Chance", "Scored on",
 # What a recorded command may begin with: our programs, by folder, and what starts them.
 PROGRAMS = {
     "scripts": "benchmark compare convert_checkpoint demo evaluate generate lm_eval_nanollada merge_checkpoints "
-    "puzzles quickstart study technical_report train_tokenizer",
-    "trainers": "causal diffusion",
+    "pairs post_training_study puzzles quickstart study technical_report train_tokenizer",
+    "trainers": "causal diffusion dpo grpo",
     "hub_upload": "export upload verify",
 }
 PROGRAMS = {room: [f"{name}.py" for name in names.split()] for room, names in PROGRAMS.items()}

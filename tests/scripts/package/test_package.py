@@ -52,7 +52,8 @@ def test_words_of_the_console_command(monkeypatch, capsys):
             ["train_difusion"],
             2,
             "",
-            "error: unknown program `train_difusion`: did you mean `train-diffusion` or `train-causal`?\n",
+            "error: unknown program `train_difusion`: did you mean `train-diffusion` or `train-dpo` or "
+            "`train-causal`?\n",
         ),
         (["xyz"], 2, "", "error: unknown program `xyz`; `nanollada --help` lists them\n"),
         (["puzzles", "--rows", "x"], 2, "", "error: argument --rows: invalid int value: 'x'\n"),

@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from training_cases import KINDS, SHAPE, command_line, fresh_model_and_rows, run, weights
 
+from nanollada.hub_upload.evaluation_file import config_digest, weights_digest
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.decoding.checkpoint import load_checkpoint
 from nanollada.scripts.decoding.writing import generate
@@ -164,4 +165,6 @@ def test_an_adapters_folder_is_evaluated(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "adapter")
     (tmp_path / "rows.jsonl").write_text('{"text": "the cat sat"}\n' * 2)
     facts = evaluate_checkpoint(str(tmp_path / "adapter"), [str(tmp_path / "rows.jsonl")], max_length=16)
-    assert facts["results"] and facts["weights_sha256"] is None and facts["config_sha256"] is None
+    own, base = (facts["weights_sha256"], facts["config_sha256"]), facts["base"]
+    assert facts["results"] and own == (weights_digest(tmp_path / "adapter"), config_digest(tmp_path / "adapter"))
+    assert base["weights_sha256"] == weights_digest(tmp_path / "base") not in own
