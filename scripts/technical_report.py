@@ -141,6 +141,29 @@ def study_part(content: dict) -> tuple[str, str]:
     return PARTS[part], text
 
 
+POST_TRAINING = {
+    "preferences": (
+        "Preference learning: shared masks, naive masks, AR",
+        "Held-out pairs whose chosen answer has the larger implicit reward (log-ratio to the start), is likelier, and "
+        "is the longer one. Length balanced: pairs with a longer and with a shorter chosen answer count equally.",
+    ),
+    "problems": (
+        "GRPO: replay against ELBO",
+        "Fresh problems solved; cos is that of the policy gradients of ELBO and replay on one batch.",
+    ),
+}
+
+
+def post_training_part(content: dict) -> tuple[str, str]:
+    """Title and text of a part of the study of post-training."""
+    from nanollada.scripts.studies.gains import tables
+
+    title, text = POST_TRAINING[content["part"]]
+    parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in content["runs"] if "parameters" in run)
+    errors = "± is over the held-out items and over seeds; differences are paired."
+    return title, f"{parameters} parameters. {text} {errors}\n\n{tables(content)}"
+
+
 def decoding(content: dict) -> tuple[str, str]:
     from nanollada.scripts.benchmarks.decoding import table
 
@@ -173,7 +196,8 @@ def suite(content: dict) -> tuple[str, str]:
 
 # What a file must hold to be of a kind, in the order of the report.
 KINDS = {
-    "study": ("part", study_part),
+    "study": ("corpus", study_part),
+    "post-training": ("contrasts", post_training_part),
     "suite": ("protocol", suite),
     "decoding": ("slopes", decoding),
     "training": ("block_over_mdlm", training),

@@ -144,9 +144,9 @@ def run_facts(folders: list[Path]) -> list[dict]:
     records = []
     for folder in folders:
         scores = read_json(folder / "scores.json")
-        run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+        run = read_json(folder / "run.json") if (folder / "run.json").exists() else scores
         record = {"run": folder.name, **{name: run[name] for name in RUN_FACTS if name in run}}
-        records.append({**record, "scored_by": scores["command"], "scored_on": scores["hardware"]})
+        records.append({**record, "scored_by": scores["command"]})
     return records
 
 
@@ -209,6 +209,14 @@ def contrast_table(part: str, contrasts: list[dict], titles: dict[str, str]) -> 
     return markdown(header, cells)
 
 
+def tables(record: dict) -> str:
+    """The figures of a part in Markdown."""
+    text, titles = arm_table(record["part"], record["rows"]), {row["run"]: row["title"] for row in record["rows"]}
+    if record["contrasts"]:
+        text += "\n" + contrast_table(record["part"], record["contrasts"], titles)
+    return text
+
+
 def write_gains(folder: Path, part: str, finished: dict[str, list[Path]], titles: dict[str, str]) -> str:
     """
     Writes `<part>.json` and `<part>.md`.
@@ -225,11 +233,8 @@ def write_gains(folder: Path, part: str, finished: dict[str, list[Path]], titles
     record = {"part": part, "settings": read_json(folder / "settings.json")}
     record["runs"] = [run for folders in finished.values() for run in run_facts(folders)]
     record["rows"], record["contrasts"] = rows_of(part, finished, titles)
-    text = arm_table(part, record["rows"])
-    if record["contrasts"]:
-        text += "\n" + contrast_table(part, record["contrasts"], titles)
-    commands = [f"- {run['run']}: `{run['command']}`" for run in record["runs"] if "command" in run]
-    text += "\n" + "".join(f"{line}\n" for line in commands)
+    text = tables(record)
+    text += "\n" + "".join(f"- {run['run']}: `{run['command']}`\n" for run in record["runs"])
     write_json(folder / f"{part}.json", record)
     (folder / f"{part}.md").write_text(text, encoding="utf-8")
     return text

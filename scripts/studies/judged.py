@@ -9,6 +9,7 @@ DECODINGS = {  # by name in tables; a threshold is diffusion's
     "sampled": {"temperature": 1.0},
 }
 TOGETHER = 100  # rows of a batch
+PROMPTS = 8  # whose rollouts are a gradient's batch
 
 
 def preferences(folder: str, sources: list[str], samples: int, max_length: int | None) -> dict:
@@ -89,14 +90,14 @@ def _answers(model, tokenizer, prompts: list[list[int]], settings: dict, seed: i
     return texts
 
 
-def agreement(folder: str, source: str, prompts: int, rollouts: int, max_new_tokens: int, seed: int) -> dict:
+def agreement(folder: str, source: str, rollouts: int, max_new_tokens: int, seed: int) -> dict:
     """
     How much the policy gradients of one batch agree: of its ELBO (each number of masks once) and of its replay.
 
     Args:
         folder (`str`): A diffusion checkpoint.
-        source (`str`): A file of prompts, the last of which are taken.
-        prompts, rollouts, max_new_tokens (`int`): Size of the batch.
+        source (`str`): A file of prompts, the last 8 of which are taken.
+        rollouts, max_new_tokens (`int`): Of a prompt, and places of each.
         seed (`int`): Of what is drawn.
 
     Returns:
@@ -115,7 +116,7 @@ def agreement(folder: str, source: str, prompts: int, rollouts: int, max_new_tok
     from nanollada.trainers.rollouts.rollouts import Rollouts
 
     model, tokenizer = load_checkpoint(folder)
-    lines = Path(source).read_text(encoding="utf-8").splitlines()[-prompts:]
+    lines = Path(source).read_text(encoding="utf-8").splitlines()[-PROMPTS:]
     rows = [row for row in map(json.loads, lines) for _ in range(rollouts)]
     ids = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     width = max(map(len, ids))

@@ -160,11 +160,12 @@ class PostTraining(Cells):
                 write_json(before, judged.preferences(start, *settings))
             scores = {**judged.preferences(trained, *settings), "start": read_json(before)["pairs"]}
         else:
-            sizes = (args.prompts, args.rollouts, args.max_new_tokens)
             options = json.loads(args.puzzle_options)
             scores = judged.problems(trained, args.puzzle, args.eval_problems, options, args.max_new_tokens, seed)
             if arm.start == "diffusion":
-                scores["gradients"] = judged.agreement(trained, str(self.problems), *sizes, seed)
+                scores["gradients"] = judged.agreement(
+                    trained, str(self.problems), args.rollouts, args.max_new_tokens, seed
+                )
         write_json(folder / "scores.json", {"run": name, "seed": seed, **self.command(), **scores})
 
     def overrides(self, name: str, seed: int) -> list[str]:

@@ -21,7 +21,7 @@ def test_the_committed_report_is_made_of_the_committed_results(tmp_path):
 
 def test_every_kind_of_result_is_in_it():
     kinds = {kind_of(json.loads(path.read_text(encoding="utf-8")), path) for path in RESULTS.glob("*.json")}
-    assert kinds == {"study", "suite", "decoding", "training"}
+    assert kinds == {"study", "post-training", "suite", "decoding", "training"}
     text = report(RESULTS)
     for path in RESULTS.glob("*.json"):
         assert f"From `results/{path.name}`" in text and f"| `results/{path.name}` |" in text
@@ -101,11 +101,11 @@ def test_portable_paths():
 
 
 def test_collecting(tmp_path):
-    run = {"part": "c", "settings": {"output": "/home/me/runs/study"}}
+    run = {"part": "c", "corpus": {}, "settings": {"output": "/home/me/runs/study"}}
     (tmp_path / "c.json").write_text(json.dumps(run))
     collect(tmp_path / "c.json", tmp_path / "results" / "study_c.json")
     kept = json.loads((tmp_path / "results" / "study_c.json").read_text())
-    assert kept == {"part": "c", "settings": {"output": "runs/study"}}
+    assert kept == {"part": "c", "corpus": {}, "settings": {"output": "runs/study"}}
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="must be files of a study, a suite or a benchmark, got other.json"):
         collect(tmp_path / "other.json", tmp_path / "results" / "other.json")

@@ -219,14 +219,14 @@ def test_gradients_of_one_token_agree_and_of_several_do_not(places, starts, tmp_
 
     path = write_rows("arithmetic", 3, tmp_path / "prompts.jsonl", 1, "prompts", digits=1)
     monkeypatch.setattr(registry, "solves", lambda puzzle, row, text: len(text.encode()) % 2)
-    agreed = judged.agreement(starts["diffusion"], str(path), 3, 6, places, seed=1)
+    agreed = judged.agreement(starts["diffusion"], str(path), 6, places, seed=1)
     assert 0 < agreed["reward"] < 1
     if places == 1:
         assert agreed["cosine"] == pytest.approx(1, abs=1e-5) and agreed["norm_ratio"] == pytest.approx(1, abs=1e-5)
     else:
         assert -1 < agreed["cosine"] < 0.999
     monkeypatch.setattr(registry, "solves", lambda puzzle, row, text: False)
-    nothing = judged.agreement(starts["diffusion"], str(path), 3, 2, places, seed=1)
+    nothing = judged.agreement(starts["diffusion"], str(path), 2, places, seed=1)
     assert nothing == {"cosine": None, "norm_ratio": None, "reward": 0.0}
 
 

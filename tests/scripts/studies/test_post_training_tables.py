@@ -16,9 +16,11 @@ def test_a_figure_is_the_mean_over_items_and_seeds():
 
 
 def test_differences_are_paired():
-    one, other = {1: [1.0, 1.0, 0.0], 2: [1.0, 1.0, 1.0]}, {2: [0.0, 0.0, 0.0], 3: [9.0, 9.0, 9.0]}
-    figure = summary(one, other)  # of seed 2 alone, and the same for every item
-    assert (figure["value"], figure["seeds"], figure["sampling_error"]) == (1.0, [2], 0.0)
+    one, other = {1: [1.0, 1.0, 0.0], 2: [1.0, 1.0, 0.0, 1.0]}, {2: [0.0, 1.0, 1.0, 0.0], 3: [9.0, 9.0, 9.0]}
+    figure = summary(one, other)  # of seed 2 alone: 1, 0, −1, 1
+    assert (figure["value"], figure["seeds"]) == (0.25, [2])
+    assert figure["sampling_error"] == pytest.approx((11 / 12) ** 0.5 / 2)
+    assert summary({1: [1.0, 0.0]}, {1: [1.0, 0.0]})["standard_error"] == 0
     with pytest.raises(ValueError):
         summary({1: [1.0]}, {1: [1.0, 2.0]})
 
