@@ -33,6 +33,10 @@ CORE = (  # what must hold with every version: loading, decoding, training, publ
     "trainers/test_trainers.py::test_gradient_is_that_of_the_definition",
     "trainers/test_trainers.py::test_accumulation_does_not_change_the_gradient",
     "trainers/test_trainers.py::test_sft_rows_train_on_answers",
+    "trainers/test_dpo.py::test_policy_and_reference_alike_have_the_loss_ln_2_without_noise",
+    "trainers/test_dpo_contract.py",
+    "trainers/test_grpo.py::test_the_gradient_is_the_policy_gradient",
+    "trainers/test_grpo_contract.py",
     "modeling_nanollada/test_peft.py::test_saved_loaded_merged",
     "hub_upload/test_hub_upload.py::test_verify_loads_generates_and_compares",
 )
