@@ -369,7 +369,7 @@ def test_the_page_streams_stops_and_complains(address, pair, browser_page):
     for step in (1, 2, 3):
         page.locator("#step input[type=number]").fill(str(step))
         page.locator("#diffusion dd", has_text=re.compile(f"^{step} of ")).wait_for()
-        made.append(view_of(page, "diffusion").figures["forward passes"].split()[-1])
+        made.append(int(view_of(page, "diffusion").figures["forward passes"].split()[-1]))
         time.sleep(1)
     assert made[0] <= made[1] == made[2]  # nothing goes on behind the page
     assert masks.count() > 0 and page.locator("#ar .canvas").count() == 0
