@@ -17,6 +17,7 @@ from nanollada.trainers import grpo
 from nanollada.trainers.data.prepare import PreparedData
 from nanollada.trainers.data.tokenizers import train_tokenizer
 from nanollada.trainers.grpo import TRAINER, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from nanollada.trainers.tuning.trainer import resumable
 
 HERE = Path(__file__).resolve().parents[1]
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -182,3 +183,13 @@ if __name__ == "__main__":
         step = first_step(Path(sys.argv[1]).parent / "ranks", train_tokenizer(TEXTS, kind="char"), 4)
         if int(os.environ["RANK"]) == 0:
             torch.save(step, sys.argv[1])
+
+
+def test_a_run_that_nothing_rewards_ends_with_an_error(tmp_path, char_tokenizer):
+    """TRL warns, and goes on learning nothing; an answer without a reward is fine beside others that have one."""
+    kind = resumable(DiffusionGRPOTrainer)
+    some = lambda completions, **columns: [None, 1.0] * (len(completions) // 2)  # noqa: E731
+    trainer_of(tmp_path, char_tokenizer, reward=some, kind=kind).train()
+    none = lambda completions, **columns: [None] * len(completions)  # noqa: E731
+    with pytest.raises(ValueError, match="`reward_funcs` must reward some answer of each step, got None for all 8 of"):
+        trainer_of(tmp_path, char_tokenizer, reward=none, kind=kind).train()

@@ -1,7 +1,8 @@
 """The rewards there are, and any Python function by its dotted name. A new one is a file, and its members here."""
 
-import functools
 import importlib
+import inspect
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -65,7 +66,27 @@ def _imported(name: str) -> Callable:
         raise ValueError(f"`reward_funcs` must name a function of {module}, got {name!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"`reward_funcs` must name a function, got {name!r}, which is a {type(function).__name__}")
-    if not hasattr(function, "__name__"):  # an object that is called; TRL logs functions by their names
-        function = functools.partial(function)
-        function.__name__ = name
-    return function
+    return _checked(name, function)
+
+
+def _checked(name: str, function: Callable) -> Callable:
+    """The function, whose errors name it, and whose rewards are numbers or `None`."""
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):  # TRL awaits it
+        return function
+
+    def rewards_of(**columns) -> list[float | None]:
+        try:
+            rewards = list(function(**columns))
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise ValueError(f"`reward_funcs` {name} must reward any answers, but raised {problem}") from error
+        for place, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(
+                    f"`reward_funcs` {name} must give a finite number or None, got {reward} for the answer "
+                    f"{columns['completions'][place]!r}"
+                )
+        return rewards
+
+    rewards_of.__name__ = getattr(function, "__name__", name)  # under which TRL logs it
+    return rewards_of

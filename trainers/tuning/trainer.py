@@ -97,6 +97,16 @@ class _Resumable(ResumingTrainer):
     def _send_telemetry(self):
         """A run says nothing about itself to anybody."""
 
+    def _calculate_rewards(self, *args, **kwargs):
+        """GRPO's, `[B, functions]` of all ranks; where nothing is rewarded TRL goes on, and learns nothing."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        if rewards.isnan().all():
+            raise ValueError(
+                f"`reward_funcs` must reward some answer of each step, got None for all {len(rewards)} of step "
+                f"{self.state.global_step + 1}"
+            )
+        return rewards
+
     def choose_decoding(self) -> dict:
         """The model decodes as its checkpoint did."""
         return {"generation_config": {}}

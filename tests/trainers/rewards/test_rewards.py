@@ -1,6 +1,5 @@
 """Rewards: what each says of right and wrong answers, TRL's signature and trainer, and names that are refused."""
 
-import math
 import re
 from types import SimpleNamespace
 
@@ -102,7 +101,23 @@ def test_functions_by_dotted_name(tmp_path, monkeypatch):
     for name in ("my_rewards:long", "my_rewards.long"):
         (function,) = reward_functions([name])
         assert function(completions=["x", "y"]) == [9.0, 9.0] and function.__name__ == "long"
-    assert reward_functions("math.sqrt") == [math.sqrt]
+    assert [function.__name__ for function in reward_functions("math.sqrt")] == ["sqrt"]
+
+
+def test_functions_that_fail_are_named(tmp_path, monkeypatch):
+    text = "def broken(completions, **columns):\n    return [columns['no_such_column']]\n"
+    text += "def odd(completions, **columns):\n    return [None, float('nan')]\n"
+    text += "class Length:\n    def __call__(self, completions, **columns):\n        return map(len, completions)\n"
+    text += "length = Length()\n"
+    (tmp_path / "failing_rewards.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    broken, odd, length = reward_functions([f"failing_rewards:{name}" for name in ("broken", "odd", "length")])
+    with pytest.raises(ValueError, match="`reward_funcs` failing_rewards:broken must .*raised KeyError: 'no_such_col"):
+        broken(completions=["a"], prompts=["b"])
+    with pytest.raises(ValueError, match="failing_rewards:odd must give a finite number or None, got nan .*'second'"):
+        odd(completions=["first", "second"], prompts=["b", "b"])
+    assert length(completions=["a", "bcd"], prompts=["b", "b"]) == [1, 3]
+    assert (length.__name__, odd.__name__) == ("failing_rewards:length", "odd")
 
 
 @pytest.mark.parametrize(
