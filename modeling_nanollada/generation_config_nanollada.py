@@ -6,6 +6,7 @@ import textwrap
 
 from transformers import GenerationConfig
 
+from .presets_nanollada import PRESET_HELP, PRESETS, expand_preset
 from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
 from .rules_nanollada import OWN_SETTINGS, RULES, rule_of
 
@@ -175,6 +176,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         trained_length (`int`, *optional*): Tokens of the longest row in the model's training, its masks included; the
             trainer writes it. A model without `config.block_length` that is shown more at once, which it never
             learned to fill, warns once. Changes no result.
+        preset (`str`, *optional*): A publication's way of decoding, one of `PRESETS`: its settings are those that are
+            not given. No field: what is saved are the settings.
 
     Raises:
         `ValueError`: for unknown names, for values out of range, for `do_sample` and `temperature` that contradict
@@ -184,6 +187,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
+        kwargs = expand_preset(kwargs)
         known = {*vars(GenerationConfig()), *OWN_FIELDS}
         for name, value in kwargs.items():
             fine = name in known or name.startswith("_") or value is None
@@ -323,6 +327,7 @@ def describe_settings() -> str:
         choices = f", one of {', '.join(map(repr, setting.allowed))}" if setting.type is str else ""
         default = "" if setting.default is None else f", defaults to {setting.default!r}"
         lines.append(f"`{name}` ({setting.type.__name__}{choices}{default}): {setting.help}")
+    lines.append(f"`preset` (str, one of {', '.join(map(repr, PRESETS))}): {PRESET_HELP}")
     first, rest = " " * 16 + "- ", " " * 18
     return "\n".join(textwrap.fill(line, 117, initial_indent=first, subsequent_indent=rest) for line in lines)
 

@@ -29,6 +29,7 @@ from .generation_config_nanollada import (
     set_by_the_call,
 )
 from .prediction_nanollada import predictor
+from .presets_nanollada import expand_preset
 from .sampling_nanollada import SHAPERS, WARPERS, Sampler
 from .saved_nanollada import YIELDING, prefer_the_calls_length
 from .versions_nanollada import SPELLINGS, read_under_both_names
@@ -145,6 +146,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         What the call says, then the given config, then the model's, then the defaults. Of what the model's says about
         deciding tokens, as much goes as contradicts the call (`threshold` beside a call's `factor`).
         """
+        kwargs = expand_preset(kwargs)
         refuse_unused({name: kwargs[name] for name in kwargs if name in UNSUPPORTED})  # before transformers reads them
         for yielding in YIELDING:
             try:

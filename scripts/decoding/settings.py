@@ -11,15 +11,17 @@ from typing import Literal
 from nanollada.trainers.scoring.kind import is_diffusion
 
 
-def _own_settings() -> dict:
-    """`OWN_SETTINGS` of the models' package, which is not imported with them: help needs no torch."""
-    package = sys.modules["_nanollada_rules"] = ModuleType("_nanollada_rules")
-    package.__path__ = find_spec("nanollada.modeling_nanollada").submodule_search_locations
-    return import_module("_nanollada_rules.rules_nanollada").OWN_SETTINGS
+def _without_torch(name: str) -> ModuleType:
+    """A module of the models' package, which is not imported with it: help needs no torch."""
+    if "_nanollada_rules" not in sys.modules:
+        package = sys.modules["_nanollada_rules"] = ModuleType("_nanollada_rules")
+        package.__path__ = find_spec("nanollada.modeling_nanollada").submodule_search_locations
+    return import_module(f"_nanollada_rules.{name}")
 
 
-OWN_SETTINGS = _own_settings()
-DIFFUSION_ONLY = tuple(OWN_SETTINGS)
+OWN_SETTINGS = _without_torch("rules_nanollada").OWN_SETTINGS
+_PRESETS = _without_torch("presets_nanollada")
+DIFFUSION_ONLY = ("preset", *OWN_SETTINGS)
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
 
 
@@ -41,14 +43,19 @@ class _DecodingArguments:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def _option(name: str, setting) -> tuple:
-    kind = Literal[setting.allowed] if setting.type is str else setting.type
-    return name, kind | None, field(default=None, metadata={"help": f"Diffusion: {setting.help}"})
+def _option(name: str, kind, meaning: str) -> tuple:
+    return name, kind | None, field(default=None, metadata={"help": f"Diffusion: {meaning}"})
 
 
 DecodingArguments = make_dataclass(
     "DecodingArguments",
-    [_option(name, setting) for name, setting in OWN_SETTINGS.items()],
+    [
+        _option("preset", Literal[tuple(_PRESETS.PRESETS)], _PRESETS.PRESET_HELP),
+        *(
+            _option(name, Literal[setting.allowed] if setting.type is str else setting.type, setting.help)
+            for name, setting in OWN_SETTINGS.items()
+        ),
+    ],
     bases=(_DecodingArguments,),
     namespace={
         "__doc__": "How tokens are chosen. What is not given is the checkpoint's `generation_config.json`'s to say.",
@@ -80,6 +87,7 @@ def generation_settings(model, **given) -> dict:
     NanoLLaDAGenerationConfig(**settings)  # checks the values, for AR models, too
     config = model.generation_config
     if is_diffusion(model):
+        settings = _PRESETS.expand_preset(settings)
         temperature = settings.get("temperature", config.get_temperature())
     else:
         for name in DIFFUSION_ONLY:
@@ -125,7 +133,8 @@ def new_tokens_limit(model, prompt_length: int, default: int = DEFAULT_NEW_TOKEN
 
 def effective_settings(model, **given) -> dict:
     """What decides the text, to be reported: the options that were given, and what the checkpoint adds to them."""
-    names = [item.name for item in fields(DecodingArguments) if item.name != "use_cache"]  # changes no text
+    names = [item.name for item in fields(DecodingArguments)]
+    names = [name for name in names if name not in ("preset", "use_cache")]  # is other settings; changes no text
     own = {name: getattr(model.generation_config, name, None) for name in names}
     settings = generation_settings(model, **given)
     if is_diffusion(model):  # some of the checkpoint's yields to what was given
