@@ -121,6 +121,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
     block_length: int | None = None
     label_shift: bool = False
     mask_token_id: int = 3
+    delete_token_id: int | None = None
+    insert_token_id: int | None = None
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2

@@ -53,19 +53,40 @@ class Canvas:
         self.checked = torch.full_like(self.forwards, self.prompt_length)  # [B], columns the criteria have seen
         self.put = int(self.decided_columns().min())  # columns that the streamer has
 
+    def refuse_masks_inside_prompts(self, name: str) -> None:
+        """For the rule of the setting `name`, which moves what stands behind a token."""
+        found = self.undecided[:, : self.prompt_length].any(1)  # [B]
+        message = f"`{name}` moves tokens: there must be no mask tokens inside a prompt, got some in row"
+        require(not bool(found.any()), f"{message} {int(found.int().argmax())}")
+
     def next_block(self):
         """Each row's first block that holds undecided positions: these positions, `[B, W]`."""
         first = self.blocks.masked_fill(~self.undecided, self.ids.shape[1]).amin(1, keepdim=True)
         return self.undecided & (self.blocks == first)
 
-    def apply(self, rows, columns, decision):
-        """Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass."""
+    def apply(self, rows, columns, decision, block):
+        """
+        Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass. `block`,
+        `[R, w]`: what is generated there.
+        """
+        if decision.rewritten is not None:
+            self.rewrite(rows, columns, decision.rewritten, block)
+            return
         selected, reopened = decision.selected, decision.reopened
         ids = self.ids[rows, columns].masked_fill(reopened, self.mask_token_id)
         self.ids[rows, columns] = decision.tokens.where(selected | decision.replaced, ids)
         self.undecided[rows, columns] = self.undecided[rows, columns] & ~selected | reopened
         steps = self.commit_steps[rows, columns].masked_fill(reopened, -1)
         self.commit_steps[rows, columns] = self.forwards[rows, None].where(selected | decision.replaced, steps)
+        self.forwards[rows] += 1
+
+    def rewrite(self, rows, columns, new, block):
+        """Writes all ids `new`, `[R, w]`, of a `block`."""
+        changed, masked = new != self.ids[rows, columns], block & (new == self.mask_token_id)
+        self.ids[rows, columns] = new
+        self.undecided[rows, columns] = masked.where(block, self.undecided[rows, columns])
+        steps = self.forwards[rows, None].where(changed, self.commit_steps[rows, columns])
+        self.commit_steps[rows, columns] = steps.masked_fill(masked, -1)
         self.forwards[rows] += 1
 
     def end(self, rows):

@@ -25,6 +25,8 @@ class Denoiser:
     def __init__(self, canvas: Canvas, predictor: Predictor, sampler: Sampler, stopping_criteria, streamer=None):
         self.canvas, self.predictor, self.sampler = canvas, predictor, sampler
         self.stopping_criteria, self.streamer = stopping_criteria, streamer
+        if sampler.rule.edit_tokens:
+            canvas.refuse_masks_inside_prompts(sampler.rule.switch)
 
     def run(self) -> None:
         """Leaves the canvas without masks, but behind the end of rows that were stopped."""
@@ -48,14 +50,18 @@ class Denoiser:
         columns = slice(begin, last + 1)
         self.predictor.start_block(block, columns)
         self.sampler.start_block(len(block), last + 1 - begin)
+        finished = torch.zeros_like(canvas.ended)
         for index in itertools.count():
             at_work = (block & canvas.undecided).any(1)
-            if revises:  # goes on with nothing masked, for some of it may change again
+            if self.sampler.rule.reads_all:
+                at_work = block.any(1) & ~canvas.ended & ~finished
+            elif revises:  # goes on with nothing masked, for some of it may change again
                 at_work = block.any(1) & ~canvas.ended & (index < steps)
             rows = at_work.nonzero()[:, 0]  # [R]
             if len(rows) == 0:
                 break
-            self.step(block, columns, rows, masked=masked[rows], steps=steps[rows], index=index)
+            done = self.step(block, columns, rows, masked=masked[rows], steps=steps[rows], index=index)
+            finished[rows] = False if done is None else done
             if not revises:
                 canvas.stop_at_eos(*end)
         canvas.stop_at_eos(*end)
@@ -64,16 +70,34 @@ class Denoiser:
         """One step of the `rows` `[R]` in their `block` `[B, W]`, whose `columns` are w; `counts` as in [`Step`]."""
         canvas = self.canvas
         active, decided = block & canvas.undecided, block & ~canvas.undecided  # [B, W]
+        read = active
+        if self.sampler.rule.reads_all:
+            read = torch.zeros_like(block).index_copy(0, rows, block[rows])
         ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
         window = active[rows, columns]  # [R, w]
         # 1. Predict the masked positions of the block, N over all rows: none in some steps of a rule that revises.
         logits = torch.zeros(0, self.predictor.model.config.vocab_size, device=ids.device)
-        if window.any():
-            logits = self.sampler.shape(self.predictor.predict(active), ids, window.nonzero()[:, 0], visible)  # [N, V]
+        if read.any():
+            row_of = read[rows, columns].nonzero()[:, 0]  # [N]
+            logits = self.sampler.shape(self.predictor.predict(read), ids, row_of, visible)  # [N, V]
         # 2. Choose which of them to decide, and draw their tokens. The others stay masked.
-        step = Step(rows, **counts, active=window, decided=decided[rows, columns], ids=ids[:, columns], logits=logits)
-        canvas.apply(rows, columns, self.sampler.decide(step, ids))
-        self.show(active, logits)
+        blocks = canvas.blocks[rows, : canvas.length].masked_fill(~visible, -1)
+        same = torch.nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
+        before = torch.nn.functional.pad(ids[:, :-1], (1, 0)).masked_fill(~same, -1)[:, columns]
+        step = Step(
+            rows,
+            **counts,
+            active=window,
+            decided=decided[rows, columns],
+            read=read[rows, columns],
+            ids=ids[:, columns],
+            before=before,
+            logits=logits,
+        )
+        decision = self.sampler.decide(step, ids)
+        canvas.apply(rows, columns, decision, block[rows, columns])
+        self.show(read, logits)
+        return decision.finished
 
     def show(self, active: torch.BoolTensor, logits: torch.FloatTensor) -> None:
         """Hands a step to the streamers that ask for it: `logits`, `[N, V]`, of the positions `active`, `[B, W]`."""

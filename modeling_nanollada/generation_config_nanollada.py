@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from .presets_nanollada import PRESET_HELP, PRESETS, expand_preset
 from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
-from .rules_nanollada import OWN_SETTINGS, RULES, rule_of
+from .rules_nanollada import OWN_SETTINGS, RULES, is_set, rule_of
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
 UNSUPPORTED = (
@@ -68,7 +68,7 @@ _ALONE = [rule.switch for rule in RULES.values() if not rule.ranks]  # they deci
 
 
 def _unset(settings, names) -> bool:
-    return all(getattr(settings, name) is None for name in names)
+    return not any(is_set(getattr(settings, name)) for name in names)
 
 
 def ticked(names, between: str = ", ") -> str:
@@ -279,6 +279,12 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         message = f"`suppress_tokens` must leave a token of {vocab_size} to predict, got {len(never)} that may not be"
         require(len(never) < vocab_size, message)
 
+    def check_edit_tokens(self, config) -> None:
+        """A rule that removes and inserts needs a model that knows how to say so."""
+        rule, tokens = rule_of(self), (config.delete_token_id, config.insert_token_id)
+        message = f"`{rule.switch}` needs a model with `config.delete_token_id` and `config.insert_token_id`"
+        require(not rule.edit_tokens or None not in tokens, f"{message}, got {tokens[0]} and {tokens[1]}")
+
     def _validate_rule(self) -> None:
         """One commit rule at a time, with all that it needs."""
         switched = [rule for rule in RULES.values() if rule.switch]
@@ -305,6 +311,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         require(rule.ranks or not scheduled, f"{alone} {message} {self.max_commits}")
         late = self.eos_policy in ("last", "cut") and not rule.ranks
         require(not late, f"{alone} `eos_policy` must not be {self.eos_policy!r}, got {self.eos_policy!r}")
+        good = self.steps is None or not rule.reads_all
+        require(good, f"{alone} `steps` must be unset, got {self.steps}")
         message = f"`{rule.switch}` takes decisions back: `eos_policy` must not be 'cut', got 'cut'"
         require(not rule.revises or self.eos_policy != "cut", message)
         ramp = self.commit_schedule == "ramp" and self.steps is not None

@@ -156,6 +156,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
                 if yielding is YIELDING[-1]:  # the call contradicts itself
                     raise
         settings.check_tokens(self.config.vocab_size, self.config.mask_token_id)
+        settings.check_edit_tokens(self.config)
         settings.temperature = settings.get_temperature()
         settings.do_sample = settings.temperature > 0
         prefer_the_calls_length(settings, generation_config, kwargs)
@@ -238,7 +239,7 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         canvas = Canvas(input_ids.to(self.device), kwargs.get("attention_mask"), generation_config, self.config)
         self._warn_of_a_long_canvas(canvas, generation_config)
         generator = kwargs.get("generator")  # the other kwargs prepare autoregressive decoding
-        sampler = Sampler(generation_config, logits_processor, eos_ids, self.config.mask_token_id, generator)
+        sampler = Sampler(generation_config, logits_processor, eos_ids, self.config, generator)
         Denoiser(canvas, predictor(self, canvas, generation_config), sampler, stopping_criteria, streamer).run()
         sequences = canvas.output().to(input_ids.device)
         if not generation_config.return_dict_in_generate:

@@ -53,7 +53,9 @@ class Step:
     index: int  # this step, from 0
     active: torch.BoolTensor  # [R, w], open positions
     decided: torch.BoolTensor  # [R, w], those that were open before
+    read: torch.BoolTensor  # [R, w], the N positions of the logits: the open ones, or with `reads_all` all of the block
     ids: torch.LongTensor  # [R, w], the tokens now
+    before: torch.LongTensor  # [R, w], the token before each, in its block; −1: there is none
     logits: torch.FloatTensor  # [N, V], the model's, as positions are ranked by
     ranked: torch.DoubleTensor | None = None  # [R, w], the higher the sooner, −∞ where not open; if the rule ranks
     late: torch.BoolTensor | None = None  # [R, w], what `eos_policy` puts behind all others; if the rule ranks
@@ -66,12 +68,14 @@ class Step:
 
 @dataclass
 class Decision:
-    """What a step does to R rows and w columns of a block. From the sampler all parts are tensors."""
+    """What a step does to R rows and w columns of a block. From the sampler all parts but the last two are tensors."""
 
-    selected: torch.BoolTensor  # [R, w], open positions that get a token
+    selected: torch.BoolTensor | None = None  # [R, w], open positions that get a token
     tokens: torch.LongTensor | None = None  # [R, w], of the replaced; those of the selected are the sampler's to draw
     reopened: torch.BoolTensor | None = None  # [R, w], decided positions that are masked again
     replaced: torch.BoolTensor | None = None  # [R, w], decided positions that get another token
+    rewritten: torch.LongTensor | None = None  # [R, w], all ids afterwards, masks being open; the rest is not read then
+    finished: torch.BoolTensor | None = None  # [R], with `rewritten`: the rows whose block is done
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Rule:
     # It takes decisions back: a block has all its steps, be they more than its masks, and an EOS ends a row only after
     # its block.
     revises: bool = False
+    reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when that is done
+    edit_tokens: bool = False  # it executes `<|delete|>` and `<|insert|>`, which nobody else proposes
 
     @property
     def switch(self) -> str | None:

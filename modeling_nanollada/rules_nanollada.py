@@ -50,6 +50,28 @@ def _remdm(step: Step, sampler) -> Decision:
     return Decision(selected < decide[:, None], reopened=again < sigma[:, None])
 
 
+def _joint(step: Step, sampler) -> Decision:
+    from .joint_nanollada import joint
+
+    return joint(step, sampler)
+
+
+def _structural(step: Step, sampler) -> Decision:
+    from .structural_nanollada import structural
+
+    return structural(step, sampler)
+
+
+def _greedy(settings) -> str:
+    temperature = settings.get_temperature()
+    return f"`joint_threshold` takes the likeliest tokens: `temperature` must be 0, got {temperature}" * (temperature > 0)
+
+
+def _no_penalty(settings) -> str:
+    message = f"`joint_penalty` must be 0 with `structural_edits`, got {settings.joint_penalty}"
+    return _greedy(settings) or message * bool(settings.joint_penalty)
+
+
 def _low_threshold(settings) -> str:
     low, high = settings.low_threshold, settings.threshold
     return "" if low <= high else f"`low_threshold` must not exceed `threshold`, got {low} and {high}"
@@ -115,6 +137,39 @@ RULES = {
         draws=True,
         revises=True,
     ),
+    "joint": Rule(
+        "all above it, or the surest; tokens that are not the likeliest change in the same step",
+        "LLaDA 2.1, arXiv 2602.08676",
+        _joint,
+        {
+            "joint_threshold": Setting(
+                float, PROBABILITY, "fill every mask likelier than this, at least one a step, and replace tokens beside it."
+            ),
+            "joint_edit_threshold": Setting(
+                float, PROBABILITY, "a token gives way to the likeliest one if that is likelier than this.", 0.0
+            ),
+            "joint_penalty": Setting(
+                float, NOT_NEGATIVE, "taken from the logit of the token before, against stutter.", 0.0
+            ),
+            "max_post_steps": Setting(int, AT_LEAST_ONE, "steps of a block after its last mask, at most.", 16),
+        },
+        check=_greedy,
+        ranks=False,
+        revises=True,
+        reads_all=True,
+    ),
+    "structural": Rule(
+        "also removes tokens, and makes room before others",
+        "LLaDA 2.2",
+        _structural,
+        {"structural_edits": Setting(bool, help="with `joint_threshold`, tokens are removed and inserted, too.")},
+        refines="joint",
+        check=_no_penalty,
+        ranks=False,
+        revises=True,
+        reads_all=True,
+        edit_tokens=True,
+    ),
 }
 
 # What this `generate` has beside transformers' fields.
@@ -144,6 +199,11 @@ OWN_SETTINGS = {
 }
 
 
+def is_set(value) -> bool:
+    """Whether a switch is on: `None` and `False` are off, 0 is not."""
+    return value is not None and value is not False
+
+
 def rule_of(settings) -> Rule:
     """
     The rule that is on; without a switch `RULES["quota"]`.
@@ -151,6 +211,6 @@ def rule_of(settings) -> Rule:
     Args:
         settings ([`NanoLLaDAGenerationConfig`]): Or anything with the switches as attributes.
     """
-    on = [name for name, rule in RULES.items() if rule.switch and getattr(settings, rule.switch, None) is not None]
+    on = [name for name, rule in RULES.items() if rule.switch and is_set(getattr(settings, rule.switch, None))]
     refined = {RULES[name].refines for name in on}
     return RULES[next((name for name in on if name not in refined), "quota")]

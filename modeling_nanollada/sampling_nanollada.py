@@ -25,7 +25,8 @@ class Sampler:
     before.
     """
 
-    def __init__(self, settings, logits_processor, eos_ids, mask_token_id, generator):
+    def __init__(self, settings, logits_processor, eos_ids, config, generator):
+        mask_token_id, edit_ids = config.mask_token_id, (config.delete_token_id, config.insert_token_id)
         if settings.eos_policy != "none" and len(eos_ids) == 0:
             raise ValueError(f"`eos_policy` must be 'none' without an `eos_token_id`, got {settings.eos_policy!r}")
         self.settings, self.eos_ids, self.generator = settings, eos_ids, generator
@@ -35,13 +36,16 @@ class Sampler:
         self.warpers = LogitsProcessorList(item for item in logits_processor if isinstance(item, WARPERS))
         by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
         self.by_sample = by_sample and self.rule.ranks
-        never = [torch.tensor([mask_token_id], device=eos_ids.device)]
+        self.delete_token_id, self.insert_token_id = edit_ids
+        controls = [token for token in edit_ids if token is not None and not self.rule.edit_tokens]
+        never = [torch.tensor([mask_token_id, *controls], device=eos_ids.device)]
         self.never = torch.cat(never + [eos_ids] * (settings.eos_policy == "forbid"))
         self.before = None
 
     def start_block(self, rows: int, width: int) -> None:
         """Forgets the block before."""
         self.before = None
+        self.memory = {}  # the rule's own
         self.block_shape = (rows, width)
 
     def shape(self, logits, ids, row_of, visible):
@@ -66,6 +70,8 @@ class Sampler:
 
     def decide(self, step: Step, ids) -> Decision:
         """What a step does; `ids`, `[R, L]`, are the whole rows, mask tokens included."""
+        if self.rule.reads_all:
+            return self.rule.function(step, self)
         row_of = step.active.nonzero()[:, 0]  # [N]
         drawn = self.draw(step.logits, ids, row_of) if self.by_sample else None
         decision = self.choose(self.rank(step, drawn)) if self.rule.ranks else self.rule.function(step, self)

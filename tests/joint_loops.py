@@ -162,7 +162,7 @@ def decode_row(model, prompt, new_tokens, decode_block, **settings):
         block = [column for column in range(first, min(first + size, total)) if row[column] == MASK]
         if not block:
             continue
-        more = {"first": first} if decode_block is joint_block else {}
+        more = {"first": first} if "penalty" in settings else {}  # whose reach the block ends
         forwards += decode_block(model.opinions, row, block, **settings, **more)
         if EOS in row[len(prompt) : min(first + size, total)]:
             break
