@@ -89,6 +89,15 @@ class Canvas:
         self.commit_steps[rows, columns] = steps.masked_fill(masked, -1)
         self.forwards[rows] += 1
 
+    def editable(self, block, eos_ids):
+        """`[B, W]`: the tokens of the generated positions `block` that an edit may change: before an end of text."""
+        ids = self.ids[:, : self.length]
+        is_eos = torch.isin(ids, eos_ids)
+        first = first_column(is_eos & (self.columns >= self.prompt_length))  # [B]
+        places = block.clone()
+        places[:, : self.length] &= (ids != self.mask_token_id) & ~is_eos & (self.columns < first[:, None])
+        return places
+
     def end(self, rows):
         """No more work on these rows, a mask `[B]`."""
         self.ended |= rows

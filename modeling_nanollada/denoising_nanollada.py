@@ -50,6 +50,14 @@ class Denoiser:
         columns = slice(begin, last + 1)
         self.predictor.start_block(block, columns)
         self.sampler.start_block(len(block), last + 1 - begin)
+        self.fill(block, columns, masked, steps, end)
+        if self.sampler.editor is not None:
+            self.edit(block, columns)
+        canvas.stop_at_eos(*end)
+
+    def fill(self, block, columns, masked, steps, end) -> None:
+        """Steps until the rule leaves a block's rows: with nothing masked, or when it says so."""
+        canvas, revises = self.canvas, self.sampler.rule.revises
         finished = torch.zeros_like(canvas.ended)
         for index in itertools.count():
             at_work = (block & canvas.undecided).any(1)
@@ -64,7 +72,46 @@ class Denoiser:
             finished[rows] = False if done is None else done
             if not revises:
                 canvas.stop_at_eos(*end)
-        canvas.stop_at_eos(*end)
+
+    def edit(self, block: torch.BoolTensor, columns: slice) -> None:
+        """Edits what the positions `block`, `[B, W]`, hold, step by step; each row until nothing is left to edit."""
+        canvas, editor = self.canvas, self.sampler.editor
+        places = canvas.editable(block, self.sampler.eos_ids)  # [B, W]
+        editor.start(places[:, columns], canvas.ids[:, columns].clone())
+        done = ~places.any(1)
+        for index in range(self.sampler.settings.max_post_steps):
+            rows = (~done).nonzero()[:, 0]  # [R]
+            if len(rows) == 0:
+                break
+            done[rows] = self.edit_step(places, columns, rows, index)
+
+    def edit_step(self, places: torch.BoolTensor, columns: slice, rows: torch.LongTensor, index: int):
+        """One step of edits: which of the `rows` `[R]` are done."""
+        canvas, editor = self.canvas, self.sampler.editor
+        window = editor.read(rows, index)  # [R, w]
+        read = torch.zeros_like(places)
+        read[rows, columns] = window
+        ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
+        if editor.remasks:
+            canvas.ids[read] = canvas.mask_token_id
+        seen = canvas.ids[rows, : canvas.length]
+        logits = self.sampler.shape(self.predictor.predict(read), seen, window.nonzero()[:, 0], visible)  # [N, V]
+        canvas.ids[rows, : canvas.length] = ids
+        step = Step(
+            rows,
+            masked=places[rows].sum(1),
+            steps=torch.full_like(rows, self.sampler.settings.max_post_steps),
+            index=index,
+            active=torch.zeros_like(window),
+            decided=places[rows, columns],
+            ids=ids[:, columns],
+            logits=logits,
+            read=window,
+        )
+        decision = editor.decide(step, seen)
+        canvas.apply(rows, columns, decision, places[rows, columns])
+        self.show(read, logits)
+        return decision.finished
 
     def step(self, block: torch.BoolTensor, columns: slice, rows: torch.LongTensor, **counts) -> None:
         """One step of the `rows` `[R]` in their `block` `[B, W]`, whose `columns` are w; `counts` as in [`Step`]."""

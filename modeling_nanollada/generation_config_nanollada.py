@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from .presets_nanollada import PRESET_HELP, PRESETS, expand_preset
 from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
-from .rules_nanollada import OWN_SETTINGS, RULES, is_set, rule_of
+from .rules_nanollada import OWN_SETTINGS, RULES, SHARED, editor_of, is_set, rule_of
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
 UNSUPPORTED = (
@@ -99,6 +99,27 @@ _CONDITIONAL = (
         )
         for rule in RULES.values()
         if rule.switch
+    ),
+    *(
+        (
+            {name: setting.default},
+            switches,
+            f"needs {ticked(switches, ' or ')}",
+            lambda settings, switches=switches: not _unset(settings, switches),
+        )
+        for name, (switches, setting) in SHARED.items()
+    ),
+    (
+        {"edit_margin": _DEFAULTS["edit_margin"]},
+        ("do_sample", "temperature"),
+        "is for greedy edits: it needs a `temperature` of 0",
+        lambda settings: settings.get_temperature() == 0,
+    ),
+    (
+        {"max_edits": _DEFAULTS["max_edits"]},
+        ("edit_rule", "do_sample", "temperature"),
+        "is for greedy edits by `edit_rule` 'replace'",
+        lambda settings: settings.get_temperature() == 0 and settings.edit_rule != "remask",
     ),
     (
         {"early_stop": _DEFAULTS["early_stop"]},
@@ -288,7 +309,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
     def _validate_rule(self) -> None:
         """One commit rule at a time, with all that it needs."""
         switched = [rule for rule in RULES.values() if rule.switch]
-        bases = [rule.switch for rule in switched if rule.refines is None]
+        bases = [rule.switch for rule in switched if rule.refines is None and rule.editor is None]
         named = [name for name in bases if not _unset(self, [name])]
         require(len(named) < 2, f"Only one of {ticked(bases)} may be set, got {named}")
         refining = [rule for rule in switched if rule.refines and not _unset(self, [rule.switch])]
@@ -298,8 +319,8 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         names = [rule.switch for rule in refining]
         values = " and ".join(str(getattr(self, name)) for name in names)
         require(len(names) < 2, f"Only one of {ticked(names, ' and ')} may be set, got {values}")
-        rule = rule_of(self)
-        require(not rule.check(self), rule.check(self))
+        for rule in filter(None, (editor_of(self), rule_of(self))):
+            require(not rule.check(self), rule.check(self))
         probability = self.remasking != "random" and self.position_score != "entropy"
         needing = [rule.switch for rule in switched if rule.needs_probability]
         message = f"{ticked(needing, ' and ')} need probabilities: `remasking` must not be 'random', nor"
@@ -320,9 +341,11 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
 
 _RULES = "".join(
-    f"        {name} (`{setting.type.__name__}`, *optional*): {rule.source}: {setting.help}\n"
-    for rule in RULES.values()
-    for name, setting in rule.settings.items()
+    f"        {name} (`{setting.type.__name__}`, *optional*): {source}: {setting.help}\n"
+    for name, setting, source in (
+        *((name, setting, rule.source) for rule in RULES.values() for name, setting in rule.settings.items()),
+        *((name, setting, f"Of {ticked(switches, ' and ')}") for name, (switches, setting) in SHARED.items()),
+    )
 )
 if NanoLLaDAGenerationConfig.__doc__:  # `python -OO` has none
     NanoLLaDAGenerationConfig.__doc__ = NanoLLaDAGenerationConfig.__doc__.replace("\n    Ra", f"{_RULES}\n    Ra")

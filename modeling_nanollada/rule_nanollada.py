@@ -53,29 +53,32 @@ class Step:
     index: int  # this step, from 0
     active: torch.BoolTensor  # [R, w], open positions
     decided: torch.BoolTensor  # [R, w], those that were open before
-    read: torch.BoolTensor  # [R, w], the N positions of the logits: the open ones, or with `reads_all` all of the block
     ids: torch.LongTensor  # [R, w], the tokens now
-    before: torch.LongTensor  # [R, w], the token before each, in its block; −1: there is none
     logits: torch.FloatTensor  # [N, V], the model's, as positions are ranked by
+    read: torch.BoolTensor | None = None  # [R, w], where the logits are of; the open positions where nobody says
+    before: torch.LongTensor | None = None  # [R, w], the token before each in its block, or −1; if the rule reads all
     ranked: torch.DoubleTensor | None = None  # [R, w], the higher the sooner, −∞ where not open; if the rule ranks
     late: torch.BoolTensor | None = None  # [R, w], what `eos_policy` puts behind all others; if the rule ranks
 
+    def __post_init__(self):
+        self.read = self.active if self.read is None else self.read
+
     def spread(self, values: torch.Tensor, fill: float) -> torch.DoubleTensor:
-        """Values of the open positions, `(N,)`, on their places, `(R, w)`."""
+        """Values of the positions that were read, `(N,)`, on their places, `(R, w)`."""
         values = values.double()
-        return values.new_full(self.active.shape, fill).masked_scatter(self.active, values)
+        return values.new_full(self.read.shape, fill).masked_scatter(self.read, values)
 
 
 @dataclass
 class Decision:
-    """What a step does to R rows and w columns of a block. From the sampler all parts but the last two are tensors."""
+    """What a step does to R rows and w columns of a block."""
 
     selected: torch.BoolTensor | None = None  # [R, w], open positions that get a token
     tokens: torch.LongTensor | None = None  # [R, w], of the replaced; those of the selected are the sampler's to draw
     reopened: torch.BoolTensor | None = None  # [R, w], decided positions that are masked again
     replaced: torch.BoolTensor | None = None  # [R, w], decided positions that get another token
-    rewritten: torch.LongTensor | None = None  # [R, w], all ids afterwards, masks being open; the rest is not read then
-    finished: torch.BoolTensor | None = None  # [R], with `rewritten`: the rows whose block is done
+    rewritten: torch.LongTensor | None = None  # [R, w], all ids afterwards, masks being open; in place of the above
+    finished: torch.BoolTensor | None = None  # [R], the rows whose block is done; of rules that say so themselves
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Rule:
     # It takes decisions back: a block has all its steps, be they more than its masks, and an EOS ends a row only after
     # its block.
     revises: bool = False
-    reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when that is done
+    reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when it is done
+    # It is asked when a block's masks are gone, and stands beside the rule that decided them: from the sampler and the pad
+    # token to the [`Editor`]. It has no function then.
+    editor: Callable[[object, object], object] | None = None
     edit_tokens: bool = False  # it executes `<|delete|>` and `<|insert|>`, which nobody else proposes
 
     @property

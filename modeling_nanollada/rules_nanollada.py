@@ -6,7 +6,18 @@ where they are asked: this file needs no torch, for the help of a program reads 
 
 import math
 
-from .rule_nanollada import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Decision, Rule, Setting, Step
+from .rule_nanollada import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SHARE,
+    Decision,
+    Rule,
+    Setting,
+    Step,
+)
 
 
 def _threshold(step: Step, sampler) -> Decision:
@@ -62,9 +73,29 @@ def _structural(step: Step, sampler) -> Decision:
     return structural(step, sampler)
 
 
+def _editor(sampler, pad_token_id):
+    from .editing_nanollada import Editor
+
+    return Editor(sampler, pad_token_id)
+
+
+def _edits(settings) -> str:
+    temperature, threshold = settings.get_temperature(), settings.edit_threshold
+    if temperature > 0 and threshold > 0:
+        rule = "`edit_threshold` must be 0 where tokens are drawn, or edits would change the law of the rows"
+        return f"{rule}, got {threshold} and a `temperature` of {temperature}"
+    if settings.edit_rule == "replace" and settings.repetition_penalty not in (None, 1):
+        rule = "`repetition_penalty` counts the token that an edit asks about: it must be unset with `edit_threshold`"
+        return f"{rule}, got {settings.repetition_penalty}"
+    other = f"`joint_threshold` edits by itself: `edit_threshold` must be unset with it, got {threshold}"
+    return other if is_set(settings.joint_threshold) else ""
+
+
 def _greedy(settings) -> str:
     temperature = settings.get_temperature()
-    return f"`joint_threshold` takes the likeliest tokens: `temperature` must be 0, got {temperature}" * (temperature > 0)
+    return f"`joint_threshold` takes the likeliest tokens: `temperature` must be 0, got {temperature}" * (
+        temperature > 0
+    )
 
 
 def _no_penalty(settings) -> str:
@@ -143,7 +174,9 @@ RULES = {
         _joint,
         {
             "joint_threshold": Setting(
-                float, PROBABILITY, "fill every mask likelier than this, at least one a step, and replace tokens beside it."
+                float,
+                PROBABILITY,
+                "fill every mask likelier than this, at least one a step, and replace tokens beside it.",
             ),
             "joint_edit_threshold": Setting(
                 float, PROBABILITY, "a token gives way to the likeliest one if that is likelier than this.", 0.0
@@ -151,7 +184,6 @@ RULES = {
             "joint_penalty": Setting(
                 float, NOT_NEGATIVE, "taken from the logit of the token before, against stutter.", 0.0
             ),
-            "max_post_steps": Setting(int, AT_LEAST_ONE, "steps of a block after its last mask, at most.", 16),
         },
         check=_greedy,
         ranks=False,
@@ -170,6 +202,32 @@ RULES = {
         reads_all=True,
         edit_tokens=True,
     ),
+    "edit": Rule(
+        "then tokens that others are likelier than give way",
+        "LLaDA 2.1, arXiv 2602.08676, and T2M, arXiv 2604.18738",
+        settings={
+            "edit_threshold": Setting(
+                float, BELOW_ONE, "when a block has no masks, edit its tokens: to such as are likelier than this."
+            ),
+            "edit_margin": Setting(float, NOT_NEGATIVE, "what log p must gain by an edit, in nats.", 0.7),
+            "max_edits": Setting(int, AT_LEAST_ONE, "edits a step; several at once may undo each other.", 1),
+            "edit_rule": Setting(
+                str,
+                ("replace", "remask"),
+                "ask a model that was trained to edit about all tokens, or any model about one masked token a step.",
+                "replace",
+            ),
+        },
+        check=_edits,
+        editor=_editor,
+    ),
+}
+# Read by several rules: their switches.
+SHARED = {
+    "max_post_steps": (
+        ("edit_threshold", "joint_threshold"),
+        Setting(int, AT_LEAST_ONE, "steps of a block after its last mask, at most.", 16),
+    )
 }
 
 # What this `generate` has beside transformers' fields.
@@ -183,6 +241,7 @@ OWN_SETTINGS = {
         str, ("max_prob", "margin", "entropy", "sampled_prob"), "what makes a place sure.", "max_prob"
     ),
     **{name: setting for rule in RULES.values() for name, setting in rule.settings.items()},
+    **{name: setting for name, (_, setting) in SHARED.items()},
     "commit_schedule": Setting(str, ("equal", "ratio", "ramp"), "how many tokens each step decides.", "equal"),
     "ramp_start": Setting(float, SHARE, "first share of the ramp.", 0.08),
     "ramp_end": Setting(float, SHARE, "last share of the ramp.", 0.5),
@@ -211,6 +270,15 @@ def rule_of(settings) -> Rule:
     Args:
         settings ([`NanoLLaDAGenerationConfig`]): Or anything with the switches as attributes.
     """
-    on = [name for name, rule in RULES.items() if rule.switch and is_set(getattr(settings, rule.switch, None))]
+    on = [name for name in _switched(settings) if RULES[name].editor is None]
     refined = {RULES[name].refines for name in on}
     return RULES[next((name for name in on if name not in refined), "quota")]
+
+
+def editor_of(settings) -> Rule | None:
+    """The rule of the edits behind a block's last mask; `None` without any."""
+    return next((RULES[name] for name in _switched(settings) if RULES[name].editor), None)
+
+
+def _switched(settings) -> list[str]:
+    return [name for name, rule in RULES.items() if rule.switch and is_set(getattr(settings, rule.switch, None))]

@@ -9,7 +9,7 @@ from transformers.generation import logits_process as processors
 
 from .commit_nanollada import best, commit_quota, commit_ramp, commit_ratio, entropy
 from .rule_nanollada import Decision, Step
-from .rules_nanollada import rule_of
+from .rules_nanollada import editor_of, rule_of
 
 # Of transformers' logits processors, those whose rule needs one position's scores alone. The rest reads left to right.
 SHAPERS = (processors.SuppressTokensLogitsProcessor, processors.LogitNormalization)
@@ -41,12 +41,16 @@ class Sampler:
         never = [torch.tensor([mask_token_id, *controls], device=eos_ids.device)]
         self.never = torch.cat(never + [eos_ids] * (settings.eos_policy == "forbid"))
         self.before = None
+        edits = editor_of(settings)
+        self.editor = None if edits is None else edits.editor(self, settings._pad_token_tensor)
 
     def start_block(self, rows: int, width: int) -> None:
         """Forgets the block before."""
         self.before = None
         self.memory = {}  # the rule's own
         self.block_shape = (rows, width)
+        if self.editor is not None:
+            self.editor.start_block(rows, width)
 
     def shape(self, logits, ids, row_of, visible):
         """
@@ -78,6 +82,8 @@ class Sampler:
         selected, nothing = decision.selected & step.active, torch.zeros_like(step.active)
         chosen = selected[step.active]  # [N]
         drawn = drawn[chosen] if self.by_sample else self.draw(step.logits[chosen], ids, row_of[chosen])
+        if self.editor is not None:
+            self.editor.note(step, selected, step.logits[chosen], drawn)
         tokens = step.ids if decision.tokens is None else decision.tokens
         reopened = nothing if decision.reopened is None else decision.reopened & step.decided
         replaced = nothing if decision.replaced is None else decision.replaced & step.decided & ~reopened

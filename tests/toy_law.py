@@ -7,6 +7,7 @@ itself, once for all states together; the tokens' probabilities and the rule's o
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 from transformers import LogitsProcessorList
@@ -60,18 +61,18 @@ def states() -> torch.LongTensor:
     return torch.arange((KINDS + 1) ** LENGTH)[:, None] // WEIGHTS % (KINDS + 1)
 
 
-def chain() -> tuple[torch.LongTensor, torch.DoubleTensor]:
+def chain(first=FIRST, following=NEXT) -> tuple[torch.LongTensor, torch.DoubleTensor]:
     """All finished rows and their probabilities."""
     rows = torch.tensor(list(itertools.product(range(KINDS), repeat=LENGTH)))
-    law = FIRST[rows[:, 0]]
+    law = first[rows[:, 0]]
     for column in range(1, LENGTH):
-        law = law * NEXT[rows[:, column - 1], rows[:, column]]
+        law = law * following[rows[:, column - 1], rows[:, column]]
     return rows, law
 
 
-def conditionals() -> torch.DoubleTensor:
+def conditionals(first=FIRST, following=NEXT) -> torch.DoubleTensor:
     """`[4096, 6, 4]`: of every state and position the exact distribution of its token; none for the mask."""
-    rows, law = chain()
+    rows, law = chain(first, following)
     table = torch.zeros((KINDS + 1) ** LENGTH, LENGTH, KINDS + 1, dtype=torch.double)
     total = torch.zeros(len(table), dtype=torch.double)
     for hidden in itertools.product((False, True), repeat=LENGTH):
@@ -109,7 +110,8 @@ def merge(rows, weights):
 def sampler_for(settings):
     config = NanoLLaDAGenerationConfig(**settings, max_new_tokens=LENGTH)
     config.update(**config._get_default_generation_params(), defaults_only=True)
-    return Sampler(config, LogitsProcessorList(), torch.empty(0, dtype=torch.long), MASK, None)
+    tokens = SimpleNamespace(mask_token_id=MASK, delete_token_id=None, insert_token_id=None)
+    return Sampler(config, LogitsProcessorList(), torch.empty(0, dtype=torch.long), tokens, None)
 
 
 def choose(sampler, rows, before, index, steps, scores=None):

@@ -72,7 +72,9 @@ def test_the_settings_are_saved_and_not_the_name(tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = NanoLLaDAForMaskedLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
     assert torch.equal(again.generate(PROMPT), model.generate(PROMPT))
-    assert torch.equal(again.generate(PROMPT), build(block_length=4, **CONTROLS).generate(PROMPT, preset="llada2.2", **RUN))
+    assert torch.equal(
+        again.generate(PROMPT), build(block_length=4, **CONTROLS).generate(PROMPT, preset="llada2.2", **RUN)
+    )
 
 
 def test_a_checkpoint_yields_to_a_preset():
@@ -88,7 +90,9 @@ def test_a_checkpoint_yields_to_a_preset():
 def test_a_checkpoint_that_saved_a_preset_yields_to_a_call():
     model = build(block_length=4)
     model.generation_config = NanoLLaDAGenerationConfig(preset="llada2.1-quality", **RUN)
-    assert torch.equal(model.generate(PROMPT, threshold=0.9), build(block_length=4).generate(PROMPT, threshold=0.9, **RUN))
+    assert torch.equal(
+        model.generate(PROMPT, threshold=0.9), build(block_length=4).generate(PROMPT, threshold=0.9, **RUN)
+    )
     settings, _ = model._prepare_generation_config(None, preset="llada2.1-speed")
     assert (settings.joint_threshold, settings.joint_edit_threshold) == (0.5, 0.0)
 

@@ -29,7 +29,9 @@ def test_it_is_its_settings(model):
 
 def test_an_autoregressive_model_has_none(model):
     ar = NanoLLaDAForCausalLM(model.config)
-    with pytest.raises(ValueError, match="`preset` is for diffusion models, got 'llada2.1-speed' for an autoregressive"):
+    with pytest.raises(
+        ValueError, match="`preset` is for diffusion models, got 'llada2.1-speed' for an autoregressive"
+    ):
         generation_settings(ar, preset="llada2.1-speed")
 
 
