@@ -6,6 +6,7 @@ names.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -21,10 +22,15 @@ from nanollada.trainers.decoding.threshold import choose_threshold
 from nanollada.trainers.noise.adaptation import noisy_embeddings, partly_causal_mask
 from nanollada.trainers.noise.block_lengths import BlockLengthSchedule
 from nanollada.trainers.noise.blocks import block_ids_of
-from nanollada.trainers.noise.corruption import Corruption
+from nanollada.trainers.noise.corruption import Corruption, Lexicon
 from nanollada.trainers.noise.keys import STREAM_ATTENTION, STREAM_EMBEDDING, keyed_uniform
 from nanollada.trainers.noise.registry import CORRUPTIONS
-from nanollada.trainers.objectives import confidence_entropy, repetition_unlikelihood, weighted_loss
+from nanollada.trainers.objectives import (
+    confidence_entropy,
+    repetition_unlikelihood,
+    token_cross_entropy,
+    weighted_loss,
+)
 from nanollada.trainers.run import TrainerEntry
 from nanollada.trainers.scoring.likelihood import model_inputs
 from nanollada.trainers.weights.adapters import check_unchanged
@@ -55,8 +61,12 @@ LEAST = {
 }
 
 
+CORRUPTION_SETTINGS = tuple(dict.fromkeys(settings for kind in CORRUPTIONS.values() for settings in kind.settings))
+COUNTED_ROWS = 4096  # whose targets are the law of the tokens that take another's place
+
+
 @dataclass
-class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.values()), NanoLLaDATrainingArguments):
+class DiffusionConfig(*CORRUPTION_SETTINGS, NanoLLaDATrainingArguments):
     """
     Settings of masked-diffusion pretraining and SFT (the rows decide which). The defaults are LLaDA 1.0's objective
     with its low-variance estimator; `block_length` makes it BD3-LM's.
@@ -129,14 +139,7 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
         for name, allowed in (("eos_padding", EOS_PADDINGS), ("corruption", CORRUPTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        chosen = CORRUPTIONS[self.corruption].settings_of(self)
-        for corruption, kind in CORRUPTIONS.items():
-            kind.settings.check(self)
-            defaults = vars(kind.settings())
-            odd = [name for name in defaults.keys() - chosen.keys() if getattr(self, name) != defaults[name]]
-            if odd:
-                value = getattr(self, odd[0])
-                raise ValueError(f"`{odd[0]}` is for `corruption` {corruption}, got {value!r} with {self.corruption}")
+        self._check_corruption()
         if not 0 <= self.variable_length_probability <= 1:
             raise ValueError(
                 f"`variable_length_probability` must lie in [0, 1], got {self.variable_length_probability}"
@@ -157,6 +160,19 @@ class DiffusionConfig(*dict.fromkeys(kind.settings for kind in CORRUPTIONS.value
                 )
             BlockLengthSchedule(self.block_length_schedule)
 
+    def _check_corruption(self):
+        chosen = CORRUPTIONS[self.corruption]
+        for settings in CORRUPTION_SETTINGS:
+            settings.check(self)
+            if settings in chosen.settings:
+                continue
+            for name, default in vars(settings()).items():
+                if (value := getattr(self, name)) != default:
+                    kinds = " or ".join(name for name, kind in CORRUPTIONS.items() if settings in kind.settings)
+                    raise ValueError(f"`{name}` is for `corruption` {kinds}, got {value!r} with {self.corruption}")
+        if chosen.check is not None:
+            chosen.check(self)
+
 
 class DiffusionTrainer(NanoLLaDATrainer):
     """
@@ -168,15 +184,27 @@ class DiffusionTrainer(NanoLLaDATrainer):
 
     masks = True
     threshold = None  # chosen when the model is trained
+    _edits = 0.0  # since the last log: targets, how many were replaced, their nats, how many are right
     config_class, model_class = DiffusionConfig, NanoLLaDAForMaskedLM
 
     def set_up_objective(self) -> None:
         model, args = self.model, self.args
-        if args.threshold_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        sharded, kind = self.is_fsdp_enabled or self.is_deepspeed_enabled, CORRUPTIONS[args.corruption]
+        if args.threshold_rows and sharded:
             raise ValueError(
                 f"`threshold_rows` needs whole weights on every rank: it must be 0 with FSDP or DeepSpeed, got "
                 f"{args.threshold_rows}"
             )
+        self.drafts = kind.drafts is not None and kind.drafts(args)
+        if self.drafts and sharded:
+            raise ValueError(
+                f"`corruption` {args.corruption} with the model's own drafts needs whole weights on every rank: it "
+                f"must not run under FSDP or DeepSpeed, got {kind.settings_of(args)}"
+            )
+        self.lexicon = None
+        if kind.lexicon:
+            counted = Lexicon.of(self.train_dataset.sample(COUNTED_ROWS), model.config, self.processing_class)
+            self.lexicon = counted.to(args.device)
         block_length = args.block_length if args.block_length is not None else model.config.block_length or 0
         self.schedule = BlockLengthSchedule(args.block_length_schedule or [[1.0, block_length]])
         shift = model.config.label_shift if args.label_shift is None else args.label_shift
@@ -230,19 +258,13 @@ class DiffusionTrainer(NanoLLaDATrainer):
 
     def micro_batch_loss(self, model, inputs, num_items_in_batch):
         # 1. noise that belongs to the row, with its labels and weights
-        context = model_inputs(inputs)
-        noise = self.corruption(inputs, context)
+        noise = self.corruption(inputs, model_inputs(inputs))
+        rows = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).repeat(noise.copies)
+        context, supervised = self.context_of(inputs, rows), noise.supervised
+        masks = (noise.noisy_input_ids == self.model.config.mask_token_id).sum()
         # 2. logits only where there is a label
-        context = {name: value.repeat(noise.copies, 1) for name, value in context.items()}
-        clean = inputs["input_ids"].repeat(noise.copies, 1)  # [B, L]
-        context |= self.block_inputs(clean)
-        future, supervised = self.visible_future(inputs, noise.copies), noise.supervised
-        if future is not None:
-            given = (context.get("attention_mask"), context.pop("document_ids", None))
-            context["attention_mask"] = partly_causal_mask(future, self.model.config, self.model.dtype, *given)
-            context.setdefault("position_ids", torch.arange(clean.shape[1], device=clean.device).expand_as(clean))
-        only_bound = not (self.args.confidence_weight or self.args.repetition_penalty_weight)
-        if only_bound:
+        extras = self.args.confidence_weight or self.args.repetition_penalty_weight or noise.edited is not None
+        if not extras:
             context |= {
                 "labels": noise.labels,
                 "loss_weights": noise.weights,
@@ -252,13 +274,40 @@ class DiffusionTrainer(NanoLLaDATrainer):
             context |= {"logits_to_keep": supervised}
         with noisy_embeddings(self.model, self.embedding_noise(noise, inputs)):
             outputs = model(noise.noisy_input_ids, **context)
-        if only_bound:
-            return outputs.loss, supervised.sum()
+        if not extras:
+            return outputs.loss, masks
         # 3. the losses that need logits
         logits = outputs.logits  # [N, V]
-        loss = weighted_loss(logits, clean[supervised], noise.weights[supervised], num_items_in_batch)
-        extra = self.additional_loss(logits, clean, supervised, (inputs["labels"] != -100).sum(-1))
-        return loss + extra / num_items_in_batch, supervised.sum()
+        if noise.edited is not None:
+            self.count_edits(logits.detach(), noise, (inputs["labels"] != -100).sum())
+        loss = weighted_loss(logits, noise.labels[supervised], noise.weights[supervised], num_items_in_batch)
+        extra = self.additional_loss(logits, noise, (inputs["labels"] != -100).sum(-1))
+        return loss + extra / num_items_in_batch, masks
+
+    def context_of(self, inputs: dict, rows: torch.LongTensor) -> dict:
+        """What the model reads beside the noisy ids of the batch's rows `rows`."""
+        context = {name: value[rows] for name, value in model_inputs(inputs).items()}
+        clean = inputs["input_ids"][rows]  # [R, L]
+        context |= self.block_inputs(clean)
+        future = self.visible_future(inputs)
+        if future is not None:
+            given = (context.get("attention_mask"), context.pop("document_ids", None))
+            context["attention_mask"] = partly_causal_mask(future[rows], self.model.config, self.model.dtype, *given)
+            context.setdefault("position_ids", torch.arange(clean.shape[1], device=clean.device).expand_as(clean))
+        return context
+
+    def draft(self, inputs: dict) -> Callable:
+        """The model's own predictions as they stand, for `corrupt`: see [`CorruptionKind`]."""
+
+        def draft(noisy_input_ids, where, rows):
+            context, training = self.context_of(inputs, rows % len(inputs["input_ids"])), self.model.training
+            self.model.eval()
+            with torch.no_grad():
+                logits = self.model(noisy_input_ids, logits_to_keep=where, **context).logits  # [N, V]
+            self.model.train(training)
+            return logits
+
+        return draft
 
     def block_inputs(self, clean: torch.LongTensor) -> dict:
         """What the model needs to predict every block from itself and the clean ones before it."""
@@ -271,6 +320,8 @@ class DiffusionTrainer(NanoLLaDATrainer):
         blocks = block_ids_of(
             self.block_length, context.get("position_ids"), context.get("document_ids"), clean.shape, clean.device
         )
+        tools = {"draft": self.draft(inputs) if self.drafts else None} if kind.drafts is not None else {}
+        tools |= {"lexicon": self.lexicon} if kind.lexicon else {}
         return kind.corrupt(
             clean,
             inputs["labels"] != -100,  # what may be hidden: targets, never a prompt or padding
@@ -280,11 +331,12 @@ class DiffusionTrainer(NanoLLaDATrainer):
             rank=inputs["rank"],
             epoch=inputs["epoch"],
             block_ids=blocks,
+            **tools,
             **kind.settings_of(self.args),
         )
 
     def embedding_noise(self, noise: Corruption, inputs: dict) -> torch.Tensor | None:
-        """`[B, L, hidden]`: Gaussian noise at the places of labels (LLaDA 2.0, §3.3), in the run's first steps."""
+        """`[B, L, hidden]`: Gaussian noise at the masks (LLaDA 2.0, §3.3), in the run's first steps."""
         steps = self.args.mask_embedding_noise_steps
         if self.state.global_step >= steps:
             return None
@@ -294,9 +346,10 @@ class DiffusionTrainer(NanoLLaDATrainer):
             self.args.seed, inputs["index"], inputs["epoch"], STREAM_EMBEDDING, length * hidden_size
         )
         normal = torch.special.ndtri(uniform.clamp(min=2.0**-54)).float().view(-1, length, hidden_size)
-        return deviation * normal.repeat(noise.copies, 1, 1) * noise.supervised[..., None]
+        masks = noise.noisy_input_ids == self.model.config.mask_token_id
+        return deviation * normal.repeat(noise.copies, 1, 1) * masks[..., None]
 
-    def visible_future(self, inputs: dict, copies: int) -> torch.BoolTensor | None:
+    def visible_future(self, inputs: dict) -> torch.BoolTensor | None:
         """`[B, L, L]`: the later positions that a row sees while attention is annealed (DiffuLLaMA, §3.2)."""
         steps = self.args.attention_annealing_steps
         steps = math.ceil(steps * self.state.max_steps) if steps < 1 else steps
@@ -308,20 +361,37 @@ class DiffusionTrainer(NanoLLaDATrainer):
         draws = keyed_uniform(self.args.seed, inputs["index"], inputs["epoch"], STREAM_ATTENTION, len(key))
         visible = torch.zeros(len(draws), length, length, dtype=torch.bool, device=draws.device)
         visible[:, query, key] = draws < rate
-        return visible.repeat(copies, 1, 1)
+        return visible
 
-    def additional_loss(self, logits, clean, supervised, row_targets) -> torch.Tensor:
+    def additional_loss(self, logits: torch.Tensor, noise: Corruption, row_targets: torch.Tensor) -> torch.Tensor:
         """What the options add to the bound, as a sum over tokens."""
         extra = logits.new_zeros((), dtype=torch.float32)
         if self.args.confidence_weight:
-            copies = len(clean) // len(row_targets)
-            rows = supervised.nonzero()[:, 0]
-            entropy = confidence_entropy(logits, clean[supervised], rows, row_targets.repeat(copies))
-            extra = extra + self.args.confidence_weight * entropy / copies
+            labels, rows = noise.labels[noise.supervised], noise.supervised.nonzero()[:, 0]
+            entropy = confidence_entropy(logits, labels, rows, row_targets.repeat(noise.copies))
+            extra = extra + self.args.confidence_weight * entropy / noise.copies
         if self.args.repetition_penalty_weight:
-            penalty = repetition_unlikelihood(logits, clean, supervised, self.args.repetition_penalty_min_run)
+            run = self.args.repetition_penalty_min_run
+            penalty = repetition_unlikelihood(logits, noise.noisy_input_ids, noise.labels, run)
             extra = extra + self.args.repetition_penalty_weight * penalty
         return extra
+
+    def count_edits(self, logits: torch.Tensor, noise: Corruption, targets: torch.Tensor) -> None:
+        """For the next log: how the tokens fare that are visible and may be wrong."""
+        labels, edited = noise.labels[noise.supervised], noise.edited[noise.supervised]
+        logits, labels = logits[edited], labels[edited]  # [E, V], [E]
+        nats, right = token_cross_entropy(logits, labels).sum(), (logits.argmax(-1) == labels).sum()
+        self._edits = self._edits + torch.stack((targets.float(), edited.sum().float(), nats.float(), right.float()))
+
+    def log(self, logs, *args, **kwargs):
+        """Adds, over all ranks since the last log, how many targets were replaced, and how the model corrects them."""
+        if "loss" in logs and self.model.training and torch.is_tensor(self._edits):
+            targets, edited, nats, right = self.accelerator.reduce(self._edits, "sum").tolist()
+            logs["replaced_rate"] = round(edited / max(targets, 1), 4)
+            if edited:
+                logs |= {"edit_loss": round(nats / edited, 4), "edit_accuracy": round(right / edited, 4)}
+            self._edits = 0.0
+        super().log(logs, *args, **kwargs)
 
     def objective(self) -> dict:
         """What `run.json` says of the objective."""

@@ -73,36 +73,33 @@ def confidence_entropy(
 
 
 def repetition_unlikelihood(
-    logits: torch.Tensor,
-    input_ids: torch.LongTensor,
-    masked_indices: torch.BoolTensor,
-    min_run: int = 2,
+    logits: torch.Tensor, noisy_input_ids: torch.LongTensor, labels: torch.LongTensor, min_run: int = 2
 ) -> torch.Tensor:
     """
     Unlikelihood (Welleck et al., 2019) of runs that the model itself would write.
 
-    The draft is what the model would commit now: visible tokens, and its argmax at the masked ones. A masked position
-    is penalised with −log(1 − p(draft token)) if it ends a run of at least `min_run` equal draft tokens *and* the
-    draft token is wrong there. Right repeats ("ha ha") are never pushed down.
+    The draft is what the model would commit now: its argmax where a label stands, and what it reads elsewhere. A
+    label's position is penalised with −log(1 − p(draft token)) if it ends a run of at least `min_run` equal draft
+    tokens *and* the draft token is wrong there. Right repeats ("ha ha") are never pushed down.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(masked tokens, vocab_size)`): Scores at the masked positions.
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): The clean ids.
-        masked_indices (`torch.BoolTensor` of shape `(batch, length)`): The masked positions.
+        logits (`torch.FloatTensor` of shape `(tokens, vocab_size)`): Scores where labels stand.
+        noisy_input_ids (`torch.LongTensor` of shape `(batch, length)`): What the model reads.
+        labels (`torch.LongTensor` of shape `(batch, length)`): The right tokens, and −100.
         min_run (`int`, defaults to 2): Shortest run that counts.
 
     Returns:
         `torch.Tensor`: the sum over penalised positions, to be divided by the step's targets like every loss.
     """
-    draft = input_ids.clone()
-    draft[masked_indices] = logits.argmax(-1)
+    draft, supervised = noisy_input_ids.clone(), labels != -100
+    draft[supervised] = logits.argmax(-1)
     run = torch.ones_like(draft, dtype=torch.bool)  # whether the last `min_run` draft tokens are equal, at each place
     for distance in range(1, min_run):
         same = torch.zeros_like(run)
         same[:, distance:] = draft[:, distance:] == draft[:, :-distance]
         run = run & same
-    penalised = (run & (draft != input_ids))[masked_indices]  # [N]
+    penalised = (run & (draft != labels))[supervised]  # [N]
     log_probs = logits[penalised].log_softmax(-1)
-    chosen = log_probs.gather(-1, draft[masked_indices][penalised][:, None])[:, 0]
+    chosen = log_probs.gather(-1, draft[supervised][penalised][:, None])[:, 0]
     # log(1 − p) by log1p, away from p = 1, where it has no gradient worth taking
     return -torch.log1p(-chosen.exp().clamp(max=1 - 1e-6)).sum()

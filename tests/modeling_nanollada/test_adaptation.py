@@ -169,7 +169,7 @@ def test_annealing_opens_attention_step_by_step(steps, tmp_path):
     micro_batch_loss = trainer.micro_batch_loss
 
     def spy(model, inputs, count):
-        seen.append((trainer.state.global_step, inputs, trainer.visible_future(inputs, 1)))
+        seen.append((trainer.state.global_step, inputs, trainer.visible_future(inputs)))
         return micro_batch_loss(model, inputs, count)
 
     trainer.micro_batch_loss = spy

@@ -96,13 +96,13 @@ def logits_for(draft, probability=0.9, vocabulary=10):
 )
 def test_unlikelihood_hits_the_models_own_wrong_repeats(clean, masked, draft, min_run, penalised):
     ids, mask = torch.tensor([clean]), torch.tensor([masked], dtype=torch.bool)
-    loss = repetition_unlikelihood(logits_for(draft), ids, mask, min_run)
+    loss = repetition_unlikelihood(logits_for(draft), ids.masked_fill(mask, 3), ids.masked_fill(~mask, -100), min_run)
     assert loss.item() == pytest.approx(penalised * -math.log(1 - 0.9), rel=1e-4)
 
 
 def test_unlikelihood_never_pushes_a_right_token_down():
     logits = logits_for([5, 5]).requires_grad_()
-    loss = repetition_unlikelihood(logits, torch.tensor([[5, 5, 6]]), torch.tensor([[False, True, True]]))
+    loss = repetition_unlikelihood(logits, torch.tensor([[5, 3, 3]]), torch.tensor([[-100, 5, 6]]))
     loss.backward()
     assert (logits.grad[0] == 0).all() and logits.grad[1, 5] > 0
 

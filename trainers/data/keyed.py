@@ -152,6 +152,10 @@ class Steps(Dataset):
         """A row of a step, with its `rank` in the pass and its `epoch`, for the noise."""
         raise NotImplementedError
 
+    def sample(self, count: int) -> Iterator[dict]:
+        """Up to `count` rows of the first pass, whatever the step and the rank."""
+        raise NotImplementedError
+
 
 def digest_of(rows) -> str:
     """SHA-256 of the tokens and targets of map-style rows, in their order."""
@@ -207,6 +211,10 @@ class PreparedSteps(Steps):
         rank = window.number * self.shape.rows + place
         return {**self.rows[int(self.order[rank])], "rank": rank, "epoch": window.epoch}
 
+    def sample(self, count):
+        total = len(self.rows)
+        return (self.rows[place * total // min(count, total)] for place in range(min(count, total)))
+
 
 class StreamedSteps(Steps):
     """
@@ -241,6 +249,9 @@ class StreamedSteps(Steps):
     def row(self, window, place):
         row = self._step_rows[place]
         return {**row, "rank": row["index"], "epoch": window.epoch}
+
+    def sample(self, count):
+        return islice(self._open(self.beginning)[0], count)
 
     def _windows(self) -> Iterator[tuple[Window, list[dict]]]:
         anchor = self.anchor

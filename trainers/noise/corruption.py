@@ -1,7 +1,8 @@
-"""What a way of corrupting rows is, and what it gives back."""
+"""What a way of corrupting rows is, what it may use, and what it gives back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from itertools import chain
 
 import torch
 
@@ -13,22 +14,87 @@ class Corruption:
 
     Attributes:
         noisy_input_ids (`torch.LongTensor` of shape `(copies * batch, length)`): What the model reads.
-        labels (`torch.LongTensor` of shape `(copies * batch, length)`): The clean ids that it predicts, and −100.
-        weights (`torch.DoubleTensor` of shape `(copies * batch, length)`): What a label's cross-entropy counts.
-            Their expectation is one per target, so that a sum over labels divided by the number of *targets*
-            estimates the loss per token.
+        labels (`torch.LongTensor` of shape `(copies * batch, length)`): The ids that it predicts, and −100.
+        weights (`torch.DoubleTensor` of shape `(copies * batch, length)`): What a label's cross-entropy counts. Of
+            masks alone their expectation is one per target, so that a sum over labels divided by the number of
+            *targets* estimates the loss per token.
         copies (`int`): How often each row is there: first all rows once, then all again.
+        edited (`torch.BoolTensor` of shape `(copies * batch, length)`, *optional*): The labels at tokens that are
+            visible and may be wrong, for the log. `None`: labels at masks alone.
     """
 
     noisy_input_ids: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     copies: int = 1
+    edited: torch.Tensor | None = None
 
     @property
     def supervised(self) -> torch.BoolTensor:
         """`(copies * batch, length)`: where a label stands."""
         return self.labels != -100
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """
+    The tokens that may take another's place, with their law in the training rows.
+
+    A fixed law of the run, and not of a batch or a row: a row's noise then does not hang on its batch mates, and a
+    token that is out of place does not tell what stands elsewhere in its row.
+
+    Attributes:
+        text (`torch.BoolTensor` of shape `(vocab_size,)`): What is no special token.
+        counts (`torch.LongTensor` of shape `(vocab_size,)`): How often a text token is a target.
+    """
+
+    text: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Iterable[dict], config, tokenizer=None) -> "Lexicon":
+        """
+        Counts the targets of rows with `input_ids` and `labels`.
+
+        Raises:
+            `ValueError`: if none of them is text.
+        """
+        size = config.vocab_size
+        counts = torch.zeros(size, dtype=torch.long)
+        for row in rows:
+            ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+            counts += torch.bincount(ids[labels != -100], minlength=size)
+        text = torch.ones(size, dtype=torch.bool)
+        text[list(special_ids(config, tokenizer))] = False
+        if tokenizer is not None:
+            text[len(tokenizer) :] = False  # rows that only fill the embedding up
+        counts = counts.masked_fill(~text, 0)
+        if not counts.any():
+            raise ValueError("`train_dataset` must have targets that are text, got special tokens alone")
+        return cls(text, counts)
+
+    def to(self, device) -> "Lexicon":
+        return Lexicon(self.text.to(device), self.counts.to(device))
+
+    def draw(self, uniform: torch.Tensor, source: str) -> torch.LongTensor:
+        """
+        A token for each number.
+
+        Args:
+            uniform (`torch.DoubleTensor`): Numbers in [0, 1), of any shape.
+            source (`str`): "unigram", as often as it is a target; or "uniform", all text alike.
+        """
+        shares = (self.counts if source == "unigram" else self.text.long()).cumsum(-1)  # [V]
+        place = torch.searchsorted(shares, (uniform * shares[-1]).long(), right=True)
+        return place.view(uniform.shape)
+
+
+def special_ids(config, tokenizer=None) -> set[int]:
+    """The ids that are no text: a model's own, and its tokenizer's special tokens."""
+    names = [name for name in vars(config) if name.endswith("_token_id")]
+    found = [getattr(config, name) for name in names]
+    own = (value if isinstance(value, list) else [value] for value in found if value is not None)
+    return {*chain.from_iterable(own), *getattr(tokenizer, "all_special_ids", ())}
 
 
 @dataclass(frozen=True)
@@ -39,17 +105,30 @@ class CorruptionKind:
     Attributes:
         corrupt (`Callable`): `corrupt(input_ids, targets, config, *, seed, index, rank, epoch, block_ids, **settings)`
             to a `Corruption`; see `masking.corrupt`.
-        settings (`type`): A dataclass of its settings: fields with defaults and `metadata["help"]`, which become
-            options of `DiffusionConfig` and its program, and a method `check`, which raises `ValueError`.
+        settings (`tuple[type, ...]`): Dataclasses of what it reads, which other kinds may read, too: fields with
+            defaults and `metadata["help"]`, which become options of `DiffusionConfig` and its program, and a method
+            `check` of them alone, which raises `ValueError`.
         objective (`str`): What the loss is then, as `run.json` and the model card name it.
         help (`str`): What is hidden or changed, in a line.
+        check (`Callable`, *optional*): `check(args)` raises `ValueError` for settings that don't go together.
+        drafts (`Callable`, *optional*): `drafts(args)`: whether `corrupt` also gets `draft`, the model's own
+            predictions: `draft(noisy_input_ids [R, L], where [R, L], rows [R])` gives the logits `[N, V]` at `where`,
+            in the order of rows. `rows` are numbers of the corrupted batch: each is read in the context (blocks,
+            documents, …) of its row.
+        lexicon (`bool`): Whether it also gets `lexicon`, a [`Lexicon`].
+        edit_tokens (`bool`): Whether its labels hold the config's `delete_token_id` and `insert_token_id`.
     """
 
     corrupt: Callable[..., Corruption]
-    settings: type
+    settings: tuple[type, ...]
     objective: str
     help: str
+    check: Callable | None = None
+    drafts: Callable | None = None
+    lexicon: bool = False
+    edit_tokens: bool = False
 
     def settings_of(self, args) -> dict:
         """Of training arguments what this way reads, by name."""
-        return {field.name: getattr(args, field.name) for field in fields(self.settings)}
+        names = [field.name for settings in self.settings for field in fields(settings)]
+        return {name: getattr(args, name) for name in names}

@@ -44,7 +44,7 @@ from shuffling import ShuffleSettings, shuffle
 from nanollada.trainers.noise.corruption import CorruptionKind
 from nanollada.trainers.noise.registry import CORRUPTIONS
 
-CORRUPTIONS["shuffle"] = CorruptionKind(shuffle, ShuffleSettings, "reordering", "targets change places")
+CORRUPTIONS["shuffle"] = CorruptionKind(shuffle, (ShuffleSettings,), "reordering", "targets change places")
 
 from nanollada.trainers.registry import TRAINERS
 from nanollada.trainers.run import main
@@ -84,7 +84,7 @@ def test_a_new_corruption_is_a_file_and_an_entry(program, tmp_path, tokenizer):
 
 def test_settings_have_names_of_their_own():
     """They become options of one program."""
-    classes = dict.fromkeys(kind.settings for kind in CORRUPTIONS.values())
+    classes = dict.fromkeys(settings for kind in CORRUPTIONS.values() for settings in kind.settings)
     names = [field.name for settings in classes for field in fields(settings)]
     config_class = TRAINERS["diffusion"].config_class
     inherited = {field.name for base in config_class.__mro__[len(classes) + 1 :] for field in fields_of(base)}
