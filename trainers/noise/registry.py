@@ -1,7 +1,8 @@
 """The ways of corrupting rows, by the name that `--corruption` takes. A new one is a file here and an entry."""
 
-from nanollada.trainers.noise import masking
+from nanollada.trainers.noise import editing, masking
 from nanollada.trainers.noise.corruption import CorruptionKind
+from nanollada.trainers.noise.editing import EditingSettings
 from nanollada.trainers.noise.masking import MaskingSettings
 
 CORRUPTIONS = {
@@ -10,5 +11,14 @@ CORRUPTIONS = {
         (MaskingSettings,),
         "masked diffusion bound",
         "targets give way to the mask token (LLaDA, BD3-LM)",
+    ),
+    "editing": CorruptionKind(
+        editing.corrupt,
+        (MaskingSettings, EditingSettings),
+        "masked diffusion bound and token editing",
+        "in a share of the rows visible targets are replaced as well, and put right (LLaDA 2.1)",
+        check=editing.check,
+        drafts=editing.needs_drafts,
+        lexicon=True,
     ),
 }
