@@ -100,7 +100,7 @@ class Rule:
     # It takes decisions back: a block has all its steps, be they more than its masks, and an EOS ends a row only after
     # its block.
     revises: bool = False
-    reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when it is done
+    reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when to stop
     # It is asked when a block's masks are gone, and stands beside the rule that decided them: from the sampler and the pad
     # token to the [`Editor`]. It has no function then.
     editor: Callable[[object, object], object] | None = None
