@@ -64,13 +64,10 @@ class Canvas:
         first = self.blocks.masked_fill(~self.undecided, self.ids.shape[1]).amin(1, keepdim=True)
         return self.undecided & (self.blocks == first)
 
-    def apply(self, rows, columns, decision, block):
-        """
-        Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass. `block`,
-        `[R, w]`: what is generated there.
-        """
+    def apply(self, rows, columns, decision):
+        """Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass."""
         if decision.rewritten is not None:
-            self.rewrite(rows, columns, decision.rewritten, block)
+            self.rewrite(rows, columns, decision.rewritten)
             return
         selected, reopened = decision.selected, decision.reopened
         ids = self.ids[rows, columns].masked_fill(reopened, self.mask_token_id)
@@ -80,11 +77,17 @@ class Canvas:
         self.commit_steps[rows, columns] = self.forwards[rows, None].where(selected | decision.replaced, steps)
         self.forwards[rows] += 1
 
-    def rewrite(self, rows, columns, new, block):
-        """Writes all ids `new`, `[R, w]`, of a `block`."""
-        changed, masked = new != self.ids[rows, columns], block & (new == self.mask_token_id)
+    def tokens_before(self, rows, columns):
+        """`[R, w]`: the token before each of the `columns` that stands in the same block; −1 where none does."""
+        blocks = self.blocks[rows].masked_fill(~self.visible[rows], -1)
+        same = pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
+        return pad(self.ids[rows, :-1], (1, 0)).where(same, -1)[:, columns]
+
+    def rewrite(self, rows, columns, new):
+        """Writes all ids, `[R, w]`, of the `rows` in the slice `columns`; after one forward pass."""
+        changed, masked = new != self.ids[rows, columns], new == self.mask_token_id
         self.ids[rows, columns] = new
-        self.undecided[rows, columns] = masked.where(block, self.undecided[rows, columns])
+        self.undecided[rows, columns] = masked.where(changed, self.undecided[rows, columns])
         steps = self.forwards[rows, None].where(changed, self.commit_steps[rows, columns])
         self.commit_steps[rows, columns] = steps.masked_fill(masked, -1)
         self.forwards[rows] += 1

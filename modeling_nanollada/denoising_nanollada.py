@@ -128,9 +128,6 @@ class Denoiser:
             row_of = read[rows, columns].nonzero()[:, 0]  # [N]
             logits = self.sampler.shape(self.predictor.predict(read), ids, row_of, visible)  # [N, V]
         # 2. Choose which of them to decide, and draw their tokens. The others stay masked.
-        blocks = canvas.blocks[rows, : canvas.length].masked_fill(~visible, -1)
-        same = torch.nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
-        before = torch.nn.functional.pad(ids[:, :-1], (1, 0)).masked_fill(~same, -1)[:, columns]
         step = Step(
             rows,
             **counts,
@@ -138,11 +135,11 @@ class Denoiser:
             decided=decided[rows, columns],
             read=read[rows, columns],
             ids=ids[:, columns],
-            before=before,
+            before=canvas.tokens_before(rows, columns) if self.sampler.rule.reads_all else None,
             logits=logits,
         )
         decision = self.sampler.decide(step, ids)
-        canvas.apply(rows, columns, decision, block[rows, columns])
+        canvas.apply(rows, columns, decision)
         self.show(read, logits)
         return decision.finished
 

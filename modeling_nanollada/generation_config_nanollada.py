@@ -64,7 +64,8 @@ OWN_FIELDS = {  # what the class has beside transformers' fields; the last says 
 }
 _CHECKED = {**_THEIRS, **OWN_FIELDS}
 _DEFAULTS = {name: setting.default for name, setting in _CHECKED.items() if setting.default is not None}
-_ALONE = [rule.switch for rule in RULES.values() if not rule.ranks]  # they decide without scores
+# They decide without scores.
+_ALONE = [rule.switch for rule in RULES.values() if not rule.ranks and rule.refines is None]
 
 
 def _unset(settings, names) -> bool:

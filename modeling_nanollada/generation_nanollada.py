@@ -239,7 +239,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
         canvas = Canvas(input_ids.to(self.device), kwargs.get("attention_mask"), generation_config, self.config)
         self._warn_of_a_long_canvas(canvas, generation_config)
         generator = kwargs.get("generator")  # the other kwargs prepare autoregressive decoding
-        sampler = Sampler(generation_config, logits_processor, eos_ids, self.config, generator)
+        edit_ids = (self.config.delete_token_id, self.config.insert_token_id)
+        mask_id = self.config.mask_token_id
+        sampler = Sampler(generation_config, logits_processor, eos_ids, mask_id, generator, edit_ids)
         Denoiser(canvas, predictor(self, canvas, generation_config), sampler, stopping_criteria, streamer).run()
         sequences = canvas.output().to(input_ids.device)
         if not generation_config.return_dict_in_generate:

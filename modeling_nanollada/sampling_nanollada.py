@@ -25,8 +25,7 @@ class Sampler:
     before.
     """
 
-    def __init__(self, settings, logits_processor, eos_ids, config, generator):
-        mask_token_id, edit_ids = config.mask_token_id, (config.delete_token_id, config.insert_token_id)
+    def __init__(self, settings, logits_processor, eos_ids, mask_token_id, generator, edit_token_ids=(None, None)):
         if settings.eos_policy != "none" and len(eos_ids) == 0:
             raise ValueError(f"`eos_policy` must be 'none' without an `eos_token_id`, got {settings.eos_policy!r}")
         self.settings, self.eos_ids, self.generator = settings, eos_ids, generator
@@ -36,8 +35,8 @@ class Sampler:
         self.warpers = LogitsProcessorList(item for item in logits_processor if isinstance(item, WARPERS))
         by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
         self.by_sample = by_sample and self.rule.ranks
-        self.delete_token_id, self.insert_token_id = edit_ids
-        controls = [token for token in edit_ids if token is not None and not self.rule.edit_tokens]
+        self.edit_token_ids = edit_token_ids  # `<|delete|>` and `<|insert|>`, if the model has them
+        controls = [token for token in edit_token_ids if token is not None and not self.rule.edit_tokens]
         never = [torch.tensor([mask_token_id, *controls], device=eos_ids.device)]
         self.never = torch.cat(never + [eos_ids] * (settings.eos_policy == "forbid"))
         self.before = None

@@ -33,9 +33,9 @@ def structural(step: Step, sampler) -> Decision:
         masked = step.active.new_zeros(sampler.block_shape)
         masked[step.rows] = step.active
         sampler.memory["structural"] = Memory(masked)
-    settings, controls = sampler.settings, (sampler.delete_token_id, sampler.insert_token_id)
+    settings, ids = sampler.settings, (sampler.mask_token_id, sampler.edit_token_ids)
     limits = (settings.joint_threshold, settings.joint_edit_threshold, settings.max_post_steps)
-    return structural_step(step, sampler.memory["structural"], sampler.mask_token_id, controls, *limits)
+    return structural_step(step, sampler.memory["structural"], *ids, *limits)
 
 
 def structural_step(

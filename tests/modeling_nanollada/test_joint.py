@@ -72,11 +72,12 @@ def test_the_steps_of_an_example():
     """By hand: one above the threshold, or the surest; edits in the same step; a token that is likeliest stays."""
     ids = torch.tensor([[7, MASK, MASK, 8, 9], [7, MASK, MASK, 8, 9], [7, 5, 6, 8, 9]])
     tokens = torch.tensor([[4, 5, 6, 8, 10]] * 3)
-    probability = torch.tensor([[0.9, 0.6, 0.4, 0.9, 0.3], [0.9, 0.3, 0.4, 0.9, 0.3], [0.9, 0.9, 0.9, 0.9, 0.3]])
+    rows = [[0.9, 0.6, 0.4, 0.9, 0.3], [0.9, 0.3, 0.4, 0.9, 0.3], [0.9, 0.9, 0.9, 0.9, 0.3]]
+    probability = torch.tensor(rows, dtype=torch.double)
     block = torch.tensor([[False, True, True, True, True]] * 3)  # the first is the prompt's
-    new = joint_step(ids, ids == MASK, block, tokens, probability.double(), 0.5, 0.0)
+    new = joint_step(ids, ids == MASK, block, tokens, probability, 0.5, 0.0)
     assert new.tolist() == [[7, 5, MASK, 8, 10], [7, MASK, 6, 8, 10], [7, 5, 6, 8, 10]]
-    assert joint_step(ids, ids == MASK, block, tokens, probability.double(), 0.5, 0.3)[2].tolist() == ids[2].tolist()
+    assert joint_step(ids, ids == MASK, block, tokens, probability, 0.5, 0.3)[2].tolist() == ids[2].tolist()
 
 
 def test_the_penalty_falls_on_the_token_before():

@@ -117,14 +117,15 @@ def test_one_file_and_one_entry_make_a_rule(extended, tmp_path):
     assert report["blocks"] == report["uncached"] == expected
     assert report["refused"] == [
         "`rotate` must be an integer >= 1, got 0",
-        "Only one of `rotate`, `threshold`, `factor`, `entropy_bound`, `remdm` may be set, "
+        "Only one of `rotate`, `threshold`, `factor`, `entropy_bound`, `remdm`, `joint_threshold` may be set, "
         "got ['rotate', 'threshold']",
         "`rotate` must not be 13, got 13",
         "`rotate` decides itself what a step commits: `commit_schedule` and `max_commits` must be unset, "
         "got None and 2",
         "`rotate_factor` needs `rotate`, got 3 with `rotate` None",
-        "`position_score` needs the `remasking` 'low_confidence' and no `rotate` or `remdm`, got 'margin' with "
-        "`remasking` 'low_confidence', `rotate` 1, `remdm` None",
+        "`position_score` needs the `remasking` 'low_confidence' and no `rotate` or `remdm` or "
+        "`joint_threshold`, got 'margin' with `remasking` 'low_confidence', `rotate` 1, `remdm` None, "
+        "`joint_threshold` None",
     ]
     assert "rotate (`int`, *optional*): nobody: how far tokens turn in a block's last step." in report["documentation"]
     assert json.loads((tmp_path / "generation_config.json").read_text())["rotate"] == 5

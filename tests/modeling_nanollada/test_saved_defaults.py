@@ -38,6 +38,9 @@ CALLS = (
     {"threshold": 0.5, "kl_threshold": 0.01},
     {"factor": 1.0},
     {"entropy_bound": 0.1},
+    {"joint_threshold": 0.5},
+    {"joint_threshold": 0.7, "joint_edit_threshold": 0.5, "joint_penalty": 1.0, "max_post_steps": 2},
+    {"joint_threshold": 0.5, "structural_edits": True},
     {"cfg_scale": 1.0},
     {"early_stop": False},
     {"approximate_cache": "prefix"},
@@ -50,11 +53,11 @@ CALLS = (
     {"max_length": 9},
 )
 # What of the checkpoint's yields: by the name of the call's first setting, where that is not its own.
-NO_RULE = ("factor", "entropy_bound", "remdm")
+NO_RULE = ("factor", "entropy_bound", "remdm", "joint_threshold")
 
 
 def saved_model(kind):
-    model = build(block_length=4 if kind == "block" else None)
+    model = build(block_length=4 if kind == "block" else None, delete_token_id=62, insert_token_id=63)
     model.generation_config = NanoLLaDAGenerationConfig(**TOKENS, **SAVED[kind])
     return model
 
@@ -81,7 +84,7 @@ def test_a_call_outranks_the_checkpoint(kind, call, models):
     assert {name: getattr(settings, name) for name in call} == call
     rule = {*call} & {*NO_RULE} or "random" in call.values() or call.get("position_score") == "entropy"
     yielding = {"threshold"} if rule else set()
-    if call.get("early_stop") is False or "remdm" in call:
+    if call.get("early_stop") is False or {*call} & {"remdm", "joint_threshold"}:
         yielding |= {"eos_policy"}
     if "max_new_tokens" in call or "max_length" in call:
         yielding |= {"max_new_tokens", "max_length"}
