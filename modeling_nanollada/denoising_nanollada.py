@@ -109,7 +109,7 @@ class Denoiser:
             read=window,
         )
         decision = editor.decide(step, seen)
-        canvas.apply(rows, columns, decision, places[rows, columns])
+        canvas.apply(rows, columns, decision)
         self.show(read, logits)
         return decision.finished
 

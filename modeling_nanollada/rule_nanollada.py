@@ -101,8 +101,8 @@ class Rule:
     # its block.
     revises: bool = False
     reads_all: bool = False  # it gets logits of all that is generated in the block, and says itself when to stop
-    # It is asked when a block's masks are gone, and stands beside the rule that decided them: from the sampler and the pad
-    # token to the [`Editor`]. It has no function then.
+    # It is asked when a block's masks are gone, and stands beside the rule that decided them: from the sampler and the
+    # pad token to the [`Editor`]. It has no function then.
     editor: Callable[[object, object], object] | None = None
     edit_tokens: bool = False  # it executes `<|delete|>` and `<|insert|>`, which nobody else proposes
 

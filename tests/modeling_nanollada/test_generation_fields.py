@@ -261,8 +261,16 @@ def test_what_a_checkpoint_saved_for_its_draws_is_passed_over(tmp_path, tokenize
         ({"ramp_end": 0.3}, {"commit_schedule": "ratio"}, "`ramp_end` needs the `commit_schedule` 'ramp', got 0.3"),
         ({"remdm_eta": 0.4}, {}, "`remdm_eta` needs `remdm`, got 0.4"),
         ({"position_score": "margin"}, {"remasking": "random"}, "`position_score` needs the `remasking` 'low_conf"),
-        ({"position_score": "margin"}, {"remdm": "cap"}, "`position_score` needs .* and no `remdm` or `joint_threshold`, got 'margin'"),
-        ({"remasking": "random"}, {"remdm": "cap"}, "`remasking` needs decoding without `remdm` or `joint_threshold`, got 'random'"),
+        (
+            {"position_score": "margin"},
+            {"remdm": "cap"},
+            "`position_score` needs .* and no `remdm` or `joint_threshold`, got 'margin'",
+        ),
+        (
+            {"remasking": "random"},
+            {"remdm": "cap"},
+            "`remasking` needs decoding without `remdm` or `joint_threshold`, got 'random'",
+        ),
     ],
 )
 def test_a_setting_needs_the_rule_that_reads_it(model, settings, decider, message):
