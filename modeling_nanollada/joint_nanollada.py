@@ -1,7 +1,7 @@
 """LLaDA 2.1's decoding loop (arXiv 2602.08676; `JointThreshold` in SGLang): a step fills masks and replaces tokens.
 
-All edits of a step are made at once, each on the evidence of tokens that others replace. So steps may go in circles
-(of an exact editor's 729 states 378 do, DECODING.md), and what ends them is a budget.
+All edits of a step are made at once, each on the evidence of tokens that others replace. So steps may go in circles,
+and what ends them is a budget.
 """
 
 import torch

@@ -169,7 +169,7 @@ RULES = {
         revises=True,
     ),
     "joint": Rule(
-        "all above it, or the surest; tokens that are not the likeliest change in the same step",
+        "all above it, or the surest; beside them tokens that are not the likeliest change",
         "LLaDA 2.1, arXiv 2602.08676",
         _joint,
         {
