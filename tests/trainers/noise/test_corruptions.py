@@ -64,7 +64,8 @@ def program(tmp_path):
 
 def test_a_new_corruption_is_a_file_and_an_entry(program, tmp_path, tokenizer):
     text = " ".join(program("--help").stdout.split())
-    assert "targets give way to the mask token (LLaDA, BD3-LM); shuffle: targets change places." in text
+    assert "masking: targets give way to the mask token (LLaDA, BD3-LM);" in text
+    assert "; shuffle: targets change places." in text
     assert "--shuffled_share" in text and "Share of the targets that is moved." in text
     job = {**fresh_model_and_rows(tmp_path, tokenizer), "max_steps": 2, "use_cpu": True, "plot_loss": False}
     job |= {"output_dir": tmp_path / "run", "corruption": "shuffle", "logging_steps": 1}
@@ -76,7 +77,7 @@ def test_a_new_corruption_is_a_file_and_an_entry(program, tmp_path, tokenizer):
     assert "mask_count" not in record["objective"]
     for setting, message in (
         ({"corruption": "some"}, "argument --corruption: invalid choice: 'some' (choose from"),
-        ({"mask_count": "bernoulli"}, "`mask_count` is for `corruption` masking, got 'bernoulli' with shuffle"),
+        ({"mask_count": "bernoulli"}, "`mask_count` is for `corruption` masking or editing"),
         ({"shuffled_share": 0.0}, "`shuffled_share` must lie in (0, 1], got 0.0"),
     ):
         assert message in program(*command_line(job, **setting)).stderr
