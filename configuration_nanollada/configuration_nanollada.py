@@ -28,6 +28,9 @@ _ROPE_KEYS = (
     "short_factor long_factor low_freq_factor high_freq_factor mscale mscale_all_dim truncate partial_rotary_factor"
 ).split()
 
+# Tokens that are nothing else as well.
+_ALONE = ("mask_token_id", "delete_token_id", "insert_token_id")
+
 
 @strict
 class NanoLLaDAConfig(PreTrainedConfig):
@@ -71,6 +74,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
             of the position before it, as the AR model it began as did (DiffuLLaMA, 2410.17891; Dream, 2508.15487).
             Labels and logits keep their own positions either way. Whole rows only.
         mask_token_id (`int`, defaults to 3): The token that stands for a hidden one. Never predicted.
+        delete_token_id, insert_token_id (`int`, *optional*): What a model that edits structurally (LLaDA 2.2) predicts
+            where a token is too many, and where one is missing. Both or neither; in no text.
         pad_token_id, bos_token_id, eos_token_id (`int`, defaults to 0, 1, 2): As everywhere in transformers.
 
     RMSNorm and RoPE are computed in float32 whatever the `dtype`, as in Qwen3: the logits of a float64 model have
@@ -78,8 +83,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
 
     Raises:
         `ValueError`: for names that neither this class nor transformers knows, in a call as in a file; for sizes that
-            are not positive or don't divide, probabilities outside [0, 1), `label_shift` with a `block_length`, and
-            token ids outside the vocabulary or used twice.
+            are not positive or don't divide, probabilities outside [0, 1), `label_shift` with a `block_length`, one of
+            the two edit tokens without the other, and token ids outside the vocabulary or used twice.
     """
 
     model_type = "nanollada"
@@ -207,8 +212,17 @@ class NanoLLaDAConfig(PreTrainedConfig):
         resized._check_shape()
         resized._check_special_tokens()
 
+    @property
+    def edit_token_ids(self) -> list[int]:
+        """`<|delete|>` and `<|insert|>`, or nothing: what only a decoder that executes it may predict."""
+        return [] if self.delete_token_id is None else [self.delete_token_id, self.insert_token_id]
+
     def _check_special_tokens(self):
-        for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+        edits = (self.delete_token_id, self.insert_token_id)
+        message = f"`delete_token_id` and `insert_token_id` must be given together, got {edits[0]} and {edits[1]}"
+        _require((edits[0] is None) == (edits[1] is None), message)
+        owners = {getattr(self, name): name for name in reversed(_ALONE)}  # of pad, bos and eos one may do for two
+        for name in (*_ALONE, "pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) else [] if value is None else [value]
             for token_id in ids:
@@ -216,10 +230,8 @@ class NanoLLaDAConfig(PreTrainedConfig):
                     0 <= token_id < self.vocab_size,
                     f"`{name}` must lie in [0, `vocab_size`), got {value} and {self.vocab_size}",
                 )
-                _require(
-                    name == "mask_token_id" or token_id != self.mask_token_id,
-                    f"`mask_token_id` must differ from `{name}`, got {self.mask_token_id} for both",
-                )
+                owner = owners.get(token_id, name)
+                _require(owner == name, f"`{owner}` must differ from `{name}`, got {token_id} for both")
 
 
 def _near_miss(name: str, known) -> str:

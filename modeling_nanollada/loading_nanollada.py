@@ -10,6 +10,8 @@ import torch
 from transformers.utils import logging
 
 ADAPTER_CONFIG = "adapter_config.json"
+# A model that edits structurally predicts them where a token is too many, and where one is missing.
+EDIT_TOKENS = ("<|delete|>", "<|insert|>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -216,7 +218,7 @@ def check_tokenizer(config_or_model, tokenizer) -> None:
         tokenizer (`PreTrainedTokenizerBase`): A missing chat template is no error here.
 
     Raises:
-        ValueError: Naming every mismatch of vocabulary size and of the pad, eos and mask ids.
+        ValueError: Naming every mismatch of vocabulary size and of the pad, eos, mask and edit tokens' ids.
     """
     config = getattr(config_or_model, "config", config_or_model)
     faults = []
@@ -233,6 +235,11 @@ def check_tokenizer(config_or_model, tokenizer) -> None:
             faults.append(f"the tokenizer must have a `{name}`, got None")
         elif expected != got:
             faults.append(f"`{name}` must be {expected} (the tokenizer's), got {got}")
+    vocabulary = tokenizer.get_added_vocab()
+    for name, token in zip(("delete_token_id", "insert_token_id"), EDIT_TOKENS, strict=True):
+        got = getattr(config, name, None)
+        if got is not None and got != vocabulary.get(token):
+            faults.append(f"`{name}` must be {vocabulary.get(token)} (the tokenizer's {token}), got {got}")
     mask = tokenizer.mask_token_id
     if mask is not None and mask in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         faults.append(f"`mask_token_id` must differ from the pad and eos ids, got {mask}")

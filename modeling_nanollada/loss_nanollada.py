@@ -5,6 +5,8 @@ The logits of a chunk of tokens live until their loss and both gradients are tak
 torch). The gradients are taken in the forward pass, so the backward pass computes no logits again.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -23,7 +25,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.LongTensor,
     weights: torch.Tensor | None = None,
-    suppressed_token_id: int | None = None,
+    suppressed_token_ids: Sequence[int] = (),
     chunk_size: int | None = None,
 ) -> torch.Tensor:
     """
@@ -37,8 +39,8 @@ def linear_cross_entropy(
         weight (`torch.FloatTensor` of shape `(vocab_size, hidden_size)`): The head's matrix; without a bias.
         targets (`torch.LongTensor` of shape `(tokens,)`): The right tokens.
         weights (`torch.Tensor` of shape `(tokens,)`, *optional*): Their weights; one each by default.
-        suppressed_token_id (`int`, *optional*): The token whose logit is −inf: it gets no probability and no gradient.
-            As a target its loss is infinite.
+        suppressed_token_ids (`Sequence[int]`, *optional*): The tokens whose logit is −inf: they get no probability and
+            no gradient. As a target their loss is infinite.
         chunk_size (`int`, *optional*): Tokens per chunk. By default as many as keep the logits of a chunk in a CPU's
             cache, and on other devices as many as fill them.
 
@@ -71,7 +73,7 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, weight)]
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(
-            hidden_states, weight, targets, weights, suppressed_token_id, chunk_size, dtype, wanted
+            hidden_states, weight, targets, weights, suppressed_token_ids, chunk_size, dtype, wanted
         )
 
 
@@ -85,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk; the backward pass only scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, weights, suppressed_token_id, chunk_size, dtype, wanted):
+    def forward(ctx, hidden_states, weight, targets, weights, suppressed_token_ids, chunk_size, dtype, wanted):
         exact = torch.promote_types(dtype, torch.float32)
         # float16 has no room for small probabilities, and a loss scale comes only after these products
         product = torch.float32 if dtype == torch.float16 else dtype
@@ -98,8 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             hidden = hidden_states[chunk].to(dtype)  # [C, hidden]
             logits = F.linear(hidden, head)  # [C, V]
-            if suppressed_token_id is not None:
-                logits[:, suppressed_token_id] = -torch.inf
+            for token_id in suppressed_token_ids:
+                logits[:, token_id] = -torch.inf
             log_probs = logits.log_softmax(-1, dtype=exact)
             del logits
             target = targets[chunk, None]  # [C, 1]
@@ -133,7 +135,7 @@ def weighted_head_loss(
     labels: torch.LongTensor,
     weights: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
-    suppressed_token_id: int | None = None,
+    suppressed_token_ids: Sequence[int] = (),
 ) -> torch.Tensor:
     """
     Σ weight·CE / `num_items_in_batch` (default: the number of labels) without logits of all positions in memory.
@@ -143,16 +145,16 @@ def weighted_head_loss(
         hidden_states (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Where each label is predicted.
         labels (`torch.LongTensor` of shape `(batch, length)`): The tokens there; −100 is none.
         weights (`torch.Tensor` of shape `(batch, length)`): Their weights; zero leaves a position out.
-        suppressed_token_id (`int`, *optional*): A token that is never predicted.
+        suppressed_token_ids (`Sequence[int]`, *optional*): The tokens that are never predicted.
     """
     keep = (weights != 0) & (labels != -100)
     hidden_states, targets, weights = hidden_states[keep], labels[keep], weights[keep]  # [N, hidden], [N], [N]
     if type(head) is nn.Linear and head.bias is None:
-        loss = linear_cross_entropy(hidden_states, head.weight, targets, weights, suppressed_token_id)
+        loss = linear_cross_entropy(hidden_states, head.weight, targets, weights, suppressed_token_ids)
     else:
         logits = head(hidden_states)  # [N, V]
-        if suppressed_token_id is not None:
-            logits[..., suppressed_token_id] = -torch.inf
+        for token_id in suppressed_token_ids:
+            logits[..., token_id] = -torch.inf
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         loss = (losses * weights.to(losses.dtype)).sum()

@@ -270,7 +270,7 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, SavedLengthsMixin, Generati
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.generation_config.suppress_tokens = [config.mask_token_id]
+        self.generation_config.suppress_tokens = [config.mask_token_id, *config.edit_token_ids]
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
@@ -294,7 +294,8 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, SavedLengthsMixin, Generati
         **kwargs,
     ) -> NanoLLaDACausalLMOutput:
         """
-        As [`NanoLLaDAModel.forward`], with logits.
+        As [`NanoLLaDAModel.forward`], with logits. Those of a diffusion model's edit tokens, which its AR twin has as
+        well, are `FLOOR`: they take nothing from a text.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Targets, not shifted: position i is
@@ -324,11 +325,11 @@ class NanoLLaDAForCausalLM(NanoLLaDAPreTrainedModel, SavedLengthsMixin, Generati
         )
         if loss_weights is not None:
             hidden_states = outputs.last_hidden_state[:, :-1]  # position i predicts label i + 1
-            loss = weighted_head_loss(
-                self.lm_head, hidden_states, labels[:, 1:], loss_weights[:, 1:], num_items_in_batch
-            )
+            labels, weights, never = labels[:, 1:], loss_weights[:, 1:], self.config.edit_token_ids
+            loss = weighted_head_loss(self.lm_head, hidden_states, labels, weights, num_items_in_batch, never)
             return NanoLLaDACausalLMOutput(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))  # [B, L, V]
+        _floor(logits, self.config.edit_token_ids)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -410,11 +411,13 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin, S
         block_length: int | None = None,
         clean_input_ids: torch.LongTensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        edit_tokens: bool = False,
         **kwargs,
     ) -> MaskedLMOutput:
         """
         As [`NanoLLaDAModel.forward`], with logits. The mask token's logit is `FLOOR` (−10,000): its probability is 0
         in every dtype, it is never predicted (SUBS, MDLM), and differences of logits, as in guidance, are numbers.
+        So are those of `config.edit_token_ids`, unless asked for: a likelihood and a decoder are of text.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): The token at the same position (no
@@ -426,13 +429,17 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin, S
             loss_weights (`torch.Tensor` of shape `(batch, length)`, *optional*): For training: the loss is
                 Σ weight·CE over the labels, over the same denominator. No logits are returned: only weighted
                 positions go through the head, a chunk at a time.
+            edit_tokens (`bool`, defaults to `False`): Whether `<|delete|>` and `<|insert|>` may be predicted: in
+                training on labels that hold them, and for a decoder that executes them.
 
         Raises:
-            `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold the mask token, for
-                `shift_labels`, for `loss_weights` without `labels`, and for blocks or a cache with
-                `config.label_shift`.
+            `ValueError`: for `labels` with `logits_to_keep`, for `labels` that hold a token which may not be
+                predicted, for `edit_tokens` of a model that has none, for `shift_labels`, for `loss_weights` without
+                `labels`, and for blocks or a cache with `config.label_shift`.
         """
         _check_labels(labels, logits_to_keep, loss_weights)
+        if edit_tokens and not self.config.edit_token_ids:
+            raise ValueError("`edit_tokens` needs a model with `config.delete_token_id`, got None")
         cached = any(kwargs.get(name) is not None for name in SPELLINGS)
         if self.config.label_shift and (block_length or clean_input_ids is not None or cached):
             raise ValueError(
@@ -455,22 +462,26 @@ class NanoLLaDAForMaskedLM(NanoLLaDAPreTrainedModel, NanoLLaDAGenerationMixin, S
         hidden_states = outputs.last_hidden_state
         if self.config.label_shift:
             hidden_states = predicted_from_before(hidden_states, attention_mask, position_ids, document_ids)
-        mask_token_id = self.config.mask_token_id
-        if loss_weights is not None:  # a label that is the mask token has an infinite loss here
-            loss = weighted_head_loss(
-                self.lm_head, hidden_states, labels, loss_weights, num_items_in_batch, mask_token_id
-            )
+        never = [self.config.mask_token_id, *([] if edit_tokens else self.config.edit_token_ids)]
+        if loss_weights is not None:  # a label that is one of these has an infinite loss here
+            loss = weighted_head_loss(self.lm_head, hidden_states, labels, loss_weights, num_items_in_batch, never)
             return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
         logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # [B, L, V]
-        logits[..., mask_token_id] = FLOOR
+        _floor(logits, never)
         loss = None
         if labels is not None:
-            if (labels == mask_token_id).any():
-                raise ValueError(f"`labels` must not hold the mask token, got {mask_token_id}")
+            for token_id, name in zip(never, ("the mask token", "an edit token", "an edit token"), strict=False):
+                if (labels == token_id).any():
+                    raise ValueError(f"`labels` must not hold {name}, got {token_id}")
             loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def _floor(logits, token_ids):
+    for token_id in token_ids:
+        logits[..., token_id] = FLOOR
 
 
 def _check_labels(labels, logits_to_keep, loss_weights):

@@ -7,6 +7,7 @@ import torch
 from .cache_nanollada import BlockCache
 from .canvas_nanollada import Canvas
 from .generation_config_nanollada import require
+from .rules_nanollada import rule_of
 from .versions_nanollada import must_verify, verify_cached
 
 
@@ -39,6 +40,7 @@ class Predictor:
         self.model, self.canvas, self.cfg_scale = model, canvas, settings.cfg_scale
         self.block_length, self.grow_length = model.config.block_length, settings.grow_length
         self.static = settings.cache_implementation == "static"
+        self.options = {"return_dict": True} | ({"edit_tokens": True} if rule_of(settings).edit_tokens else {})
 
     def start_block(self, block: torch.BoolTensor, columns: slice) -> None:
         """The open positions `block`, `[B, W]`, all in `columns`, are next."""
@@ -58,9 +60,8 @@ class Predictor:
             if "position_ids" in kwargs:  # a row's are also those of its copy
                 kwargs["position_ids"] = kwargs["position_ids"].repeat(2, 1)
         mask = None if visible is None else visible.long()
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, logits_to_keep=active, return_dict=True, **kwargs
-        ).logits
+        options = self.options | kwargs
+        logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=active, **options).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.cfg_scale:
             conditional, unconditional = logits.chunk(2)

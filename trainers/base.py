@@ -27,7 +27,7 @@ from nanollada.trainers.data.prepare import (
     without_sources,
 )
 from nanollada.trainers.decoding.defaults import length_limit, longest_row, set_defaults
-from nanollada.trainers.models import ModelArguments, check_length, load_model_and_tokenizer
+from nanollada.trainers.models import ModelArguments, add_edit_tokens, check_length, load_model_and_tokenizer
 from nanollada.trainers.resuming.stepping import SteppingTrainer
 from nanollada.trainers.scoring.likelihood import Likelihood, evaluate_likelihood
 from nanollada.trainers.weights.adapters import adapted, is_adapted
@@ -197,6 +197,8 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
         self.data_args = data_args
         if tokenizer is None and needs_tokenizer(train_dataset, eval_dataset):
             tokenizer = _tokenizer_of(model)
+        if self.needs_edit_tokens(args):
+            self._teach_edit_tokens(model, tokenizer, peft_config)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
         with args.main_process_first(desc="preparing data"):
@@ -238,6 +240,26 @@ class NanoLLaDATrainer(SteppingTrainer, AveragingTrainer):
         if getattr(model, "is_diffusion", None) is not self.model_class.is_diffusion:
             raise ValueError(f"`model` must be a {self.model_class.__name__}, got a {type(model).__name__}")
         return model, tokenizer
+
+    @staticmethod
+    def needs_edit_tokens(args) -> bool:
+        """Whether the labels hold `<|delete|>` and `<|insert|>`."""
+        return False
+
+    def _teach_edit_tokens(self, model, tokenizer, peft_config) -> None:
+        if model.config.edit_token_ids:
+            return
+        if tokenizer is None:
+            raise ValueError(
+                "`processing_class` must be given for a model without <|delete|> and <|insert|>, got None"
+            )
+        if peft_config is not None:
+            raise ValueError(
+                "`use_peft` (or `peft_config`) needs a checkpoint that knows <|delete|> and <|insert|>: an adapter "
+                "does not carry new rows of the embedding (train one run without an adapter first), got "
+                f"{model.name_or_path}"
+            )
+        add_edit_tokens(model, tokenizer)
 
     def _prepared(self, args, model, tokenizer, train_dataset, eval_dataset, formatting_func) -> PreparedData:
         data_args, settings = self.data_args, {"seed": args.seed, **self.data_settings(args)}

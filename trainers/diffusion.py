@@ -187,6 +187,10 @@ class DiffusionTrainer(NanoLLaDATrainer):
     _edits = 0.0  # since the last log: targets, how many were replaced, their nats, how many are right
     config_class, model_class = DiffusionConfig, NanoLLaDAForMaskedLM
 
+    @staticmethod
+    def needs_edit_tokens(args) -> bool:
+        return CORRUPTIONS[args.corruption].edit_tokens
+
     def set_up_objective(self) -> None:
         model, args = self.model, self.args
         sharded, kind = self.is_fsdp_enabled or self.is_deepspeed_enabled, CORRUPTIONS[args.corruption]
@@ -272,6 +276,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
             }
         else:
             context |= {"logits_to_keep": supervised}
+        context |= {"edit_tokens": True} if self.needs_edit_tokens(self.args) else {}
         with noisy_embeddings(self.model, self.embedding_noise(noise, inputs)):
             outputs = model(noise.noisy_input_ids, **context)
         if not extras:

@@ -9,9 +9,15 @@ import torch
 from trl import ModelConfig, get_peft_config
 
 from nanollada.configuration_nanollada import NanoLLaDAConfig
-from nanollada.modeling_nanollada.loading_nanollada import check_place, check_tokenizer, load_model, load_tokenizer
+from nanollada.modeling_nanollada.loading_nanollada import (
+    EDIT_TOKENS,
+    check_place,
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+)
 from nanollada.trainers.arguments import default_of
-from nanollada.trainers.data.tokenizers import ensure_mask_token
+from nanollada.trainers.data.tokenizers import edit_tokens_of, ensure_edit_tokens, ensure_mask_token
 from nanollada.trainers.weights.adapters import check_whole
 
 # What only a fresh model may choose, by the config's own names.
@@ -168,10 +174,59 @@ def _move_mask(model, mask_token_id: int) -> None:
     model.config.mask_token_id = mask_token_id
 
 
+def add_edit_tokens(model, tokenizer) -> int:
+    """
+    Teaches a model and its tokenizer that there are `<|delete|>` and `<|insert|>`; one that knows them stays as it is.
+
+    A new row of the embedding and of the head is the mean of the rows of all tokens that the model may predict. Its
+    logit is then the mean of theirs, so it is predicted with at most their average probability, 1/V, wherever it
+    stands (Jensen; Hewitt, 2021). The other rows, and so the other logits, stay as they are.
+
+    Args:
+        model (`PreTrainedModel`): Changed in place: tables (rows behind the tokenizer's are used first), config, and
+            what an AR model's generation config suppresses.
+        tokenizer (`PreTrainedTokenizerBase`): The model's; changed in place.
+
+    Returns:
+        `int`: How many tokens the tokenizer gained.
+
+    Raises:
+        `ValueError`: for a model with an adapter that does not know them: an adapter does not carry new rows.
+    """
+    config, tokens = model.config, len(tokenizer)
+    if config.edit_token_ids:
+        return 0
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "`model` must know <|delete|> and <|insert|> before it gets an adapter, which does not carry new rows of "
+            "the embedding: got a PeftModel without them"
+        )
+    check_tokenizer(model, tokenizer)
+    known = torch.arange(tokens) != config.mask_token_id  # [V]
+    config_ids = ensure_edit_tokens(tokenizer)
+    grown = len(tokenizer) - tokens
+    if len(tokenizer) > config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if config.tokenizer_length is not None:
+        config.tokenizer_length = len(tokenizer)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            rows = table[:tokens][known.to(table.device)]
+            table[tokens : len(tokenizer)] = rows.mean(0, dtype=torch.double).to(table.dtype)
+    config.delete_token_id, config.insert_token_id = config_ids
+    if model.generation_config.suppress_tokens is not None:
+        model.generation_config.suppress_tokens += config.edit_token_ids
+    return grown
+
+
 def config_for(tokenizer, **shape) -> NanoLLaDAConfig:
     """A config whose vocabulary and special tokens are the tokenizer's."""
     special = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
-    return NanoLLaDAConfig(vocab_size=len(tokenizer), **{name: getattr(tokenizer, name) for name in special}, **shape)
+    ids = {name: getattr(tokenizer, name) for name in special}
+    known = edit_tokens_of(tokenizer)
+    if len(known) == len(EDIT_TOKENS):
+        ids |= dict(zip(("delete_token_id", "insert_token_id"), map(known.get, EDIT_TOKENS), strict=True))
+    return NanoLLaDAConfig(vocab_size=len(tokenizer), **ids, **shape)
 
 
 def check_length(max_length: int, config) -> None:

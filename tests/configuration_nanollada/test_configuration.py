@@ -28,6 +28,10 @@ def test_defaults_are_the_seeds():
     assert config.block_length is None
 
 
+def edits(delete, insert):
+    return {"delete_token_id": delete, "insert_token_id": insert}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +51,15 @@ def test_defaults_are_the_seeds():
         ({"mask_token_id": 6400}, r"`mask_token_id` must lie in \[0, `vocab_size`\), got 6400 and 6400"),
         ({"mask_token_id": 2}, "`mask_token_id` must differ from `eos_token_id`, got 2 for both"),
         ({"eos_token_id": [2, 3]}, "`mask_token_id` must differ from `eos_token_id`, got 3 for both"),
+        ({"delete_token_id": 5}, "`delete_token_id` and `insert_token_id` must be given together, got 5 and None"),
+        ({"insert_token_id": 5}, "`delete_token_id` and `insert_token_id` must be given together, got None and 5"),
+        (edits(5, 5), "`delete_token_id` must differ from `insert_token_id`, got 5 for both"),
+        (edits(3, 5), "`mask_token_id` must differ from `delete_token_id`, got 3 for both"),
+        (edits(5, 3), "`mask_token_id` must differ from `insert_token_id`, got 3 for both"),
+        (edits(0, 5), "`delete_token_id` must differ from `pad_token_id`, got 0 for both"),
+        (edits(5, 1), "`insert_token_id` must differ from `bos_token_id`, got 1 for both"),
+        ({**edits(5, 6), "eos_token_id": [2, 6]}, "`insert_token_id` must differ from `eos_token_id`, got 6 for both"),
+        (edits(6400, 5), r"`delete_token_id` must lie in \[0, `vocab_size`\), got 6400 and 6400"),
         ({"rope_parameters": {"rope_type": "circle"}}, "`rope_type` must be one of default.*got 'circle'"),
         (
             {"rope_parameters": {"rope_type": "linear", "factr": 2.0}},
@@ -69,6 +82,19 @@ def test_defaults_are_the_seeds():
 def test_wrong_values_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         NanoLLaDAConfig(**arguments)
+
+
+def test_edit_tokens_are_both_or_neither(tmp_path):
+    NanoLLaDAConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    older = {name: value for name, value in saved.items() if name not in PAIR}  # of before there were any
+    assert len(older) == len(saved) - 2
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert NanoLLaDAConfig.from_pretrained(tmp_path).edit_token_ids == []
+    NanoLLaDAConfig(**edits(9, 8)).save_pretrained(tmp_path)
+    assert NanoLLaDAConfig.from_pretrained(tmp_path).edit_token_ids == [9, 8]
+    with pytest.raises(ValueError, match=r"`delete_token_id` must lie in \[0, `vocab_size`\), got 9 and 9"):
+        NanoLLaDAConfig(**edits(9, 8)).check_vocab_size(9)
 
 
 def test_wrong_type_is_refused():
@@ -150,8 +176,10 @@ OTHER = {
     **{"use_cache": False, "tie_word_embeddings": True, "qk_norm": False, "attention_bias": True, "mlp_bias": True},
     **{"attention_output_bias": True, "attention_dropout": 0.5, "hidden_dropout": 0.5, "block_length": 2},
     **{"label_shift": True, "mask_token_id": 9, "pad_token_id": 9, "bos_token_id": 9, "eos_token_id": [2, 9]},
+    **{"delete_token_id": 10, "insert_token_id": 11},
     "rope_parameters": {"rope_type": "default", "rope_theta": 2.0},
 }
+PAIR = {"delete_token_id": 12, "insert_token_id": 13}  # given together
 # Limits and sizes that others read: `max_position_embeddings` training, lm-eval and `generate`, both the converters.
 ELSEWHERE = {"max_position_embeddings", "tokenizer_length"}
 
@@ -176,7 +204,10 @@ def test_each_field_does_something():
 
     base = facts()
     assert base == facts()
-    assert [name for name, value in OTHER.items() if facts(**{name: value}) == base] == []
+    given = {name: {**PAIR, name: value} if name in PAIR else {name: value} for name, value in OTHER.items()}
+    bases = {name: facts(**PAIR) if name in PAIR else base for name in OTHER}
+    assert [name for name in OTHER if facts(**given[name]) == bases[name]] == []
+    assert facts(**PAIR) != base
 
 
 def test_what_a_loader_leaves_unset_is_no_field(tmp_path):

@@ -11,21 +11,20 @@ TOKENS, HIDDEN, VOCAB, SUPPRESSED = 23, 8, 13, 3
 
 
 def problem(dtype=torch.float64, tokens=TOKENS, seed=0):
-    """`hidden_states`, `weight`, `targets` (never the suppressed token), `weights`."""
+    """`hidden_states`, `weight`, `targets` (never the suppressed token or the last), `weights`."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, HIDDEN, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randint(0, VOCAB - 1, (tokens,), generator=generator)
+    targets = torch.randint(0, VOCAB - 2, (tokens,), generator=generator)
     targets += targets >= SUPPRESSED
     return hidden, weight, targets, torch.rand(tokens, dtype=torch.float64, generator=generator) * 3
 
 
-def reference(hidden, weight, targets, weights=None, suppressed_token_id=None):
+def reference(hidden, weight, targets, weights=None, suppressed_token_ids=()):
     """All logits at once."""
     logits = F.linear(hidden, weight)
-    if suppressed_token_id is not None:
-        column = torch.arange(len(weight)) == suppressed_token_id
-        logits = logits.masked_fill(column, -torch.inf)
+    columns = torch.isin(torch.arange(len(weight)), torch.tensor(suppressed_token_ids, dtype=torch.long))
+    logits = logits.masked_fill(columns, -torch.inf)
     exact = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(logits.to(exact), targets, reduction="none")
     return (losses if weights is None else losses * weights).sum()
@@ -36,7 +35,7 @@ def relative(got, expected):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, TOKENS, 64, None])
-@pytest.mark.parametrize("suppressed", [None, SUPPRESSED])
+@pytest.mark.parametrize("suppressed", [[], [SUPPRESSED], [SUPPRESSED, VOCAB - 1]])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_loss_and_gradients_are_those_of_all_logits(chunk_size, suppressed, weighted):
     hidden, weight, targets, weights = problem()
@@ -58,22 +57,22 @@ def test_gradcheck():
     weights.requires_grad_()
 
     def loss(hidden, weight, weights):
-        return linear_cross_entropy(hidden, weight, targets, weights, SUPPRESSED, chunk_size=2)
+        return linear_cross_entropy(hidden, weight, targets, weights, [SUPPRESSED], chunk_size=2)
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, weights))
 
 
 def test_the_suppressed_token_gets_no_gradient():
     hidden, weight, targets, weights = problem()
-    linear_cross_entropy(hidden, weight, targets, weights, SUPPRESSED, 4).backward()
+    linear_cross_entropy(hidden, weight, targets, weights, [SUPPRESSED], 4).backward()
     assert (weight.grad[SUPPRESSED] == 0).all()
     assert (weight.grad.abs().sum(1) > 0).sum() == VOCAB - 1
-    assert linear_cross_entropy(hidden, weight, targets.fill_(SUPPRESSED), None, SUPPRESSED) == torch.inf
+    assert linear_cross_entropy(hidden, weight, targets.fill_(SUPPRESSED), None, [SUPPRESSED]) == torch.inf
 
 
 def test_no_tokens_give_a_zero_that_still_has_gradients():
     hidden, weight, targets, weights = problem(tokens=0)
-    loss = linear_cross_entropy(hidden, weight, targets, weights, SUPPRESSED)
+    loss = linear_cross_entropy(hidden, weight, targets, weights, [SUPPRESSED])
     assert loss.item() == 0
     loss.backward()
     assert hidden.grad.shape == (0, HIDDEN)
@@ -122,12 +121,12 @@ def test_two_backward_passes_add_up():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_rounds_the_products_and_nothing_else(dtype):
     hidden, weight, targets, weights = problem(torch.float32, tokens=200)
-    exact = reference(hidden.double(), weight.double(), targets, weights, SUPPRESSED)
+    exact = reference(hidden.double(), weight.double(), targets, weights, [SUPPRESSED])
     exact_gradients = torch.autograd.grad(exact, (hidden, weight))
     rounding = torch.finfo(dtype).eps
     with torch.autocast("cpu", dtype):
-        loss = linear_cross_entropy(hidden, weight, targets, weights, SUPPRESSED, 64)
-        double = linear_cross_entropy(hidden.double(), weight.double(), targets, weights, SUPPRESSED, 64)
+        loss = linear_cross_entropy(hidden, weight, targets, weights, [SUPPRESSED], 64)
+        double = linear_cross_entropy(hidden.double(), weight.double(), targets, weights, [SUPPRESSED], 64)
     assert loss.dtype == torch.float32
     # the logits were rounded once, as by F.linear, and summed over the tokens without more
     logits = F.linear(hidden.to(dtype), weight.to(dtype)).float()
@@ -167,7 +166,7 @@ def test_the_largest_tensor_is_one_chunk_of_logits():
         reference(hidden, weight, targets, weights).backward()
     assert whole.elements >= 4096 * VOCAB
     with LargestTensor() as chunked:
-        linear_cross_entropy(hidden, weight, targets, weights, SUPPRESSED, chunk_size=64).backward()
+        linear_cross_entropy(hidden, weight, targets, weights, [SUPPRESSED], chunk_size=64).backward()
     assert chunked.elements == 4096 * HIDDEN  # the gradient of the hidden states; the logits of a chunk are smaller
     hidden, weight = torch.randn(640, 2), torch.randn(40_000, 2, requires_grad=True)
     with LargestTensor() as by_default:
@@ -186,7 +185,7 @@ def test_inside_a_compiled_function():
 
     def loss(hidden, weight):
         keep = weights > 1  # the number of tokens depends on the data
-        return linear_cross_entropy(hidden[keep] * 2, weight, targets[keep], weights[keep], SUPPRESSED, 5)
+        return linear_cross_entropy(hidden[keep] * 2, weight, targets[keep], weights[keep], [SUPPRESSED], 5)
 
     compiled = torch.compile(loss, backend="aot_eager")(hidden, weight)
     expected = loss(hidden, weight)

@@ -10,6 +10,7 @@ from nanollada.trainers.data.files import BadRow
 from nanollada.trainers.data.formats import Example
 from nanollada.trainers.data.packing import IGNORE
 from nanollada.trainers.data.sources import RowPolicy
+from nanollada.trainers.data.tokenizers import no_text
 
 BATCH = 256
 
@@ -130,7 +131,7 @@ class RowEncoder:
 
     Control tokens that are written out in a document, a prompt, a completion or a message (`<|im_end|>`,
     `<|endoftext|>`, `<|mask|>`) are text, spelt with ordinary tokens: they end nothing and begin no turn. The mask
-    token is in no row.
+    token and the edit tokens are in no row.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer with pad and eos tokens.
@@ -184,8 +185,8 @@ class RowEncoder:
         return [self._document(text, ids) for text, ids in zip(texts, encoded, strict=True)]
 
     def _document(self, text: str, ids: list[int]) -> dict[str, Any] | BadRow:
-        if self._holds_mask(ids):
-            return self._mask_error
+        if error := self._no_text(ids):
+            return error
         return {"input_ids": [*ids, self.tokenizer.eos_token_id], "num_bytes": len(text.encode())}
 
     def answer_row(self, example: Example) -> dict[str, Any]:
@@ -204,8 +205,8 @@ class RowEncoder:
             chat = render_chat(self.tokenizer, example.messages, *given)
             text, spans, literal = chat.text, chat.spans, chat.literal
         input_ids, labels = encode_spans(self.tokenizer, text, spans, literal)
-        if self._holds_mask(input_ids):
-            raise self._mask_error
+        if error := self._no_text(input_ids):
+            raise error
         markers = self.tokenizer.convert_ids_to_tokens([label for label in labels if label in self.special_ids])
         num_bytes = sum(len(text[start:end].encode()) for start, end in spans)
         num_bytes -= sum(len(marker.encode()) for marker in markers)
@@ -237,9 +238,6 @@ class RowEncoder:
         ids = [label for label in labels if label != IGNORE]
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _holds_mask(self, ids: list[int]) -> bool:
-        return self.tokenizer.mask_token_id is not None and self.tokenizer.mask_token_id in ids
-
-    @property
-    def _mask_error(self) -> BadRow:
-        return BadRow("mask token", f"the text contains {self.tokenizer.mask_token!r}")
+    def _no_text(self, ids: list[int]) -> BadRow | None:
+        found = no_text(self.tokenizer, ids)
+        return BadRow(f"{found[0]} token", f"the text contains {found[1]!r}") if found else None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanollada.trainers.data.files import BadRow
+from nanollada.trainers.data.tokenizers import no_text
 
 IGNORE = -100  # the label of what is no target
 _OF_TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
@@ -137,11 +138,11 @@ def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
     Args:
         row (`dict`): With `input_ids`, not padded.
         index (`int`): Its place.
-        tokenizer (`PreTrainedTokenizerBase`): The text's, whose mask token is in no row.
+        tokenizer (`PreTrainedTokenizerBase`): The text's, whose mask and edit tokens are in no row.
 
     Raises:
-        BadRow: For null columns and what are no integers, columns of unequal length, padding, unknown ids, the mask
-            token, and a row without a target.
+        BadRow: For null columns and what are no integers, columns of unequal length, padding, unknown ids, a mask
+            or edit token, and a row without a target.
     """
     for name in _OF_TOKENIZED:
         if name in row:
@@ -159,8 +160,8 @@ def tokenized_row(row: dict[str, Any], index: int, tokenizer) -> dict[str, Any]:
     for token in ids:
         if not 0 <= token < len(tokenizer):
             raise BadRow("not in the vocabulary", f"`input_ids` must be 0 to {len(tokenizer) - 1}, got {token}")
-    if tokenizer.mask_token_id in ids:
-        raise BadRow("mask token", f"`input_ids` hold {tokenizer.mask_token!r}")
+    if found := no_text(tokenizer, ids):
+        raise BadRow(f"{found[0]} token", f"`input_ids` hold {found[1]!r}")
     labels = [int(label) if place else IGNORE for label, place in zip(labels, places, strict=True)]
     targets = [label for label in labels if label != IGNORE]
     if not targets:

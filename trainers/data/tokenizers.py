@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nanollada.modeling_nanollada.loading_nanollada import EDIT_TOKENS
 from nanollada.trainers.data.formats import Example
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 
@@ -78,6 +79,40 @@ def ensure_mask_token(tokenizer) -> int:
         {"mask_token": SPECIAL_TOKENS[-1]}
     )  # returns 1 for a token that is merely made special, too
     return len(tokenizer) - size
+
+
+def ensure_edit_tokens(tokenizer) -> tuple[int, int]:
+    """
+    Gives a tokenizer the tokens `<|delete|>` and `<|insert|>` if it lacks them; a second call changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place. What is new stands behind all other tokens. Tokens of
+            these names, which a tokenizer has set aside, are kept, and made special.
+
+    Returns:
+        `tuple[int, int]`: Their ids, `<|delete|>`'s first.
+    """
+    from tokenizers import AddedToken
+
+    if len(edit_tokens_of(tokenizer)) < len(EDIT_TOKENS):
+        tokens = [AddedToken(name, special=True, normalized=False) for name in EDIT_TOKENS]
+        tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    known = edit_tokens_of(tokenizer)
+    return known[EDIT_TOKENS[0]], known[EDIT_TOKENS[1]]
+
+
+def edit_tokens_of(tokenizer) -> dict[str, int]:
+    """Which of `<|delete|>` and `<|insert|>` a tokenizer has as special tokens, with their ids."""
+    special = ((token.content, index) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {name: index for name, index in special if name in EDIT_TOKENS}
+
+
+def no_text(tokenizer, ids: Sequence[int]) -> tuple[str, str] | None:
+    """What ids hold that no row may: ("mask" or "edit", the token), or `None`."""
+    if tokenizer.mask_token_id in ids:  # which may be None
+        return "mask", tokenizer.mask_token
+    edits = [name for name, token in edit_tokens_of(tokenizer).items() if token in ids]
+    return ("edit", edits[0]) if edits else None
 
 
 def train_tokenizer(
