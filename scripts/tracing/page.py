@@ -71,13 +71,14 @@ def trace_view(
     if not 0 <= step <= last:
         raise ValueError(f"`step` must be between 0 and {last}, got {step}")
     values = _common(trace, title, settings, last)
-    cells = trace_cells(trace, step)[0]
+    cells, newest = trace_cells(trace, step)[0], trace.newest(step) if step else set()
     if special is not None:
         cells = [
             cell._replace(piece=cell.piece._replace(text=special)) if cell.piece.kind == "special" else cell
             for cell in cells
         ]
-    return _fragment({**values, **_figures(trace, cells, step), "final": cells, "autoplay": False, "playable": False})
+    values |= {**_figures(trace, cells, step), "final": cells, "newest": newest, "autoplay": False, "playable": False}
+    return _fragment(values)
 
 
 def _figures(trace: StepRecorder, cells: list[Cell], step: int) -> dict:
@@ -88,6 +89,8 @@ def _figures(trace: StepRecorder, cells: list[Cell], step: int) -> dict:
         "decided": decided,
         "tokens_per_forward": decided / max(step, 1),
         "seconds": trace.seconds[step - 1] if step else 0.0,
+        "edits": trace.edits(step),
+        "caption": f": {trace.caption(step)}" if step and trace.edits() else "",
     }
 
 
@@ -114,8 +117,8 @@ def _common(trace: StepRecorder, title: str, settings: dict | None, count: int) 
         "settings": {name: value for name, value in (settings or {}).items() if value is not None},
         "steps": count,
         "has_confidence": any(trace.confidence),
+        "all_edits": trace.edits(),
         "ended": trace.ended,
-        "prompt_length": len(trace.prompt),
         "board": find_board(trace),
         "board_style": BOARD_STYLE,
         "text": trace.tokenizer.decode(trace.ids[first : trace.kept], skip_special_tokens=True),
@@ -126,17 +129,26 @@ def _content(trace: StepRecorder, title: str, settings: dict | None) -> dict:
     """All that a page shows."""
     if not trace.steps:
         raise ValueError(NOTHING)
-    shown, count = trace_cells(trace), len(trace.steps)
-    states = [[cell.piece for cell in row] for row in shown]
+    shown, count, edits = trace_cells(trace), len(trace.steps), trace.edits()
+    states = [[_state(cell) for cell in row] for row in shown]
     frames = []
     for before, now in zip(states, states[1:], strict=False):
-        frames.append([[i, *piece] for i, (was, piece) in enumerate(zip(before, now, strict=True)) if was != piece])
+        frames.append([[i, *state] for i, (was, state) in enumerate(zip(before, now, strict=True)) if was != state])
     confidence = [[[i, round(value, 3)] for i, value in known.items()] for known in trace.confidence]
+    numbers = range(1, count + 1)
     data = {
-        "start": [list(piece) for piece in states[0]],
-        "changes": [[column for column, _ in changes] for changes in trace.steps],
+        "start": states[0],
+        "changes": [sorted(trace.newest(number)) for number in numbers],
         "frames": frames,
         "confidence": confidence if any(confidence) else [],
+        "struck": [[[i, cell.struck] for i, cell in enumerate(row) if cell.struck] for row in shown[1:]] * bool(edits),
+        "captions": [trace.caption(number) for number in numbers] * bool(edits),
     }
     values = {**_common(trace, title, settings, count), **_figures(trace, shown[-1], count)}
-    return {**values, "final": shown[-1], "data": data, "playable": True}
+    return {**values, "final": shown[-1], "newest": set(), "data": data, "playable": True}
+
+
+def _state(cell: Cell) -> list:
+    """What the page's script has to know of a cell, but for what is read anew in each step; short where it can be."""
+    state = [*cell.piece, cell.when, None if cell.sure is None else round(cell.sure, 3), cell.was]
+    return state if cell.was is not None else state[:-1]

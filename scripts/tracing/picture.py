@@ -16,6 +16,7 @@ END = "∎"  # for an answer's end of text, which may fill many places behind it
 SQUARES = {4: 34, 9: 26}  # of a board's cells, by how many stand in a row
 SHADES = 24  # colours of the steps: with the shades of their letters they fit into a GIF's 256
 PAPER, INK, SOFT, BLOCK, WRONG = (255, 255, 255), (22, 24, 29), (125, 131, 144), (201, 205, 214), (224, 49, 49)
+EDITED = (255, 179, 204)  # under tokens that replaced others, around blocks that were masked again
 
 
 class Place(NamedTuple):
@@ -87,7 +88,8 @@ class Shades:
 class Strip:
     """
     A trace, or its answer alone, in a picture of one size. What is undecided is a grey block, a decided token has the
-    colour of its step, the newest ones a bar under them. Pieces of a word touch, and nothing moves: a column is as
+    colour of its step, the newest ones a bar under them. A token that replaced another is pink, and so is the frame of
+    what was masked again. Pieces of a word touch, and nothing moves: a column is as
     wide as the widest text that stands in it; tokens that are parts of one character share its width, and are mere
     colour until it is whole. The end of the text is a `∎`. The answer to a sudoku is a board: its clues bold, framed
     in red where the answer changed one.
@@ -188,7 +190,7 @@ class Strip:
                 self._draw_ground(draw, place, cell, step, shades)
         for column, (place, cell) in row:  # over all grounds, for a character may stand on several
             if not self._is_square(column):
-                ink = SOFT if column < self.prompt_length and not cell.when else INK
+                ink = INK if cell.when else SOFT
                 self.pen.write(draw, place.x, place.y + LINE - 10, self._text(cell, column), ink)
         if self.board:
             self._draw_lines(draw)
@@ -197,9 +199,10 @@ class Strip:
     def _draw_ground(self, draw, place: Place, cell: Cell, step: int, shades: Shades) -> None:
         left, top, right, bottom = place.x, place.y + 2, place.x + place.width - 1, place.y + LINE - 3
         if cell.piece.kind == "mask":
-            draw.rectangle((left + (place.width > 2), top + 2, max(right - 1, left), bottom - 2), BLOCK)
+            frame = {} if cell.was is None else {"outline": EDITED, "width": 3}
+            draw.rectangle((left + (place.width > 2), top + 2, max(right - 1, left), bottom - 2), BLOCK, **frame)
         elif cell.when:
-            draw.rectangle((left, top, right, bottom), shades[cell.when])
+            draw.rectangle((left, top, right, bottom), shades[cell.when] if cell.was is None else EDITED)
             if cell.when == step:
                 draw.rectangle((left + (place.width > 4), bottom - BAR + 1, right, bottom), INK)
 
@@ -207,7 +210,9 @@ class Strip:
         left, top, right, bottom = place.x, place.y, place.x + place.width - 1, place.y + place.height - 1
         clue, text = self.board.clue(column), self._text(cell, column)
         if cell.when:
-            draw.rectangle((left, top, right, bottom), shades[cell.when])
+            draw.rectangle((left, top, right, bottom), shades[cell.when] if cell.was is None else EDITED)
+        elif cell.was is not None:
+            draw.rectangle((left + 3, top + 3, right - 3, bottom - 3), outline=EDITED, width=3)
         if cell.when == step > 0:
             draw.rectangle((left + 3, bottom - BAR - 1, right - 3, bottom - 2), INK)
         if text and self.board.is_wrong(column, text):

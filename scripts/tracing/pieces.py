@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from nanollada.scripts.tracing.recorder import ABSENT, StepRecorder
+from nanollada.scripts.tracing.recorder import ABSENT, DECIDED, StepRecorder, moved
 
 UNDECIDED = "░"
 SHOWN_BYTES = 4  # UTF-8 needs no more for a character
@@ -92,32 +92,93 @@ class Cell(NamedTuple):
     Attributes:
         piece ([`Piece`]): The token.
         when (`int`): The step that decided it; 0 for the prompt and for what is undecided.
-        confidence (`float` or `None`): The largest probability there in this step if it was open in it, else in the
+        confidence (`float` or `None`): The largest probability there in this step if it was read in it, else in the
             step that decided it.
+        sure (`float` or `None`): In the step that decided it.
+        was (`str` or `None`): What stood here before, where the token replaced another, or was masked again.
+        struck (`str`): What this step took away, here and right before.
     """
 
     piece: Piece
     when: int
     confidence: float | None
+    sure: float | None = None
+    was: str | None = None
+    struck: str = ""
+
+
+NOTHING_THERE = Cell(Piece("", "absent"), 0, None)
 
 
 def trace_cells(trace: StepRecorder, step: int | None = None) -> list[list[Cell]]:
     """
-    A row of cells for the start and for each step, or of `step` alone. In the last one, of a finished call, all that
-    is no part of the text is absent: what is undecided at the end, or was decided behind the end of the text.
+    A row of cells for the start and for each step, or of `step` alone; all rows are as long as the longest. In the
+    last one, of a finished call, all that is no part of the text is absent: what is undecided at the end, or was
+    decided behind the end of the text.
     """
-    pieces, rows = TokenPieces(trace.tokenizer), []
-    when, sure, mask = {}, {}, trace.tokenizer.mask_token_id
+    replay, shown, width = _Replay(trace), [], 0
     for number, ids in enumerate(trace.rows()):
-        confidence = trace.confidence[number - 1] if number else {}
-        for column, token in trace.steps[number - 1] if number else []:
-            when[column] = number if token != mask else 0
-            sure[column] = confidence.get(column)
-        if step not in (None, number):
-            continue
-        row = enumerate(pieces(ids))
-        rows.append([Cell(piece, when.get(i, 0), confidence.get(i, sure.get(i))) for i, piece in row])
+        width = max(width, len(ids))
+        cells = replay.take(number, ids, step in (None, number))
+        if step in (None, number):
+            shown.append(cells)
     if trace.ended and step in (None, len(trace.steps)):
-        absent = Cell(Piece("", "absent"), 0, None)
-        rows[-1][trace.kept :] = [absent] * (len(rows[-1]) - trace.kept)
-    return rows
+        del shown[-1][trace.kept :]
+    return [cells + [NOTHING_THERE] * (width - len(cells)) for cells in shown]
+
+
+class _Replay:
+    """What is known of each column while a trace is gone through."""
+
+    def __init__(self, trace: StepRecorder):
+        self.trace, self.pieces, self.ids = trace, TokenPieces(trace.tokenizer), []
+        self.mask = trace.tokenizer.mask_token_id
+        self.when, self.sure = [], []
+        self.held: list[tuple[int, str] | None] = []  # the last other token of a column, and its text
+
+    def take(self, number: int, ids: list[int], wanted: bool) -> list[Cell]:
+        """Goes on to a step; its cells, if they are wanted."""
+        struck: dict[int, str] = {}
+        if number == 0:
+            self.when, self.sure, self.held = [0] * len(ids), [None] * len(ids), [None] * len(ids)
+        else:
+            self._change(number, ids, struck)
+        self.ids = ids
+        return self._cells(number, struck) if wanted else []
+
+    def _change(self, number: int, ids: list[int], struck: dict[int, str]) -> None:
+        trace, old = self.trace, self.ids
+        gives_way = any(name != DECIDED for name in trace.counts[number - 1])
+        texts = [piece.text for piece in self.pieces(old)] if gives_way else []
+        moves = trace.moves[number - 1]
+        if moves is not None:
+            for column, text in _removed(moves, len(old)):
+                struck[column] = struck.get(column, "") + texts[text] * (old[text] != self.mask)
+            lists = (self.when, 0), (self.sure, None), (self.held, None), (texts, ""), (old, self.mask)
+            self.when, self.sure, self.held, texts, old = (moved(values, moves, fill) for values, fill in lists)
+        confidence = trace.confidence[number - 1]
+        for column, new in trace.steps[number - 1]:
+            if old[column] not in (self.mask, ABSENT):
+                self.held[column] = (old[column], texts[column])
+                struck[column] = struck.get(column, "") + texts[column]
+            self.when[column] = number if new != self.mask else 0
+            self.sure[column] = confidence.get(column) if new != self.mask else None
+
+    def _cells(self, number: int, struck: dict[int, str]) -> list[Cell]:
+        confidence = self.trace.confidence[number - 1] if number else {}
+        cells = []
+        for column, piece in enumerate(self.pieces(self.ids)):
+            sure, held = self.sure[column], self.held[column]
+            was = held[1] if held is not None and held[0] != self.ids[column] else None
+            known = confidence.get(column, sure)
+            cells.append(Cell(piece, self.when[column], known, sure, was, struck.get(column, "")))
+        return cells
+
+
+def _removed(moves: list[int], width: int) -> list[tuple[int, int]]:
+    """Each column that is gone, behind the new one that it stood before; the last one of those that stood at the end."""
+    gone, places = sorted(set(range(width)) - set(moves)), []
+    for old in gone:
+        behind = (column for column, other in enumerate(moves) if other > old)
+        places.append((next(behind, len(moves) - 1), old))
+    return places
