@@ -33,8 +33,8 @@ NAMES = {
 COLUMNS = ("Task", "Language", "Metric", "Value ± s.e.", "Chance", "Scored on", "Data", "How")
 # What a recorded command may begin with: our programs, by folder, and what starts them.
 PROGRAMS = {
-    "scripts": "benchmark compare convert_checkpoint demo evaluate generate lm_eval_nanollada merge_checkpoints "
-    "pairs post_training_study puzzles quickstart study technical_report train_tokenizer",
+    "scripts": "benchmark compare convert_checkpoint demo editing_study evaluate generate lm_eval_nanollada "
+    "merge_checkpoints pairs post_training_study puzzles quickstart study technical_report train_tokenizer",
     "trainers": "causal diffusion dpo grpo",
     "hub_upload": "export upload verify",
 }

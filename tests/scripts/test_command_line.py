@@ -59,6 +59,7 @@ CASES = {
     "post-training-study": Case(
         "--score_steps", "--part problems --output x", "`diffusion` must be given for these runs, got None"
     ),
+    "editing-study": Case("--belief_rows", "--part text --diffusion x", "`ar` must be given in part text, got None"),
     "puzzles": Case("--options", "--puzzle sudoku --rows 0 --output x.jsonl", ".*rows.*0.*"),
     "pairs": Case(
         "--pairs_per_prompt", "--checkpoint outputs/nope --data x --output y", f"`checkpoint` .*, {NOWHERE}"

@@ -55,6 +55,7 @@ PROGRAMS: dict[str, Program] = {
     "post-training-study": Program(
         "scripts/post_training_study.py", "compare DPO under shared and naive masks, and GRPO by replay and ELBO"
     ),
+    "editing-study": Program("scripts/editing_study.py", "compare decoding with and without edits"),
     "puzzles": Program("scripts/puzzles.py", "rows of problems with checkable answers"),
     "pairs": Program("scripts/pairs.py", "preference pairs of a model's own right and wrong answers"),
     "convert": Program("scripts/convert_checkpoint.py", "bring foreign checkpoints here, take ours there"),

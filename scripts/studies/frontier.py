@@ -1,0 +1,216 @@
+"""The tables and the plot of a study of editing: quality against forward passes, and plain decoding at equal ones."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanollada.scripts.reporting.plots import panels, save_figure
+from nanollada.scripts.reporting.tables import NONE, markdown, percent, with_error
+from nanollada.scripts.studies.edited import DECODERS
+from nanollada.scripts.studies.editing import ARMS, BASELINE, PARTS
+from nanollada.scripts.studies.gains import run_facts, summary
+from nanollada.trainers.records import read_json, write_json
+
+MARKERS = {"": "o", "edit": "^", "sync": "s", "remask": "D", "gibbs": "P", "preset": "*", "expand": "^"}
+CLEAR = 2  # standard errors
+
+# ---- numbers
+
+
+def mixture(points: dict[str, tuple[float, float]], forwards: float) -> dict[str, float]:
+    """
+    The best that decoders, each used on a share of the rows, do with so many forward passes on average.
+
+    Args:
+        points (`dict[str, tuple[float, float]]`): Forward passes and quality by decoder.
+        forwards (`float`): The most on average.
+
+    Returns:
+        `dict[str, float]`: the share of one decoder or two; empty where all need more.
+    """
+    best, shares = None, {}
+    for one, (cost, quality) in points.items():
+        if cost <= forwards and (best is None or quality > best):
+            best, shares = quality, {one: 1.0}
+    for one, (low, poor) in points.items():
+        for other, (high, good) in points.items():
+            if not low <= forwards < high:
+                continue
+            share = (forwards - low) / (high - low)
+            if (value := poor + share * (good - poor)) > best:
+                best, shares = value, {one: 1 - share, other: share}
+    return shares
+
+
+def matched(runs: dict[str, dict[str, dict[int, list]]], forwards: float) -> dict[int, list[float]]:
+    """Quality by seed of decoders without edits, mixed to so many forward passes; empty where all need more."""
+    plain = {name: columns for name, columns in runs.items() if not DECODERS[name].kind}
+    points = {name: tuple(summary(plain[name][of])["value"] for of in ("forwards", "quality")) for name in plain}
+    found: dict[int, list[float]] = {}
+    for name, share in mixture(points, forwards).items():
+        for seed, values in plain[name]["quality"].items():
+            sums = found.get(seed, [0.0] * len(values))
+            found[seed] = [total + share * value for total, value in zip(sums, values, strict=True)]
+    return found
+
+
+def by_decoder(records: list[dict]) -> dict[str, dict[str, dict[int, list]]]:
+    """By decoder and column the numbers of every seed."""
+    found = {}
+    for name, columns in records[0]["decoders"].items():
+        found[name] = {of: {record["seed"]: record["decoders"][name][of] for record in records} for of in columns}
+    return found
+
+
+def gains_of(name: str, runs: dict, plain: dict | None) -> Iterator[dict]:
+    """For each decoder that edits what it gains: over its draft, over that of plain training, and at equal cost."""
+    for decoder, columns in runs.items():
+        draft, quality = DECODERS[decoder].draft, columns["quality"]
+        if draft is None:
+            continue
+        others = {"draft": runs.get(draft, {}).get("quality")}
+        if plain is not None:
+            others["plain_draft"] = plain.get(draft, {}).get("quality")
+            others["matched"] = matched(plain, summary(columns["forwards"])["value"])
+        figures = {over: summary(quality, other) for over, other in others.items() if set(quality) & set(other or ())}
+        yield {"run": name, "decoder": decoder, "figures": figures}
+
+
+def record_of(part: str, finished: dict[str, list[Path]]) -> dict:
+    """Rows by arm and decoder, gains of editing, and what visible tokens say."""
+    scores = {name: [read_json(folder / "scores.json") for folder in folders] for name, folders in finished.items()}
+    measured = {name: by_decoder(records) for name, records in scores.items()}
+    record = {"part": part, "frontier": [], "gains": [], "beliefs": []}
+    for name, runs in measured.items():
+        for decoder, columns in runs.items():
+            figures = {of: summary(values) for of, values in columns.items()}
+            record["frontier"].append({"run": name, "decoder": decoder, "figures": figures})
+        record["gains"] += gains_of(name, runs, measured.get(BASELINE))
+        said = {one["seed"]: one["beliefs"] for one in scores[name]}
+        figures = {kind: summary({seed: each[kind] for seed, each in said.items()}) for kind in ("replaced", "kept")}
+        record["beliefs"].append({"run": name, "figures": figures})
+    return record
+
+
+# ---- tables
+
+
+def shown(figure: dict | None, unit: str) -> str:
+    if figure is None:
+        return NONE
+    numbers = figure["value"], figure["standard_error"]
+    return percent(*numbers) if unit == "share" else with_error(*numbers)
+
+
+def frontier_table(record: dict) -> str:
+    """A line per decoder, a column per arm: quality @ forward passes, and edits where there are any."""
+    unit, rows = PARTS[record["part"]].unit, record["frontier"]
+    found = {(row["run"], row["decoder"]): row["figures"] for row in rows}
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    lines = []
+    for decoder in dict.fromkeys(row["decoder"] for row in rows):
+        cells = []
+        for name in names:
+            figures = found.get((name, decoder))
+            if figures is None:
+                cells.append(NONE)
+                continue
+            cell = f"{shown(figures['quality'], unit)} @ {figures['forwards']['value']:.1f}"
+            edits = figures["edits"]["value"]
+            cells.append(f"{cell}, {edits:.2f} edits" if edits else cell)
+        lines.append([DECODERS[decoder].title, *cells])
+    seeds = [max(len(row["figures"]["quality"]["seeds"]) for row in rows if row["run"] == name) for name in names]
+    header = [f"{ARMS[name].title} ({count} seeds)" for name, count in zip(names, seeds, strict=True)]
+    return markdown(["decoder", *header], lines)
+
+
+def gains_table(record: dict) -> str:
+    """What edits gain: over the same draft, and over plain training's decoders at as many forward passes."""
+    unit = PARTS[record["part"]].unit
+    header = ["edited", "− its draft", f"− {BASELINE}, same draft", f"− {BASELINE}, no edits, equal forwards"]
+    lines = []
+    for row in record["gains"]:
+        cells = (shown(row["figures"].get(over), unit) for over in ("draft", "plain_draft", "matched"))
+        lines.append([f"{ARMS[row['run']].title}: {DECODERS[row['decoder']].title}", *cells])
+    return markdown(header, lines) if lines else ""
+
+
+def beliefs_table(record: dict) -> str:
+    header = ["arm", "KL(masked ‖ visible), token replaced, nats", "right token, nats"]
+    rows = [
+        [ARMS[row["run"]].title, *(shown(row["figures"][kind], "nats") for kind in ("replaced", "kept"))]
+        for row in record["beliefs"]
+    ]
+    return markdown(header, rows)
+
+
+def verdict(record: dict) -> str:
+    """Where editing wins at equal forward passes, and where not: beyond two standard errors."""
+    sides = {"ahead of": [], "behind": [], "not apart from": []}
+    for row in record["gains"]:
+        gap = row["figures"].get("matched")
+        if gap is None:
+            continue
+        apart = abs(gap["value"]) > CLEAR * (gap["standard_error"] or 0)
+        side = "not apart from" if not apart else "ahead of" if gap["value"] > 0 else "behind"
+        sides[side].append(f"{ARMS[row['run']].title}: {DECODERS[row['decoder']].title}")
+    lines = []
+    for side, names in sides.items():
+        if names:
+            lines.append(f"{len(names)} {side} plain decoding at equal forwards (2 s.e.): {'; '.join(names)}.")
+    return "\n\n".join(lines)
+
+
+def tables(record: dict) -> str:
+    """The figures of a part in Markdown."""
+    parts = (frontier_table(record), gains_table(record), verdict(record), beliefs_table(record))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
+
+
+# ---- plot
+
+
+def draw(path: Path, record: dict) -> None:
+    """Quality against forward passes: lines are decoders without edits, marks are those with."""
+    figure, (axes,) = panels(size=(7, 4.4))
+    names = list(dict.fromkeys(row["run"] for row in record["frontier"]))
+    for number, name in enumerate(names):
+        rows = [row for row in record["frontier"] if row["run"] == name and row["figures"]["forwards"]["value"]]
+        by_kind = {}
+        for row in rows:
+            by_kind.setdefault(DECODERS[row["decoder"]].kind, []).append(row["figures"])
+        for kind, figures in by_kind.items():
+            figures = sorted(figures, key=lambda each: each["forwards"]["value"])
+            across, up = ([each[of]["value"] for each in figures] for of in ("forwards", "quality"))
+            errors = [each["quality"]["standard_error"] or 0 for each in figures]
+            label = f"{ARMS[name].title}{', ' + kind if kind else ''}"
+            style = {"linestyle": "" if kind else "-", "marker": MARKERS[kind], "color": f"C{number}"}
+            axes.errorbar(across, up, yerr=errors, markersize=4, linewidth=1, capsize=2, label=label, **style)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    unit = {"share": "share right", "nats": "log-probability, nats per token"}[PARTS[record["part"]].unit]
+    axes.set(xlabel="forward passes per answer", ylabel=unit, title=PARTS[record["part"]].title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=6, ncols=2)
+    save_figure(figure, path)
+
+
+def write_frontier(folder: Path, part: str, finished: dict[str, list[Path]]) -> str:
+    """
+    Writes `<part>.json`, `<part>.md` and `<part>.png`.
+
+    Args:
+        folder (`Path`): The study.
+        part (`str`): A name of `PARTS`.
+        finished (`dict[str, list[Path]]`): The folders of the finished runs by name.
+
+    Returns:
+        `str`: the tables.
+    """
+    record = record_of(part, finished)
+    record["settings"] = read_json(folder / "settings.json")
+    record["runs"] = [run for folders in finished.values() for run in run_facts(folders)]
+    text = tables(record) + "\n" + "".join(f"- {run['run']}: `{run['command']}`\n" for run in record["runs"])
+    write_json(folder / f"{part}.json", record)
+    (folder / f"{part}.md").write_text(text, encoding="utf-8")
+    draw(folder / f"{part}.png", record)
+    return text
