@@ -164,6 +164,19 @@ def post_training_part(content: dict) -> tuple[str, str]:
     return title, f"{parameters} parameters. {text} {errors}\n\n{tables(content)}"
 
 
+def editing_part(content: dict) -> tuple[str, str]:
+    """Title and text of a part of the study of editing."""
+    from nanollada.scripts.studies.editing import PARTS as TASKS
+    from nanollada.scripts.studies.frontier import tables
+
+    settings = content["settings"]
+    text = every(f"{run['parameters'] / 1e6:.2f}M" for run in content["runs"] if "parameters" in run)
+    text += f" parameters, {settings['steps']} further steps each from one checkpoint. Quality @ forward passes an "
+    text += f"answer, edits an answer. {TASKS[content['part']].measure} ± is over the held-out rows and over seeds; "
+    text += "differences are paired. Equal forwards: plain training's decoders without edits, mixed to the same mean."
+    return f"Editing: {TASKS[content['part']].title}", f"{text}\n\n{tables(content)}"
+
+
 def decoding(content: dict) -> tuple[str, str]:
     from nanollada.scripts.benchmarks.decoding import table
 
@@ -198,6 +211,7 @@ def suite(content: dict) -> tuple[str, str]:
 KINDS = {
     "study": ("corpus", study_part),
     "post-training": ("contrasts", post_training_part),
+    "editing": ("frontier", editing_part),
     "suite": ("protocol", suite),
     "decoding": ("slopes", decoding),
     "training": ("block_over_mdlm", training),

@@ -50,6 +50,7 @@ class Part:
         puzzle (`str`, *optional*): Of which its problems are; rows of text come from files.
         settings (`dict`): What all arms tell the trainer.
         unit (`str`): Of its quality: "share" or "nats".
+        measure (`str`): What that is, a sentence.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Part:
     puzzle: str | None = None
     settings: dict = field(default_factory=dict)
     unit: str = "share"
+    measure: str = "Quality: problems solved."
 
 
 WHOLE_ROWS = {"block_length": 0, "eos_padding": "max_length"}
@@ -82,8 +84,16 @@ PARTS = {
     "sudoku": Part("4×4 sudoku", PUZZLE, puzzle="sudoku", settings=WHOLE_ROWS),
     "sudoku9": Part("9×9 sudoku", PUZZLE, puzzle="sudoku9", settings=WHOLE_ROWS),
     "countdown": Part("Countdown", PUZZLE, puzzle="countdown", settings=WHOLE_ROWS),
-    "text": Part("Text under the AR twin", TEXT, unit="nats"),
-    "infill": Part("Gaps of unknown length", INFILL, ("plain", "expansion"), settings={"block_length": 0}),
+    "text": Part(
+        *("Text under the AR twin", TEXT),
+        unit="nats",
+        measure="Quality: mean log-probability of what was written under the AR twin, nats a token.",
+    ),
+    "infill": Part(
+        *("Gaps of unknown length", INFILL, ("plain", "expansion")),
+        settings={"block_length": 0},
+        measure="Quality: gaps filled as they were.",
+    ),
 }
 AT_LEAST_ONE = ("steps", "training_rows", "eval_rows", "max_new_tokens", "prompt_tokens", "belief_rows", "jobs")
 
