@@ -19,7 +19,8 @@ class Decoder:
         title (`str`): Its name in tables.
         settings (`dict`): Of `generate`.
         draft (`str`, *optional*): The decoder that it adds edits to.
-        kind (`str`): What it adds: "edit", "sync", "remask", "gibbs", "preset", "expand"; empty for none.
+        kind (`str`): What it adds: "edit", "sync", "remask", "gibbs", "preset", "expand"; empty for none. "reference":
+            nothing is written, the held-out answer stands.
         masks (`float`): Infilling: masks in a gap, by its tokens; 0 is one mask.
     """
 
@@ -64,7 +65,7 @@ def _decoders() -> dict[str, Decoder]:
     ):
         found[name] = Decoder(title, masks=masks)
         found[f"{name}+expand"] = Decoder(f"{title} + expand", {"max_expansions": 32}, name, "expand", masks)
-    return found
+    return found | {"reference": Decoder("held-out text itself", kind="reference")}
 
 
 DECODERS = _decoders()
@@ -222,6 +223,12 @@ def infill_questions(tokenizer, files: list[str], count: int, before: int, token
     return Questions(enough(pairs, count), behind=behind[:count])
 
 
+def references(questions: Questions) -> list[list[int]]:
+    """The rows as they were."""
+    behind = questions.behind or [[]] * len(questions.pairs)
+    return [before + answer + rest for (before, answer), rest in zip(questions.pairs, behind, strict=True)]
+
+
 def enough(pairs: list, count: int) -> list:
     """
     Raises:
@@ -259,11 +266,9 @@ def filled(tokenizer, questions: Questions, rows: list, judge) -> dict[str, list
     """1 for a gap filled as it was; and the log-probability of the whole row under the AR twin, in nats."""
     from nanollada.trainers.scoring.continuations import score_continuations
 
-    asked = zip(questions.pairs, questions.behind, strict=True)
-    references = [before + answer + behind for (before, answer), behind in asked]
     pairs = [(row[:1], row[1:]) for row in rows]
     scores = score_continuations(judge, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=TOGETHER)
-    right = [int(row == reference) for row, reference in zip(rows, references, strict=True)]
+    right = [int(row == reference) for row, reference in zip(rows, references(questions), strict=True)]
     return {"quality": right, "log_probability": (-scores.nats).tolist()}
 
 
@@ -290,10 +295,10 @@ def beliefs(model, questions: Questions, pad_token_id: int, rows: int, seed: int
 
     drawn, mask = random.Random(seed), model.config.mask_token_id
     answers = [answer for _, answer in questions.pairs[:rows]]
-    pool = [token for answer in answers for token in answer]
+    whole, pool = references(questions), [token for answer in answers for token in answer]
     masked, replaced, kept, places, owners = [], [], [], [], []
     for number, (before, answer) in enumerate(questions.pairs[:rows]):
-        row = before + answer + (questions.behind[number] if questions.behind else [])
+        row = whole[number]
         asked = min(CANDIDATES, len(answer))
         for step in range(asked):
             place = len(before) + step * len(answer) // asked
@@ -363,14 +368,17 @@ def measure(folder: str, decoders, part: str, args, seed: int) -> dict:
         prompts = [before for before, _ in questions.pairs]
         if part == "infill":
             prompts, settings = gaps_of(model, questions, decoder.masks), {**settings, "max_new_tokens": 0}
-        rows, forwards, edits = write(model, prompts, tokenizer.pad_token_id, seed, **settings)
+        if decoder.kind == "reference":
+            rows, *counts = references(questions), [0] * len(prompts), [0] * len(prompts)
+        else:
+            rows, *counts = write(model, prompts, tokenizer.pad_token_id, seed, **settings)
         if part == "infill":
             scores = filled(tokenizer, questions, rows, judge)
         else:
             written = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
             judged = (likelihood, judge) if part == "text" else (solved, part)
             scores = judged[0](tokenizer, model, questions, written, judged[1])
-        found[name] = {**scores, "forwards": forwards, "edits": edits}
+        found[name] = {**scores, **dict(zip(("forwards", "edits"), counts, strict=True))}
     return {"decoders": found, "beliefs": beliefs(model, questions, tokenizer.pad_token_id, args.belief_rows, seed)}
 
 

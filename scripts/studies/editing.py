@@ -73,13 +73,14 @@ PUZZLE = (
 )
 FIXED = ("one", "steps16", "steps8", "steps4", "steps2", "all")
 TEXT = (
+    "reference",
     *FIXED,
     *(f"{draft}+edit" for draft in FIXED[1:]),
     *(f"{draft}+{kind}" for draft in ("steps8", "all") for kind in ("sync", "remask")),
     *(f"{draft}@1{edits}" for draft in FIXED for edits in ("", "+gibbs")),
     *("llada2.1-quality", "llada2.1-speed"),
 )
-INFILL = ("right", "single", "single+expand", "double", "double+expand", "right+expand")
+INFILL = ("reference", "right", "single", "single+expand", "double", "double+expand", "right+expand")
 PARTS = {
     "sudoku": Part("4×4 sudoku", PUZZLE, puzzle="sudoku", settings=WHOLE_ROWS),
     "sudoku9": Part("9×9 sudoku", PUZZLE, puzzle="sudoku9", settings=WHOLE_ROWS),

@@ -12,6 +12,7 @@ from nanollada.trainers.records import read_json, write_json
 
 MARKERS = {"": "o", "edit": "^", "sync": "s", "remask": "D", "gibbs": "P", "preset": "*", "expand": "^"}
 CLEAR = 2  # standard errors
+EXTRAS = ("distinct", "log_probability")  # columns that only some parts have
 
 # ---- numbers
 
@@ -115,8 +116,10 @@ def frontier_table(record: dict) -> str:
                 cells.append(NONE)
                 continue
             cell = f"{shown(figures['quality'], unit)} @ {figures['forwards']['value']:.1f}"
-            edits = figures["edits"]["value"]
-            cells.append(f"{cell}, {edits:.2f} edits" if edits else cell)
+            cell += f", {figures['edits']['value']:.2f} edits" if figures["edits"]["value"] else ""
+            cells.append(
+                cell + "".join(f", {extra} {figures[extra]['value']:.2f}" for extra in EXTRAS if extra in figures)
+            )
         lines.append([DECODERS[decoder].title, *cells])
     seeds = [max(len(row["figures"]["quality"]["seeds"]) for row in rows if row["run"] == name) for name in names]
     header = [f"{ARMS[name].title} ({count} seeds)" for name, count in zip(names, seeds, strict=True)]

@@ -118,7 +118,10 @@ def test_a_tiny_study_of_text(part, tmp_path, starts):
     files = {name: [str(tmp_path / "texts.jsonl")] for name in ("data", "eval_data")}
     settings = {**TEXT, **starts, **files, "part": part, "output": str(tmp_path / "run"), "steps": 1, "eval_rows": 3}
     settings |= {"belief_rows": 2, "max_new_tokens": 4, "prompt_tokens": 10, "runs": ["plain"]}
-    settings["decoders"] = {"text": ["one", "steps2@1", "all"], "infill": ["right", "single"]}[part]
+    settings["decoders"] = {
+        "text": ["reference", "one", "steps2@1", "all"],
+        "infill": ["reference", "right", "single"],
+    }[part]
     study = Editing(EditingArguments(**settings), [*"--per_device_train_batch_size 2 --max_length 16".split()])
     study.prepare()
     study.do("plain", 1)
@@ -128,8 +131,11 @@ def test_a_tiny_study_of_text(part, tmp_path, starts):
     assert list(figures) == settings["decoders"]
     if part == "text":
         assert all(0 < each["distinct"]["value"] <= 1 and each["quality"]["value"] < 0 for each in figures.values())
-        assert all(each["forwards"]["value"] <= most for each, most in zip(figures.values(), (4, 2, 1), strict=True))
+        assert all(
+            each["forwards"]["value"] <= most for each, most in zip(figures.values(), (0, 4, 2, 1), strict=True)
+        )
     else:
+        assert figures["reference"]["quality"]["value"] == 1
         assert figures["single"]["quality"]["value"] == 0  # a gap of one mask has no two tokens
         assert figures["single"]["forwards"]["value"] == 1 and figures["right"]["forwards"]["value"] == 3  # 2, 3, 4
         assert all(each["log_probability"]["value"] < 0 for each in figures.values())
