@@ -93,13 +93,15 @@ class Canvas:
         self.forwards[rows] += 1
 
     def editable(self, block, eos_ids):
-        """`[B, W]`: the tokens of the generated positions `block` that an edit may change: before an end of text."""
-        ids = self.ids[:, : self.length]
-        is_eos = torch.isin(ids, eos_ids)
-        first = first_column(is_eos & (self.columns >= self.prompt_length))  # [B]
-        places = block.clone()
-        places[:, : self.length] &= (ids != self.mask_token_id) & ~is_eos & (self.columns < first[:, None])
-        return places
+        """
+        Of the generated positions `block` the tokens that an edit may change, before an end of text, and what is
+        behind one: both `[B, W]`.
+        """
+        is_eos = torch.isin(self.ids, eos_ids)
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        first = first_column(is_eos & (columns >= self.prompt_length))[:, None]  # [B, 1]
+        places = block & (self.ids != self.mask_token_id) & ~is_eos & (columns < first)
+        return places, block & (columns > first)
 
     def end(self, rows):
         """No more work on these rows, a mask `[B]`."""

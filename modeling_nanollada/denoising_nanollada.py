@@ -76,27 +76,26 @@ class Denoiser:
     def edit(self, block: torch.BoolTensor, columns: slice) -> None:
         """Edits what the positions `block`, `[B, W]`, hold, step by step; each row until nothing is left to edit."""
         canvas, editor = self.canvas, self.sampler.editor
-        places = canvas.editable(block, self.sampler.eos_ids)  # [B, W]
+        places, behind = canvas.editable(block, self.sampler.eos_ids)  # [B, W]
         editor.start(places[:, columns], canvas.ids[:, columns].clone())
         done = ~places.any(1)
         for index in range(self.sampler.settings.max_post_steps):
             rows = (~done).nonzero()[:, 0]  # [R]
             if len(rows) == 0:
                 break
-            done[rows] = self.edit_step(places, columns, rows, index)
+            done[rows] = self.edit_step(places, behind, columns, rows, index)
 
-    def edit_step(self, places: torch.BoolTensor, columns: slice, rows: torch.LongTensor, index: int):
-        """One step of edits: which of the `rows` `[R]` are done."""
+    def edit_step(self, places, behind, columns: slice, rows: torch.LongTensor, index: int):
+        """One step of edits: which of the `rows` `[R]` are done. What is `behind` an end, `[B, W]`, has no say."""
         canvas, editor = self.canvas, self.sampler.editor
         window = editor.read(rows, index)  # [R, w]
         read = torch.zeros_like(places)
         read[rows, columns] = window
-        ids, visible = canvas.ids[rows, : canvas.length], canvas.visible[rows, : canvas.length]
-        if editor.remasks:
-            canvas.ids[read] = canvas.mask_token_id
+        ids, visible = canvas.ids.clone(), canvas.visible[rows, : canvas.length]
+        canvas.ids[behind | read if editor.remasks else behind] = canvas.mask_token_id
         seen = canvas.ids[rows, : canvas.length]
         logits = self.sampler.shape(self.predictor.predict(read), seen, window.nonzero()[:, 0], visible)  # [N, V]
-        canvas.ids[rows, : canvas.length] = ids
+        canvas.ids = ids
         step = Step(
             rows,
             masked=places[rows].sum(1),
@@ -104,7 +103,7 @@ class Denoiser:
             index=index,
             active=torch.zeros_like(window),
             decided=places[rows, columns],
-            ids=ids[:, columns],
+            ids=ids[rows, columns],
             logits=logits,
             read=window,
         )

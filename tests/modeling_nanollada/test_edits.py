@@ -113,6 +113,8 @@ def test_an_end_is_neither_made_nor_taken_and_nothing_changes_behind_it(policy, 
         return decision
 
     monkeypatch.setattr(Sampler, "decide", draft)
+    read, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, **kw: read.append(kw["input_ids"]) or forward(self, **kw))
     for own in ({"max_edits": 6}, {"edit_rule": "remask"}, {"temperature": 1.0, "edit_margin": None}):
         given = {**EDITS, "max_new_tokens": 6, "eos_policy": policy, "steps": 1, "early_stop": None} | own
         given = {name: value for name, value in given.items() if value is not None}
@@ -120,6 +122,9 @@ def test_an_end_is_neither_made_nor_taken_and_nothing_changes_behind_it(policy, 
         new = out.canvas[0, 5:]
         assert not torch.equal(new[:3], write[:3]) and EOS not in new[:3] and PAD not in new[:3]
         assert new[3] == EOS
+        assert len(read) > 2 and all(
+            (ids[:, 9:] == MASK).all() for ids in read
+        )  # nor does it say what stands before it
         left = new[4:] if policy != "cut" else torch.where(new[4:] == MASK, write[4:], new[4:])
         assert torch.equal(left, write[4:])
 
