@@ -327,6 +327,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
         )
         tools = {"draft": self.draft(inputs) if self.drafts else None} if kind.drafts is not None else {}
         tools |= {"lexicon": self.lexicon} if kind.lexicon else {}
+        tools |= {"document_ids": context.get("document_ids")} if kind.documents else {}
         return kind.corrupt(
             clean,
             inputs["labels"] != -100,  # what may be hidden: targets, never a prompt or padding

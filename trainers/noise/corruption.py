@@ -116,6 +116,7 @@ class CorruptionKind:
             in the order of rows. `rows` are numbers of the corrupted batch: each is read in the context (blocks,
             documents, …) of its row.
         lexicon (`bool`): Whether it also gets `lexicon`, a [`Lexicon`].
+        documents (`bool`): Whether it also gets `document_ids`, those of packed rows or `None`.
         edit_tokens (`bool`): Whether its labels hold the config's `delete_token_id` and `insert_token_id`.
     """
 
@@ -126,6 +127,7 @@ class CorruptionKind:
     check: Callable | None = None
     drafts: Callable | None = None
     lexicon: bool = False
+    documents: bool = False
     edit_tokens: bool = False
 
     def settings_of(self, args) -> dict:

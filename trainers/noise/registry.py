@@ -1,9 +1,10 @@
 """The ways of corrupting rows, by the name that `--corruption` takes. A new one is a file here and an entry."""
 
-from nanollada.trainers.noise import editing, masking
+from nanollada.trainers.noise import editing, masking, structural
 from nanollada.trainers.noise.corruption import CorruptionKind
 from nanollada.trainers.noise.editing import EditingSettings
 from nanollada.trainers.noise.masking import MaskingSettings
+from nanollada.trainers.noise.structural import StructuralSettings
 
 CORRUPTIONS = {
     "masking": CorruptionKind(
@@ -20,5 +21,16 @@ CORRUPTIONS = {
         check=editing.check,
         drafts=editing.needs_drafts,
         lexicon=True,
+    ),
+    "structural": CorruptionKind(
+        structural.corrupt,
+        (MaskingSettings, EditingSettings, StructuralSettings),
+        "masked diffusion bound, token and structural editing",
+        "as editing, and in a share of the rows tokens are missing or too many (LLaDA 2.2)",
+        check=structural.check,
+        drafts=editing.needs_drafts,
+        lexicon=True,
+        documents=True,
+        edit_tokens=True,
     ),
 }

@@ -1,0 +1,193 @@
+"""Structural editing (LLaDA 2.2): drafts in which tokens are missing or too many, and labels that remove and insert.
+
+A share of the rows is spoilt in this way, the others are those of `editing.corrupt`. The length of a block does not
+change, nor does what is attended to: a stretch of targets (an answer's part of a block) that has lost tokens ends in
+masks, and one that has gained some is cut at its end.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from nanollada.trainers.noise import editing, masking
+from nanollada.trainers.noise.alignment import edit_labels
+from nanollada.trainers.noise.corruption import Corruption
+from nanollada.trainers.noise.editing import EditingSettings
+from nanollada.trainers.noise.keys import keyed_uniform
+
+# Of `keys`: is a row spoilt, and how much; where tokens are missing, too many, other ones; which.
+STREAM_ROW, STREAM_MISSING, STREAM_EXTRA, STREAM_OTHER, STREAM_EXTRA_TOKEN, STREAM_OTHER_TOKEN = range(16, 22)
+
+
+@dataclass
+class StructuralSettings:
+    """Which rows lose and gain tokens, how many, and what the labels count; see `corrupt`."""
+
+    structural_rows: float = field(
+        default=0.5, metadata={"help": "Share of the rows in which tokens are missing or too many."}
+    )
+    drop_rate: float = field(
+        default=0.1, metadata={"help": "Largest share of such a row's targets that is missing; labels: <|insert|>."}
+    )
+    insert_rate: float = field(
+        default=0.1, metadata={"help": "Largest number of tokens too many, by its targets; labels: <|delete|>."}
+    )
+    site_weight: float = field(
+        default=1.0, metadata={"help": "What a visible token that is to change counts in such a row, beside a target."}
+    )
+    anchor_weight: float = field(
+        default=1.0,
+        metadata={"help": "What one counts that is to stay. As much: calibrated choices; less: eager ones."},
+    )
+
+    def check(self) -> None:
+        """Raises `ValueError` for values out of range."""
+        for name in ("structural_rows", "drop_rate", "insert_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}")
+        if self.site_weight <= 0:
+            raise ValueError(f"`site_weight` must be above 0 (`structural_rows` 0: none), got {self.site_weight}")
+        if self.anchor_weight < 0:
+            raise ValueError(f"`anchor_weight` must be >= 0, got {self.anchor_weight}")
+
+
+def check(args) -> None:
+    """Raises `ValueError` for settings that don't go together."""
+    editing.check(args)
+    _refuse_complements(args.complementary, args.structural_rows)
+
+
+def _refuse_complements(complementary: bool, share: float) -> None:
+    if complementary and share:
+        raise ValueError(
+            "`complementary` masks what its other copy shows, and a spoilt row has no such places: `structural_rows` "
+            f"must be 0 with it, got {share}"
+        )
+
+
+def corrupt(
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    config,
+    *,
+    seed: int,
+    index: torch.Tensor,
+    epoch: torch.Tensor,
+    block_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    lexicon,
+    **settings,
+) -> Corruption:
+    """
+    Corrupts as `editing.corrupt`, and a share `structural_rows` of the rows in another way.
+
+    Of such a row each target is missing with probability ρ·`drop_rate`, and has a token too many before it with
+    probability ρ·`insert_rate`, ρ uniform in [0, 1) for the row; of those left each is masked where `masking.corrupt`
+    masks it, else replaced with probability ρ·`edit_rate`. Tokens come from the data's unigram law, or for
+    `edit_source` "uniform" from the vocabulary. Each stretch of targets that touch, of one block and document, is as
+    long as before. Labels are those of [`~trainers.noise.alignment.edit_labels`].
+
+    Its masks count as their mean times the row's targets, as under "exact" masks. A visible token counts `site_weight`
+    where something is to be done and `anchor_weight` where it is to stay; where both are equal, the optimum is the
+    probability of each operation.
+
+    Args:
+        input_ids, targets, config, seed, index, epoch, block_ids, lexicon: As in `editing.corrupt`.
+        document_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Documents of packed rows.
+        **settings: Those of `MaskingSettings`, `EditingSettings` and `StructuralSettings`; and `rank`, `draft`.
+
+    Raises:
+        `ValueError`: as the settings' `check` and `editing.corrupt`.
+    """
+    own = StructuralSettings(**{field.name: settings.pop(field.name) for field in fields(StructuralSettings)})
+    own.check()
+    _refuse_complements(settings.get("complementary", False), own.structural_rows)
+    keys = {"seed": seed, "index": index, "epoch": epoch}
+    noise = editing.corrupt(input_ids, targets, config, **keys, block_ids=block_ids, lexicon=lexicon, **settings)
+    if not own.structural_rows or not (own.drop_rate or own.insert_rate):
+        return noise
+    draws = keyed_uniform(seed, index, epoch, STREAM_ROW, 2)  # [B, 2]: is it spoilt; ρ
+    rows = ((draws[:, 0] < own.structural_rows) & targets.any(-1)).nonzero()[:, 0]  # [R]
+    if len(rows) == 0:
+        return noise
+    clean, own_targets, rate = input_ids[rows], targets[rows], draws[rows, 1:]
+    edits = {field.name: settings.pop(field.name) for field in fields(EditingSettings)}
+    settings.pop("draft", None)
+    hidden = masking.corrupt(input_ids, targets, config, **keys, block_ids=block_ids, **settings).supervised[rows]
+
+    def uniform(stream: int) -> torch.DoubleTensor:
+        return keyed_uniform(seed, index[rows], epoch[rows], stream, clean.shape[1])  # [R, L]
+
+    source = "uniform" if edits["edit_source"] == "uniform" else "unigram"
+    extra, other = (lexicon.draw(uniform(stream), source) for stream in (STREAM_EXTRA_TOKEN, STREAM_OTHER_TOKEN))
+    replaced = lexicon.text[clean] & (uniform(STREAM_OTHER) < rate * edits["edit_rate"])
+    shown = torch.where(replaced, other, clean).masked_fill(hidden, config.mask_token_id)
+    parts = [None if ids is None else ids[rows] for ids in (block_ids, document_ids)]
+    stretch = Stretches(own_targets, *parts)
+    missing, too_many = uniform(STREAM_MISSING) < rate * own.drop_rate, uniform(STREAM_EXTRA) < rate * own.insert_rate
+    draft = spoil(*map(stretch.cut, (shown, missing, too_many, extra)), stretch.inside, config.mask_token_id)
+    controls = (config.delete_token_id, config.insert_token_id)
+    labels = edit_labels(draft, stretch.cut(clean), stretch.length, config.mask_token_id, *controls)
+
+    noisy, labels = stretch.put(clean, draft), stretch.put(torch.full_like(clean, -100), labels)  # [R, L]
+    masked = own_targets & (noisy == config.mask_token_id)
+    site = own_targets & ~masked & (labels != noisy)
+    share = own_targets.sum(-1, keepdim=True).double() / masked.sum(-1, keepdim=True).clamp(min=1)  # [R, 1]
+    weights = torch.where(masked, share, torch.where(site, own.site_weight, own.anchor_weight)) * own_targets
+    noise.noisy_input_ids[rows], noise.labels[rows], noise.weights[rows] = noisy, labels, weights
+    edited = torch.zeros_like(targets) if noise.edited is None else noise.edited
+    noise.edited = edited.index_copy(0, rows, site)
+    return noise
+
+
+class Stretches:
+    """
+    The runs of neighbouring targets, each of one row, block and document; N of them, w wide.
+
+    Args:
+        targets (`torch.BoolTensor` of shape `(rows, length)`): What may change.
+        *parts (`torch.LongTensor` of shape `(rows, length)`, *optional*): What also ends a run: blocks, documents.
+    """
+
+    def __init__(self, targets, *parts):
+        begins = targets.clone()
+        begins[:, 1:] &= ~targets[:, :-1]
+        for part in parts:
+            if part is not None:
+                begins[:, 1:] |= targets[:, 1:] & (part[:, 1:] != part[:, :-1])
+        self.row, start = begins.nonzero().unbind(-1)  # [N]
+        number = begins.flatten().cumsum(0).view_as(targets)[targets] - 1
+        self.length = torch.bincount(number, minlength=len(start))  # [N]
+        places = torch.arange(int(self.length.max()), device=targets.device)
+        self.inside = places < self.length[:, None]  # [N, w]
+        self.column = (start[:, None] + places).clamp(max=targets.shape[1] - 1)
+
+    def cut(self, values: torch.Tensor) -> torch.Tensor:
+        """`[N, w]` of `[rows, length]`."""
+        return values[self.row[:, None], self.column]
+
+    def put(self, values: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`[rows, length]` with the runs' `new` values, `[N, w]`."""
+        rows = self.row[:, None].expand_as(self.column)[self.inside]
+        return values.index_put((rows, self.column[self.inside]), new[self.inside])
+
+
+def spoil(shown, missing, too_many, extra, inside, mask_id: int) -> torch.LongTensor:
+    """
+    Leaves tokens out and puts others in; masks fill the end, and what is pushed over it is lost.
+
+    Args:
+        shown (`torch.LongTensor` of shape `(runs, width)`): The tokens, masks among them.
+        missing, too_many (`torch.BoolTensor` of shape `(runs, width)`): The tokens to leave out, and those before
+            which one of `extra`, `(runs, width)`, comes in.
+        inside (`torch.BoolTensor` of shape `(runs, width)`): What belongs to a run.
+    """
+    width = shown.shape[1]
+    stays, comes = inside & ~missing, inside & too_many
+    count = stays.long() + comes.long()
+    place = count.cumsum(1) - count  # of the first that becomes of a token
+    nowhere = 2 * width
+    spoilt = shown.new_full((len(shown), 2 * width + 1), mask_id)
+    spoilt = spoilt.scatter(1, place.where(comes, nowhere), extra)
+    spoilt = spoilt.scatter(1, (place + comes).where(stays, nowhere), shown)
+    return spoilt[:, :width].where(inside, shown)
