@@ -91,16 +91,17 @@ def _edits(settings) -> str:
     return other if is_set(settings.joint_threshold) else ""
 
 
-def _greedy(settings) -> str:
-    temperature = settings.get_temperature()
-    return f"`joint_threshold` takes the likeliest tokens: `temperature` must be 0, got {temperature}" * (
-        temperature > 0
-    )
+def _joint_settings(settings) -> str:
+    temperature, penalty = settings.get_temperature(), settings.repetition_penalty
+    if temperature > 0:
+        return f"`joint_threshold` takes the likeliest tokens: `temperature` must be 0, got {temperature}"
+    rule = "`repetition_penalty` counts the token that an edit asks about: it must be unset with `joint_threshold`"
+    return "" if penalty in (None, 1) else f"{rule}, got {penalty}"
 
 
-def _no_penalty(settings) -> str:
+def _structural_settings(settings) -> str:
     message = f"`joint_penalty` must be 0 with `structural_edits`, got {settings.joint_penalty}"
-    return _greedy(settings) or message * bool(settings.joint_penalty)
+    return _joint_settings(settings) or message * bool(settings.joint_penalty)
 
 
 def _low_threshold(settings) -> str:
@@ -185,7 +186,7 @@ RULES = {
                 float, NOT_NEGATIVE, "taken from the logit of the token before, against stutter.", 0.0
             ),
         },
-        check=_greedy,
+        check=_joint_settings,
         ranks=False,
         revises=True,
         reads_all=True,
@@ -196,7 +197,7 @@ RULES = {
         _structural,
         {"structural_edits": Setting(bool, help="with `joint_threshold`, tokens are removed and inserted, too.")},
         refines="joint",
-        check=_no_penalty,
+        check=_structural_settings,
         ranks=False,
         revises=True,
         reads_all=True,

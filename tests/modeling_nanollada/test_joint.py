@@ -123,6 +123,8 @@ def test_all_edits_at_once_go_in_circles_and_the_budget_ends_them():
         ({"joint_edit_threshold": 0.5}, "`joint_edit_threshold` needs `joint_threshold`, got 0.5"),
         ({"joint_threshold": 0.5, "threshold": 0.5}, "Only one of .*`joint_threshold`.* may be set"),
         ({"joint_threshold": 0.5, "temperature": 1.0}, "`joint_threshold` .*`temperature` must be 0, got 1.0"),
+        ({"joint_threshold": 0.5, "repetition_penalty": 1.2}, "`repetition_penalty` counts .* must be unset .*got 1.2"),
+        ({"joint_threshold": 0.5, "edit_threshold": 0.1}, "`joint_threshold` edits by itself: .*got 0.1"),
         ({"joint_threshold": 0.5, "max_commits": 2}, "`joint_threshold` decides itself what a step commits"),
         ({"joint_threshold": 0.5, "eos_policy": "cut"}, "`eos_policy` must not be 'cut', got 'cut'"),
         ({"joint_threshold": 0.5, "steps": 4}, "`steps` .*got 4"),
