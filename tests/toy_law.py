@@ -7,7 +7,6 @@ itself, once for all states together; the tokens' probabilities and the rule's o
 """
 
 import itertools
-from types import SimpleNamespace
 
 import torch
 from transformers import LogitsProcessorList
@@ -110,8 +109,7 @@ def merge(rows, weights):
 def sampler_for(settings):
     config = NanoLLaDAGenerationConfig(**settings, max_new_tokens=LENGTH)
     config.update(**config._get_default_generation_params(), defaults_only=True)
-    tokens = SimpleNamespace(mask_token_id=MASK, delete_token_id=None, insert_token_id=None)
-    return Sampler(config, LogitsProcessorList(), torch.empty(0, dtype=torch.long), tokens, None)
+    return Sampler(config, LogitsProcessorList(), torch.empty(0, dtype=torch.long), MASK, None)
 
 
 def choose(sampler, rows, before, index, steps, scores=None):

@@ -45,9 +45,9 @@ def compare(model, prompts, new_tokens, decode_block, settings, **arguments):
 
 @pytest.mark.parametrize("group", range(10))
 def test_the_tokens_are_those_of_the_published_loop(group):
-    """300 cases: circles that a budget ends, ends of text, prompts that fill a part of a block, padding."""
+    """200 cases: circles that a budget ends, ends of text, prompts that fill a part of a block, padding."""
     spent = ended = 0
-    for number in range(group, 300, 10):
+    for number in range(group, 200, 10):
         model, prompts, settings, new_tokens = random_run(number, lambda draw: 3.0)  # never proposed here
         names = {"threshold": "joint_threshold", "edit_threshold": "joint_edit_threshold", "penalty": "joint_penalty"}
         arguments = {{**names, "budget": "max_post_steps"}[name]: value for name, value in settings.items()}
@@ -91,7 +91,7 @@ def test_the_penalty_falls_on_the_token_before():
     assert probability[:, 0].tolist() == pytest.approx([least, 1 / VOCABULARY])
 
 
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(30))
 def test_cached_equals_uncached(number):
     draw = random.Random(number)
     model = build(number, block_length=draw.choice((2, 4, 8)), num_hidden_layers=2, initializer_range=0.3)
@@ -123,7 +123,7 @@ def test_all_edits_at_once_go_in_circles_and_the_budget_ends_them():
         ({"joint_edit_threshold": 0.5}, "`joint_edit_threshold` needs `joint_threshold`, got 0.5"),
         ({"joint_threshold": 0.5, "threshold": 0.5}, "Only one of .*`joint_threshold`.* may be set"),
         ({"joint_threshold": 0.5, "temperature": 1.0}, "`joint_threshold` .*`temperature` must be 0, got 1.0"),
-        ({"joint_threshold": 0.5, "repetition_penalty": 1.2}, "`repetition_penalty` counts .* must be unset .*got 1.2"),
+        ({"joint_threshold": 0.5, "repetition_penalty": 1.2}, "`repetition_penalty` .* must be unset .*got 1.2"),
         ({"joint_threshold": 0.5, "edit_threshold": 0.1}, "`joint_threshold` edits by itself: .*got 0.1"),
         ({"joint_threshold": 0.5, "max_commits": 2}, "`joint_threshold` decides itself what a step commits"),
         ({"joint_threshold": 0.5, "eos_policy": "cut"}, "`eos_policy` must not be 'cut', got 'cut'"),
