@@ -67,7 +67,7 @@ class Canvas:
     def apply(self, rows, columns, decision):
         """Writes what a step decided, a [`Decision`] about `rows` in the slice `columns`; after one forward pass."""
         if decision.rewritten is not None:
-            self.rewrite(rows, columns, decision.rewritten)
+            self.rewrite(rows, columns, decision.rewritten, decision.origin)
             return
         selected, reopened = decision.selected, decision.reopened
         ids = self.ids[rows, columns].masked_fill(reopened, self.mask_token_id)
@@ -83,12 +83,19 @@ class Canvas:
         same = pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
         return pad(self.ids[rows, :-1], (1, 0)).where(same, -1)[:, columns]
 
-    def rewrite(self, rows, columns, new):
-        """Writes all ids, `[R, w]`, of the `rows` in the slice `columns`; after one forward pass."""
-        changed, masked = new != self.ids[rows, columns], new == self.mask_token_id
+    def rewrite(self, rows, columns, new, origin):
+        """
+        Writes all ids `new`, `[R, w]`, of the `rows` in the slice `columns`; after one forward pass. `origin`, as in
+        [`Decision`].
+        """
+        before, steps = self.ids[rows, columns], self.commit_steps[rows, columns]
+        masked = new == self.mask_token_id
+        self.undecided[rows, columns] = masked.where(new != before, self.undecided[rows, columns])
         self.ids[rows, columns] = new
-        self.undecided[rows, columns] = masked.where(changed, self.undecided[rows, columns])
-        steps = self.forwards[rows, None].where(changed, self.commit_steps[rows, columns])
+        if origin is not None:  # a token that only moved keeps its step
+            before, steps = (part.gather(1, origin.clamp(min=0)) for part in (before, steps))
+            before = before.masked_fill(origin < 0, -1)
+        steps = self.forwards[rows, None].where(new != before, steps)
         self.commit_steps[rows, columns] = steps.masked_fill(masked, -1)
         self.forwards[rows] += 1
 

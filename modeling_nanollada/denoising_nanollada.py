@@ -139,15 +139,29 @@ class Denoiser:
         )
         decision = self.sampler.decide(step, ids)
         canvas.apply(rows, columns, decision)
-        self.show(read, logits)
+        origin = None
+        if decision.origin is not None:
+            origin = canvas.columns.repeat(len(block), 1)  # [B, L]
+            origin[rows, columns] = (decision.origin + columns.start).masked_fill(decision.origin < 0, -1)
+        self.show(read, logits, origin)
         return decision.finished
 
-    def show(self, active: torch.BoolTensor, logits: torch.FloatTensor) -> None:
-        """Hands a step to the streamers that ask for it: `logits`, `[N, V]`, of the positions `active`, `[B, W]`."""
+    def show(self, active: torch.BoolTensor, logits: torch.FloatTensor, origin=None) -> None:
+        """
+        Hands a step to the streamers that ask for it.
+
+        Args:
+            active (`torch.BoolTensor` of shape `(batch, width)`): The N positions that were read.
+            logits (`torch.FloatTensor` of shape `(N, vocab_size)`): What was read.
+            origin (`torch.LongTensor` of shape `(batch, length)`, *optional*): The column that each stood in before;
+                −1: a mask that came in.
+        """
         columns = slice(self.canvas.put, self.canvas.length)
         if hasattr(self.streamer, "put_confidence"):
             confidence = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
             confidence[active] = logits.softmax(-1, dtype=torch.double).amax(-1)
             self.streamer.put_confidence(confidence[:, columns].cpu())
+        if hasattr(self.streamer, "put_moves") and origin is not None and bool((origin != self.canvas.columns).any()):
+            self.streamer.put_moves(origin[:, columns].cpu())
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(self.canvas.ids[:, columns].cpu())

@@ -104,7 +104,9 @@ class NanoLLaDAGenerationMixin(GenerationMixin):
                 each block. A `put_draft` method gets, after each step, all columns from the first that was not put
                 (with masks in the prompt: from the first mask) to the row's last one, with the mask token where
                 nothing is decided. So a draft of n columns is the last n of the row. A `put_confidence` method gets,
-                before that, the same columns' largest probabilities, NaN where nothing was open in the step.
+                before that, the same columns' largest probabilities, NaN where nothing was read in the step. Where
+                tokens were removed or inserted, a `put_moves` method gets, between the two, the column of the row
+                that each of these columns stood in before, −1 being a mask that came in.
             generator (`torch.Generator`, *optional*): Of all draws: same seed, same output. Rows are independent where
                 nothing is drawn. Draws of all rows come from one generator, step by step: a sampled row depends on its
                 batch mates and on their order.

@@ -78,6 +78,7 @@ class Decision:
     reopened: torch.BoolTensor | None = None  # [R, w], decided positions that are masked again
     replaced: torch.BoolTensor | None = None  # [R, w], decided positions that get another token
     rewritten: torch.LongTensor | None = None  # [R, w], all ids afterwards, masks being open; in place of the above
+    origin: torch.LongTensor | None = None  # [R, w], with `rewritten`: the column that each stood in, −1: it is new
     finished: torch.BoolTensor | None = None  # [R], the rows whose block is done; of rules that say so themselves
 
 

@@ -74,10 +74,9 @@ def structural_step(
     tokens = another_way(step, memory, tokens, probability.masked_fill(~writes, torch.inf), last)
     for past, now in ((memory.states, step.ids), (memory.written, tokens.masked_fill(~writes, -1))):
         past.append(now.new_full(memory.original.shape, -1).index_copy(0, rows, now))
-    new, memory.original[rows] = restructure(
-        step.ids, tokens.where(writes, step.ids), block, memory.original[rows], mask, controls
-    )
-    return Decision(rewritten=new, finished=last | ~writes.any(1))
+    chosen = tokens.where(writes, step.ids)
+    new, memory.original[rows], origin = restructure(step.ids, chosen, block, memory.original[rows], mask, controls)
+    return Decision(rewritten=new, origin=origin, finished=last | ~writes.any(1))
 
 
 def another_way(step, memory, tokens, confidence, last) -> torch.LongTensor:
@@ -101,9 +100,9 @@ def another_way(step, memory, tokens, confidence, last) -> torch.LongTensor:
     return tokens.index_put((again, column), other)
 
 
-def restructure(ids, chosen, block, original, mask: int, controls) -> tuple[torch.LongTensor, torch.BoolTensor]:
+def restructure(ids, chosen, block, original, mask: int, controls) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Executes what was chosen; ids and marks afterwards, `[R, w]`.
+    Executes what was chosen; ids, marks and the columns that these stood in (−1: none), afterwards, `[R, w]`.
 
     Args:
         ids, chosen (`torch.LongTensor` of shape `(rows, width)`): The tokens before, and what to put there, the
@@ -117,8 +116,17 @@ def restructure(ids, chosen, block, original, mask: int, controls) -> tuple[torc
     place = block.int().argmax(1, keepdim=True) + count.cumsum(1) - count  # of the first that becomes of a position
     first = place.where(block & ~deleted, 2 * width)  # the last column takes what goes nowhere
     second = (place + 1).where(inserted, 2 * width)
-    moved = ids.new_full((len(ids), 2 * width + 1), mask)
-    moved = moved.scatter(1, first, chosen.masked_fill(inserted, mask)).scatter(1, second, ids)
-    marks = original.new_zeros(moved.shape)
-    marks = marks.scatter(1, first, original & ~inserted).scatter(1, second, original)
-    return moved[:, :width].where(block, ids), marks[:, :width] & block
+
+    def move(single, of_two, fill, outside):
+        """What stands on each place afterwards: of a token that stays `single`, of one behind a new mask `of_two`."""
+        moved = single.new_full((len(ids), 2 * width + 1), fill)
+        moved = moved.scatter(1, first, single.masked_fill(inserted, fill)).scatter(1, second, of_two)
+        return moved[:, :width].where(block, outside)
+
+    columns = torch.arange(width, device=ids.device).expand_as(ids)
+    nothing = torch.zeros_like(original)
+    return (
+        move(chosen, ids, mask, ids),
+        move(original, original, False, nothing),
+        move(columns, columns, -1, columns),
+    )

@@ -42,9 +42,10 @@ def test_what_the_operations_do():
     chosen = torch.tensor([[4, INSERT, DELETE, 10, INSERT, MASK], [INSERT, 5, INSERT, 7, DELETE, DELETE]])
     block = torch.tensor([[False, False, True, True, True, True], [False, True, True, True, True, False]])
     original = torch.tensor([[False, False, False, True, True, True], [False, True, False, True, False, False]])
-    new, marks = restructure(ids, chosen, block, original, MASK, (DELETE, INSERT))
+    new, marks, origin = restructure(ids, chosen, block, original, MASK, (DELETE, INSERT))
     assert new.tolist() == [[4, 5, 10, MASK, 8, MASK], [4, 5, MASK, 6, 7, 9]]
     assert marks.int().tolist() == [[0, 0, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]]
+    assert origin.tolist() == [[0, 1, 3, -1, 4, 5], [0, 1, -1, 2, 3, 5]]
     # what is pushed over the end is lost, what is missing comes in as masks
     full = torch.tensor([[False, True, True, True, True, False]])
     row, nothing = torch.tensor([[4, 5, 6, 7, 8, 9]]), torch.zeros(1, 6, dtype=torch.bool)
@@ -210,3 +211,38 @@ def test_masks_inside_prompts_are_refused():
     with pytest.raises(ValueError, match="`structural_edits` .*mask tokens inside .* got .*row 0"):
         Table(4).generate(prompt, max_new_tokens=4, **ON)
     assert Table(4).generate(prompt, max_new_tokens=4, joint_threshold=0.5, use_cache=False).shape == (1, 8)
+
+
+def test_streamers_are_told_what_moved():
+    """Each draft is the one before, moved as told and changed where a step was made; tokens that moved keep theirs."""
+    moves, drafts = [], []
+
+    class Streamer:
+        put_moves = staticmethod(lambda value: moves.append(value.tolist()[0]))
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+        def put_draft(self, value):
+            drafts.append((moves.pop() if moves else None, value.tolist()[0]))
+
+    told = 0
+    for seed in range(20):
+        model, run = Table(None, seed, stay=2.0, controls=0.5), {**RUN, "eos_token_id": None, "max_post_steps": 3}
+        drafts.clear()
+        out = model.generate(PROMPT, max_new_tokens=6, use_cache=False, streamer=Streamer(), **run, **ON)
+        before, steps = [MASK] * 6, [-1] * 6
+        for number, (origin, draft) in enumerate(drafts):
+            if origin is not None:
+                told += 1
+                before = [MASK if column < 0 else before[column - PROMPT.shape[1]] for column in origin]
+                steps = [-1 if column < 0 else steps[column - PROMPT.shape[1]] for column in origin]
+            pairs = zip(draft, before, steps, strict=True)
+            steps = [-1 if new == MASK else number if new != old else step for new, old, step in pairs]
+            before = draft
+        assert out.commit_steps[0, PROMPT.shape[1] :].tolist() == steps
+        assert len(drafts) == round(6 / float(out.tokens_per_forward))
+    assert told > 20
