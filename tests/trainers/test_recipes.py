@@ -125,7 +125,7 @@ def on_this_machine(recipe, settings, stage, folder):
         "eval_data": rows,
         "held_out_fraction": 0.2,
         "tokenizer_name_or_path": stage / "ar",
-        "model_name_or_path": stage / ("diffusion" if recipe.name.endswith("diffusion_sft.yaml") else "ar"),
+        "model_name_or_path": stage / ("diffusion" if "diffusion_sft" in recipe.name else "ar"),
         "max_length": 64,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 8,
