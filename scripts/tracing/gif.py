@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanollada.scripts.tracing.picture import (
     BLOCK,
+    EDITED,
     INK,
     LINE,
     PAPER,
@@ -28,10 +29,10 @@ def write_gif(traces: StepRecorder | dict[str, StepRecorder], path: str | Path, 
     frame held for three more. Side by side a step is a forward pass of each; who has ended waits for the others.
 
     The whole row is shown, prompt first, however long it is, as [`~scripts.tracing.picture.Strip`] draws it: the
-    answer to a sudoku as a board. Characters are drawn with DejaVu Sans, and what that lacks (Chinese, say) with the
-    first font of the system that has them. Where none has, a character is spelt by its code point, `⟨U+4F60⟩`, never
-    drawn as an empty box, and one warning says so and which package brings a font. Emoji of coloured fonts and control
-    characters are spelt, too.
+    answer to a sudoku as a board. Where tokens were edited, a line says what a step did, `1 edited: dog → cat`.
+    Characters are drawn with DejaVu Sans, and what that lacks (Chinese, say) with the first font of the system that
+    has them. Where none has, a character is spelt by its code point, `⟨U+4F60⟩`, never drawn as an empty box, and one
+    warning says so and which package brings a font. Emoji of coloured fonts and control characters are spelt, too.
 
     Args:
         traces ([`StepRecorder`] or `dict[str, StepRecorder]`): After their `generate` calls; by title.
@@ -93,7 +94,8 @@ class _Picture:
         self.pen, self.strips = pen, strips
         self.steps = max(strip.steps for strip in strips.values())
         self.shades = Shades(self.steps)
-        self.top = MARGIN + LINE * (2 if any(strips) else 1)
+        self.titles, self.edited = any(strips), any(strip.captions for strip in strips.values())
+        self.top = MARGIN + LINE * (1 + self.titles + self.edited)
         self.lefts, left = {}, MARGIN
         for title, strip in strips.items():
             self.lefts[title] = left
@@ -103,6 +105,7 @@ class _Picture:
         grounds = (PAPER, BLOCK, *self.shades.colours)
         palette = [_mix(ground, INK, part / 8) for ground in grounds for part in range(9)]
         palette += [_mix(PAPER, SOFT, part / 8) for part in range(9)] + [WRONG]
+        palette += [_mix(EDITED, INK, part / 8) for part in range(9)] * self.edited
         self.palette = Image.new("P", (1, 1))
         self.palette.putpalette([part for colour in palette for part in colour])
 
@@ -118,6 +121,9 @@ class _Picture:
             if title:
                 heading = f"{self.pen.spell(title)}, {min(step, strip.steps)} of {strip.steps} forward passes"
                 self.pen.write(draw, self.lefts[title], MARGIN + LINE + SIZE, heading, INK)
+            if self.edited:
+                caption = strip.captions[step] if step < len(strip.captions) else ""
+                self.pen.write(draw, self.lefts[title], self.top - LINE + SIZE, caption, INK)
             image.paste(strip.draw(step, self.shades), (self.lefts[title], self.top))
         return image.quantize(palette=self.palette, dither=Image.Dither.NONE)
 
@@ -126,7 +132,12 @@ class _Picture:
         last = str(self.steps)
         left = self.size[0] - MARGIN - SHADES * 6 - self.pen.width(last) - pad
         label = "decided in step 1 "
-        self.pen.write(draw, left - self.pen.width(label), y + SIZE, label, SOFT)
+        start = left - self.pen.width(label)
+        self.pen.write(draw, start, y + SIZE, label, SOFT)
+        if self.edited:
+            start -= self.pen.width("edited") + 4 * pad
+            draw.rectangle((start - SIZE - pad, y + 3, start - pad, y + SIZE), EDITED)
+            self.pen.write(draw, start, y + SIZE, "edited", SOFT)
         for index, shade in enumerate(self.shades.colours):
             draw.rectangle((left + index * 6, y + 3, left + index * 6 + 5, y + SIZE), shade)
         self.pen.write(draw, left + SHADES * 6 + pad, y + SIZE, last, SOFT)

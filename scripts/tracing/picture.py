@@ -123,6 +123,18 @@ class Strip:
         right = max((place.x + place.width for place in self.places), default=0)
         bottom = max((place.y + place.height for place in self.places), default=LINE)
         self.size = right if answer_only else max(right, width), bottom
+        self.captions = [self._caption(trace, step, width) for step in range(self.steps + 1)] * bool(trace.edits())
+
+    def _caption(self, trace: StepRecorder, step: int, width: int) -> str:
+        """What a step did and which tokens it replaced, as far as it fits."""
+        if step == 0:
+            return ""
+        replaced = [cell for cell in self.states[step] if cell.struck and cell.was and cell.piece.kind == "text"]
+        words = ", ".join(f"{cell.was.strip()} → {cell.piece.text.strip()}" for cell in replaced)
+        text = self.pen.spell(": ".join(filter(None, (trace.caption(step), words))))
+        while len(text) > 1 and self.pen.width(text) > width:
+            text = text[:-2] + "…"
+        return text
 
     def _short(self, row: list[Cell]) -> list[Cell]:
         """With `∎` for the ends of text in the answer."""

@@ -116,7 +116,7 @@ def trace_cells(trace: StepRecorder, step: int | None = None) -> list[list[Cell]
     last one, of a finished call, all that is no part of the text is absent: what is undecided at the end, or was
     decided behind the end of the text.
     """
-    replay, shown, width = _Replay(trace), [], 0
+    replay, shown, width = Replay(trace), [], 0
     for number, ids in enumerate(trace.rows()):
         width = max(width, len(ids))
         cells = replay.take(number, ids, step in (None, number))
@@ -127,8 +127,13 @@ def trace_cells(trace: StepRecorder, step: int | None = None) -> list[list[Cell]
     return [cells + [NOTHING_THERE] * (width - len(cells)) for cells in shown]
 
 
-class _Replay:
-    """What is known of each column while a trace is gone through."""
+class Replay:
+    """
+    What is known of each column while a trace is gone through, or while it comes about.
+
+    Args:
+        trace ([`StepRecorder`]): Of which at each step no more need be recorded than that.
+    """
 
     def __init__(self, trace: StepRecorder):
         self.trace, self.pieces, self.ids = trace, TokenPieces(trace.tokenizer), []
@@ -137,7 +142,7 @@ class _Replay:
         self.held: list[tuple[int, str] | None] = []  # the last other token of a column, and its text
 
     def take(self, number: int, ids: list[int], wanted: bool) -> list[Cell]:
-        """Goes on to a step; its cells, if they are wanted."""
+        """Goes on to a step, from 0 (the start) one by one, and to its `ids`; its cells, if they are wanted."""
         struck: dict[int, str] = {}
         if number == 0:
             self.when, self.sure, self.held = [0] * len(ids), [None] * len(ids), [None] * len(ids)
@@ -176,7 +181,7 @@ class _Replay:
 
 
 def _removed(moves: list[int], width: int) -> list[tuple[int, int]]:
-    """Each column that is gone, behind the new one that it stood before; the last one of those that stood at the end."""
+    """Each column that is gone, behind the new one that it stood before; the last one if it stood at the end."""
     gone, places = sorted(set(range(width)) - set(moves)), []
     for old in gone:
         behind = (column for column, other in enumerate(moves) if other > old)

@@ -3,15 +3,20 @@
 import time
 
 from nanollada.scripts.reporting.tables import require_rich
-from nanollada.scripts.tracing.pieces import TokenPieces
-from nanollada.scripts.tracing.recorder import TraceRecorder
+from nanollada.scripts.tracing.pieces import Replay
+from nanollada.scripts.tracing.recorder import EDITS, TraceRecorder
+
+NEWEST, EDITED, STRUCK = "bold black on bright_yellow", "black on bright_magenta", "strike bright_magenta"
+STYLES = {"mask": "dim", "special": "dim italic", "bytes": "dim"}
 
 
 class TerminalWatcher(TraceRecorder):
     """
     Also shows the text while it comes about: in a terminal the whole row, redrawn after each denoising step, with
-    undecided tokens as dim blocks and the newest ones highlighted; elsewhere a line per denoising step. The tokens of
-    an AR model are just written. The finished text is left to the caller (an AR model's stands there already).
+    undecided tokens as dim blocks and the newest ones highlighted; elsewhere a line per denoising step. What a step
+    takes away stands struck through before what it puts there (`old→new` without colours), and a token that replaced
+    another keeps a colour. The tokens of an AR model are just written. The finished text is left to the caller (an AR
+    model's stands there already).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
@@ -27,7 +32,7 @@ class TerminalWatcher(TraceRecorder):
         from rich.console import Console
 
         super().__init__(tokenizer)
-        self.pieces = TokenPieces(tokenizer)
+        self.replay, self.cells = Replay(self), []
         self.console = console or Console()
         self.delay = delay
         self.live = None
@@ -40,6 +45,9 @@ class TerminalWatcher(TraceRecorder):
 
     def put_draft(self, value):
         super().put_draft(value)
+        if len(self.steps) == 1:
+            self.replay.take(0, self.start, False)
+        self.cells = self.replay.take(len(self.steps), list(self.ids), True)
         if not self.console.is_terminal:
             self.console.print(self.render(with_prompt=False), soft_wrap=True)
             return
@@ -77,17 +85,19 @@ class TerminalWatcher(TraceRecorder):
         """Counts and the row as `rich.text.Text`; without the prompt (unless it is filled) all in one line."""
         from rich.text import Text
 
-        newest = {column for column, _ in self.steps[-1]}
-        decided = {column for changes in self.steps for column, _ in changes}
-        mask = self.tokenizer.mask_token_id
-        places = len(self.ids) - len(self.prompt) + self.prompt.count(mask)
+        newest, mask = self.newest(len(self.steps)), self.tokenizer.mask_token_id
+        places = sum(cell.when > 0 or cell.piece.kind == "mask" for cell in self.cells)
         text = Text().append(f"step {len(self.steps)}, {places - self.ids.count(mask)} of {places} tokens", "bold")
+        counts = self.counts[-1]
+        text.append("".join(f", {counts[name]} {name}" for name in EDITS if counts[name]), "bold")
         text.append("\n" if with_prompt else ": ")
-        styles = {"mask": "dim", "special": "dim italic", "bytes": "dim"}
-        for column, piece in enumerate(self.pieces(self.ids)):
-            given = column < len(self.prompt) and column not in decided and piece.kind != "mask"
+        for column, cell in enumerate(self.cells):
+            given = cell.when == 0 and cell.piece.kind != "mask"
             if given and not with_prompt and mask not in self.prompt:
                 continue
-            style = "bold black on bright_yellow" if column in newest else styles.get(piece.kind, "dim" * given)
-            text.append(piece.text if with_prompt else piece.text.replace("\n", "↵"), style)
+            edited = EDITED if cell.was is not None and not given else ""
+            style = edited or (NEWEST if column in newest else STYLES.get(cell.piece.kind, "dim" * given))
+            arrow = "→" * (bool(cell.struck) and not self.console.is_terminal)
+            for part, colour in ((cell.struck, STRUCK), (arrow, ""), (cell.piece.text, style)):
+                text.append(part if with_prompt else part.replace("\n", "↵"), colour)
         return text

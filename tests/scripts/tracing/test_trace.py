@@ -264,11 +264,12 @@ def test_the_page_shows_the_end_without_its_script(recorder, tokenizer):
 def test_the_data_replay_to_every_step(recorder, tokenizer):
     data = Page(trace_page(recorder, "title")).data()
     pieces, rows = TokenPieces(tokenizer), list(recorder.rows())
-    shown = data["start"]
+    shown = [cell[:2] for cell in data["start"]]
     assert shown == [list(piece) for piece in pieces(rows[0])]
     for number, frame in enumerate(data["frames"], start=1):
-        for column, *piece in frame:
+        for column, *piece, when, sure in frame:
             shown[column] = piece
+            assert when <= number and sure is None
         expected = [list(piece) for piece in pieces(rows[number])]
         end = recorder.kept if number == len(recorder.steps) else len(expected)
         assert shown[:end] == expected[:end]
@@ -371,10 +372,10 @@ def test_the_page_tells_confidence_in_a_browser(tokenizer, tmp_path, browser_pag
     bars = page.locator(".readout .bars i")
     assert bars.evaluate_all("all => all.map(bar => bar.title)") == ["step 1: 0.250", "step 2: 0.500", "step 4: 0.750"]
     slider.fill("3")
-    assert readout.inner_text() == "Token 3, step 3: not open" and page.locator(".picked").count() == 1
+    assert readout.inner_text() == "Token 3, step 3: not read" and page.locator(".picked").count() == 1
     page.locator("h2").click()
     page.keyboard.press("Shift+ArrowLeft")
-    assert readout.inner_text() == "Token 2, step 3: not open"
+    assert readout.inner_text() == "Token 2, step 3: not read"
 
 
 @pytest.mark.slow
