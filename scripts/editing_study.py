@@ -10,7 +10,7 @@ held-out rows. Each run is a process of its own and is not done again; every oth
 output gets `<part>.json`, `.md` and `.png`.
 """
 
-from nanollada.scripts.studies.editing import main
+from nanollada.scripts.studies.editing.study import main
 from nanollada.trainers.commands.ending import run_program
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ def post_training_part(content: dict) -> tuple[str, str]:
 
 def editing_part(content: dict) -> tuple[str, str]:
     """Title and text of a part of the study of editing."""
-    from nanollada.scripts.studies.editing import PARTS as TASKS
-    from nanollada.scripts.studies.frontier import tables
+    from nanollada.scripts.studies.editing.arms import PARTS as TASKS
+    from nanollada.scripts.studies.editing.frontier import tables
 
     settings = content["settings"]
     text = every(f"{run['parameters'] / 1e6:.2f}M" for run in content["runs"] if "parameters" in run)

@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from nanollada.scripts.studies import frontier
-from nanollada.scripts.studies.frontier import by_decoder, gains_of, matched, mixture, record_of, tables, verdict
+from nanollada.scripts.studies.editing import frontier
+from nanollada.scripts.studies.editing.frontier import (
+    by_decoder,
+    gains_of,
+    matched,
+    mixture,
+    record_of,
+    tables,
+    verdict,
+)
 
 POINTS = {"all": (1.0, 0.4), "t0.5": (2.0, 0.3), "t0.9": (3.0, 0.8), "one": (17.0, 0.9)}
 

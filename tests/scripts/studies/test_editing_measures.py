@@ -8,8 +8,9 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.evaluation.answers import until_end
-from nanollada.scripts.studies import edited
-from nanollada.scripts.studies.edited import DECODERS, Questions, Tally, beliefs, filled, gaps_of, likelihood, write
+from nanollada.scripts.studies.editing import measures
+from nanollada.scripts.studies.editing.decoders import DECODERS
+from nanollada.scripts.studies.editing.measures import Questions, Tally, beliefs, filled, gaps_of, likelihood, write
 from nanollada.trainers.models import config_for
 from nanollada.trainers.scoring.likelihood import causal_nll
 
@@ -128,23 +129,23 @@ def texts(tmp_path, tokenizer):
 
 
 def test_windows_of_text(texts, tokenizer):
-    rows = edited.documents(tokenizer, texts)
+    rows = measures.documents(tokenizer, texts)
     assert len(rows) == 6 and all(row[0] == tokenizer.pad_token_id for row in rows)
-    pairs = edited.text_questions(tokenizer, texts, 8, 4, 6).pairs
+    pairs = measures.text_questions(tokenizer, texts, 8, 4, 6).pairs
     assert [len(pair[0]) + len(pair[1]) for pair in pairs] == [10] * 8
     assert pairs[0] == (rows[0][:4], rows[0][4:10]) and pairs[1] == (rows[1][:4], rows[1][4:10])
     assert pairs[6][0] == rows[0][:1] + rows[0][11:14]  # of the second round: none twice
     with pytest.raises(ValueError, match="`eval_rows` must not exceed the windows of `eval_data`, .*, got 999"):
-        edited.text_questions(tokenizer, texts, 999, 4, 6)
+        measures.text_questions(tokenizer, texts, 999, 4, 6)
 
 
 def test_gaps_in_text(model, texts, tokenizer):
-    questions = edited.infill_questions(tokenizer, texts, 5, 10, 4)
+    questions = measures.infill_questions(tokenizer, texts, 5, 10, 4)
     rows = [
         before + answer + behind for (before, answer), behind in zip(questions.pairs, questions.behind, strict=True)
     ]
     assert [len(answer) for _, answer in questions.pairs] == [2, 3, 4, 2, 3]
-    assert {len(row) for row in rows} == {10} and rows[0] == edited.documents(tokenizer, texts)[0][:10]
+    assert {len(row) for row in rows} == {10} and rows[0] == measures.documents(tokenizer, texts)[0][:10]
     assert all(before and behind for (before, _), behind in zip(questions.pairs, questions.behind, strict=True))
     mask = model.config.mask_token_id
     for masks, counts in ((0.0, [1] * 5), (1.0, [2, 3, 4, 2, 3]), (2.0, [4, 6, 8, 4, 6])):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanollada.scripts.studies.editing import Editing, EditingArguments, editing
+from nanollada.scripts.studies.editing.study import Editing, EditingArguments, editing
 
 pytestmark = pytest.mark.slow
 MINUTES = "--per_device_train_batch_size 32 --learning_rate 1e-3 --max_length 48 --lr_scheduler_type linear".split()

@@ -7,8 +7,9 @@ import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
 from nanollada.scripts.studies.cells import options_by_name
-from nanollada.scripts.studies.edited import DECODERS
-from nanollada.scripts.studies.editing import ARMS, PARTS, Editing, EditingArguments, editing, main
+from nanollada.scripts.studies.editing.arms import ARMS, PARTS
+from nanollada.scripts.studies.editing.decoders import DECODERS
+from nanollada.scripts.studies.editing.study import Editing, EditingArguments, editing, main
 from nanollada.trainers.models import config_for
 from nanollada.trainers.puzzles.registry import make_rows, solves
 
@@ -144,7 +145,7 @@ def test_a_tiny_study_of_text(part, tmp_path, starts):
 def test_the_right_answers_count(starts, monkeypatch):
     """Which problems are solved is known where the answers are put in."""
     from nanollada.scripts.decoding.checkpoint import load_checkpoint
-    from nanollada.scripts.studies import edited
+    from nanollada.scripts.studies.editing import measures
 
     model, tokenizer = load_checkpoint(starts["diffusion"])
     args = EditingArguments(**SUDOKU, eval_rows=4, belief_rows=1)
@@ -155,8 +156,8 @@ def test_the_right_answers_count(starts, monkeypatch):
         ids = [tokenizer(answer).input_ids + [tokenizer.eos_token_id, 7] for answer in answers]
         return [prompt + each for prompt, each in zip(prompts, ids, strict=True)], [settings["steps"]] * 4, [2] * 4
 
-    monkeypatch.setattr(edited, "write", said)
-    scores = edited.measure(starts["diffusion"], ["all"], "sudoku", args, 1)["decoders"]["all"]
+    monkeypatch.setattr(measures, "write", said)
+    scores = measures.measure(starts["diffusion"], ["all"], "sudoku", args, 1)["decoders"]["all"]
     right = [int(solves("sudoku", row, row["answer"][::-1])) for row in rows[::2]]
     assert scores == {"quality": [right[0], 1, right[1], 1], "forwards": [1] * 4, "edits": [2] * 4}
     assert 0 in right

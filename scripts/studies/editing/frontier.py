@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nanollada.scripts.reporting.plots import panels, save_figure
 from nanollada.scripts.reporting.tables import NONE, markdown, percent, with_error
-from nanollada.scripts.studies.edited import DECODERS
-from nanollada.scripts.studies.editing import ARMS, BASELINE, PARTS
+from nanollada.scripts.studies.editing.arms import ARMS, BASELINE, PARTS
+from nanollada.scripts.studies.editing.decoders import DECODERS
 from nanollada.scripts.studies.gains import run_facts, summary
 from nanollada.trainers.records import read_json, write_json
 
