@@ -25,6 +25,7 @@ ARMS = {
     "plain": Arm("plain"),
     **{name: Arm(f"edits of {name}", {**EDITING, "edit_source": name}) for name in ("self", "unigram", "uniform")},
     "mixed": Arm("edits of all", {**EDITING, "edit_source": "mixed"}),
+    "structural": Arm("insertions, deletions", {**EDITING, "corruption": "structural"}),
     "expansion": Arm("expansion", {"corruption": "expansion"}),
 }
 BASELINE = "plain"
@@ -41,6 +42,7 @@ class Part:
         arms (`tuple[str, ...]`): Names of `ARMS`.
         puzzle (`str`, *optional*): Of which its problems are; rows of text come from files.
         settings (`dict`): What all arms tell the trainer.
+        edits (`dict`): What those that edit tell it, too.
         unit (`str`): Of its quality: "share" or "nats".
         measure (`str`): What that is, a sentence.
     """
@@ -50,6 +52,7 @@ class Part:
     arms: tuple[str, ...] = ("plain", "self", "unigram", "uniform", "mixed")
     puzzle: str | None = None
     settings: dict = field(default_factory=dict)
+    edits: dict = field(default_factory=dict)
     unit: str = "share"
     measure: str = "Quality: problems solved."
 
@@ -79,6 +82,7 @@ PARTS = {
     "countdown": Part("Countdown", PUZZLE, puzzle="countdown", settings=WHOLE_ROWS),
     "text": Part(
         *("Text under the AR twin", TEXT),
+        edits={"draft_rate": 0.5},  # of what is hidden at once, a draft says nothing
         unit="nats",
         measure="Quality: mean log-probability of what was written under the AR twin, nats a token.",
     ),

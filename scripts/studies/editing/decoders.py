@@ -50,7 +50,7 @@ def _decoders() -> dict[str, Decoder]:
             found[f"{name}@1"] = Decoder(f"{title}, drawn", settings | DRAWN)
             settings = settings | DRAWN | GIBBS
             found[f"{name}@1+gibbs"] = Decoder(f"{title}, drawn + Gibbs", settings, f"{name}@1", "gibbs")
-    for preset in ("llada2.1-speed", "llada2.1-quality"):
+    for preset in ("llada2.1-speed", "llada2.1-quality", "llada2.2"):
         found[preset] = Decoder(preset, {"preset": preset}, "all", "preset")
     for name, title, masks in (
         ("right", "as many masks", 1.0),

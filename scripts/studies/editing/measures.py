@@ -17,7 +17,8 @@ PAIRS = 2  # n-grams of `distinct`
 
 class Tally:
     """
-    A streamer that counts, row by row, how often a decided token was replaced or masked again.
+    A streamer that counts, row by row, how often a decided token was replaced or masked again. A step that moves
+    tokens counts for nothing else.
 
     Args:
         mask_token_id (`int`): The model's.
@@ -27,19 +28,23 @@ class Tally:
     """
 
     def __init__(self, mask_token_id: int):
-        self.mask_token_id, self.edits, self.draft = mask_token_id, None, None
+        self.mask_token_id, self.edits, self.draft, self.moved = mask_token_id, None, None, False
 
     def put(self, value) -> None:
         """Prompts and finished columns: nothing to count."""
 
     def put_draft(self, value) -> None:
         """The last columns of all rows after a step: as many as of the step before, or fewer."""
-        if self.draft is None:
+        if self.edits is None:
             self.edits = value.new_zeros(len(value))
-        else:
+        elif not self.moved:
             before = self.draft[:, -value.shape[1] :]
             self.edits += ((before != value) & (before != self.mask_token_id)).sum(1)
-        self.draft = value.clone()
+        self.draft, self.moved = value.clone(), False
+
+    def put_moves(self, origin) -> None:
+        """Where the columns of the draft that comes next stood before."""
+        self.moved = True
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -314,13 +319,19 @@ def measure(folder: str, decoders, part: str, args, seed: int) -> dict:
         else:
             rows, *counts = write(model, prompts, tokenizer.pad_token_id, seed, **settings)
         if part == "infill":
-            scores = filled(tokenizer, questions, rows, judge)
+            scores = filled(tokenizer, questions, [unpadded(row, tokenizer.pad_token_id) for row in rows], judge)
         else:
             written = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
             judged = (likelihood, judge) if part == "text" else (solved, part)
             scores = judged[0](tokenizer, model, questions, written, judged[1])
         found[name] = {**scores, **dict(zip(("forwards", "edits"), counts, strict=True))}
     return {"decoders": found, "beliefs": beliefs(model, questions, tokenizer.pad_token_id, args.belief_rows, seed)}
+
+
+def unpadded(row: list[int], pad_token_id: int) -> list[int]:
+    """A row without the pad tokens at its end, where others have grown."""
+    length = next((place for place in range(len(row), 0, -1) if row[place - 1] != pad_token_id), 0)
+    return row[:length]
 
 
 def gaps_of(model, questions: Questions, masks: float) -> list[list[int]]:

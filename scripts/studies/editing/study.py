@@ -119,7 +119,9 @@ class Editing(Cells):
         chosen |= {"data": [str(self.problems)] if self.part.puzzle else args.data, "max_steps": args.steps}
         chosen |= {"held_out_fraction": 0.0, "threshold_rows": 0, "save_strategy": "no", "logging_steps": 10}
         chosen |= {"use_cpu": not torch.cuda.is_available()}
-        return options_of(chosen | self.part.settings | ARMS[name].settings | options_by_name(self.options))
+        arm = ARMS[name].settings
+        chosen |= self.part.settings | arm | (self.part.edits if "edit_rate" in arm else {})
+        return options_of(chosen | options_by_name(self.options))
 
     def report(self) -> dict[str, dict]:
         """`<part>.json`, `.md` and `.png` from all finished runs of the folder; the first by part."""

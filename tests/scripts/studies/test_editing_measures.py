@@ -37,6 +37,10 @@ def test_edits_are_tokens_that_lost_their_place():
         tally.put_draft(torch.tensor(draft))
     tally.end()
     assert tally.edits.tolist() == [1, 1]  # 8 → 7; 6 → mask; that a mask is filled is none
+    tally.put_moves(torch.tensor([[1, -1, 2], [1, 2, -1]]))
+    for draft in ([[7, 6, 9], [4, 5, 8]], [[7, 5, 9], [4, 5, 8]]):
+        tally.put_draft(torch.tensor(draft))
+    assert tally.edits.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"threshold": 0.2}, {"steps": 3, "temperature": 1.0}])
@@ -156,7 +160,8 @@ def test_gaps_in_text(model, texts, tokenizer):
 
 def test_a_gap_is_filled_as_it_was_or_not(judge, tokenizer):
     questions = Questions([([5, 6], [7, 8]), ([5], [9])], behind=[[10], [11, 12]])
-    scores = filled(tokenizer, questions, [[5, 6, 7, 8, 10], [5, 9, 9, 11, 12]], judge)
+    rows = [measures.unpadded(row, 0) for row in ([5, 6, 7, 8, 10, 0, 0], [5, 9, 9, 11, 12])]
+    scores = filled(tokenizer, questions, rows, judge)
     assert scores["quality"] == [1, 0]
     row = torch.tensor([[5, 6, 7, 8, 10]])
     nats = causal_nll(judge, {"input_ids": row, "labels": row.masked_fill(torch.arange(5) == 0, -100)})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM
-from nanollada.scripts.studies.cells import options_by_name
+from nanollada.scripts.studies.cells import options_by_name, options_of
 from nanollada.scripts.studies.editing.arms import ARMS, PARTS
 from nanollada.scripts.studies.editing.decoders import DECODERS
 from nanollada.scripts.studies.editing.study import Editing, EditingArguments, editing, main
@@ -88,6 +88,7 @@ def test_a_tiny_study_of_a_puzzle(tmp_path, starts, capsys):
     settings = {**SUDOKU, "diffusion": starts["diffusion"], "output": str(tmp_path / "run"), "steps": 2}
     settings |= {"training_rows": 6, "eval_rows": 5, "belief_rows": 2, "puzzle_options": '{"max_blanks": 9}'}
     settings |= {"decoders": ["one", "all", "all+edit"], "runs": ["start", "plain", "mixed"]}
+    Editing(EditingArguments(**settings), options_of(OPTIONS)).prepare()
     for name in settings["runs"]:
         editing(EditingArguments(**settings, only=f"{name}-1"), **OPTIONS)
     record = editing(EditingArguments(**settings), **OPTIONS)["sudoku"]
