@@ -13,6 +13,8 @@ CHAT_PROMPTS = ("What is a list?", "Hello")
 CHATS = ("sft", "preference", "prompt")  # formats of rows that are chats
 MOST_CHARACTERS = 400  # of a recorded prompt; a document's is no example
 NEW_TOKENS, BLOCK_LENGTH, INFILLED = 32, 16, 4  # of snippets for a checkpoint without settings of its own
+EDITED = "With structural edits: tokens of the block at work are replaced and removed, and room is made between them."
+INFILLING = "Infilling: mask tokens inside the prompt are filled, and everything else stays as it is."
 SETTINGS = {  # of transformers, in words; the others say themselves what they do
     "max_new_tokens": "tokens written at most.",
     "max_length": "tokens of a row at most, the prompt's included.",
@@ -47,17 +49,29 @@ def use_of(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None, bas
     """
     example = choose_example(tokenizer, facts, prompt)
     namespace = {"model": model, "tokenizer": tokenizer}
-    blocks = [_ask(model, example)]
-    printed = [run_snippet(blocks[0], namespace)]
+    blocks = [("", _ask(model, example))]
+    printed = [run_snippet(blocks[0][1], namespace)]
+    if edits_structurally(model, facts) and not model.generation_config.structural_edits:
+        blocks.append((EDITED, _edit(model)))
+        printed.append(run_snippet(blocks[1][1], namespace))
     if model.is_diffusion:
-        blocks.append(_infill(tokenizer, example, printed[0]))
-        printed.append(run_snippet(blocks[1], namespace))
+        blocks.append((INFILLING, _infill(model, tokenizer, example, printed[0])))
+        printed.append(run_snippet(blocks[-1][1], namespace))
     return {
         "repo_id": _literal(repo_id),
         "base": base and [part and _literal(part) for part in base],
-        "blocks": [{"code": code, "printed": fenced(text)} for code, text in zip(blocks, printed, strict=True)],
+        "blocks": [
+            {"about": about, "code": code, "printed": fenced(text)}
+            for (about, code), text in zip(blocks, printed, strict=True)
+        ],
         "settings": own_settings(model),
     }
+
+
+def edits_structurally(model, facts: Facts) -> bool:
+    """Whether a model was trained to say `<|delete|>` and `<|insert|>` of tokens that are visible."""
+    learnt = {(stage.get("objective") or {}).get("corruption") for stage in facts.stages}
+    return model.is_diffusion and bool(model.config.edit_token_ids) and "structural" in learnt
 
 
 def choose_example(tokenizer, facts: Facts, prompt: str | None = None) -> Example:
@@ -138,6 +152,18 @@ def _ask(model, example: Example) -> str:
     )
 
 
+def _edit(model) -> str:
+    """LLaDA 2.2's loop has steps of its own."""
+    given = [word for word in _length(model) if not word.startswith("steps=")]
+    arguments = ["**inputs", *given, 'preset="llada2.2"']
+    return "\n".join(
+        [
+            f"edited = model.generate({', '.join(arguments)})",
+            'print(tokenizer.decode(edited[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
 def _length(model) -> list[str]:
     """What `generate` must be told: nothing where the checkpoint says it."""
     config, block_length = model.generation_config, model.config.block_length
@@ -151,9 +177,10 @@ def _length(model) -> list[str]:
     return [f"max_new_tokens={new_tokens}", f"steps={min(block_length, NEW_TOKENS)}"]
 
 
-def _infill(tokenizer, example: Example, printed: str) -> str:
+def _infill(model, tokenizer, example: Example, printed: str) -> str:
     """Of a chat the answer's middle is left out, of a text what stands between the prompt and its end."""
-    fill = "filled = model.generate(**inputs, max_new_tokens=0)"
+    fixed = ", structural_edits=False" if model.generation_config.structural_edits else ""  # else tokens would move
+    fill = f"filled = model.generate(**inputs, max_new_tokens=0{fixed})"
     if isinstance(example.prompt, str):
         text = f"{_literal(example.prompt)} + tokenizer.mask_token * {INFILLED}"
         after = _literal(choose_prompt(tokenizer, (".", example.prompt)))

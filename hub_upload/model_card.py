@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanollada.hub_upload.card_facts import Facts
 from nanollada.hub_upload.card_results import command_block, eval_results, evaluation_section, number, sentence
-from nanollada.hub_upload.card_use import use_of
+from nanollada.hub_upload.card_use import edits_structurally, use_of
 from nanollada.hub_upload.evaluation_file import results_of
 from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
@@ -144,6 +144,7 @@ def _shape(model) -> list[tuple[str, str]]:
         ("Vocabulary", f"{config.tokenizer_length or config.vocab_size:,} tokens, special tokens included"),
         ("Shape", f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}"),
         *([("Block length", block)] if model.is_diffusion else []),
+        *([("Edit tokens", "`<|delete|>` and `<|insert|>`, which no text holds")] if config.edit_token_ids else []),
     ]
 
 
@@ -238,6 +239,31 @@ def _left_out(data: dict) -> str | None:
     return ", ".join(parts) or "nothing"
 
 
+def _limits_of_edits(model, facts: Facts) -> list[str]:
+    """What edits cost and can't do: of a model that decodes with them, or has tokens for them."""
+    settings, limits = model.generation_config, []
+    if model.is_diffusion and any(
+        getattr(settings, name) is not None for name in ("edit_threshold", "joint_threshold")
+    ):
+        limits.append(
+            "It edits what it wrote until a block is finished: that takes further forward passes, an edit can be for "
+            "the worse, and earlier blocks stay as they are."
+        )
+    if not model.config.edit_token_ids:
+        return limits
+    if not model.is_diffusion:
+        limits.append("The edit tokens are those of a diffusion twin: this model never writes them.")
+    elif edits_structurally(model, facts):
+        limits.append(
+            "Structural edits are `generate`'s own (`structural_edits`): greedy, inside the block at work, as many as "
+            "`max_post_steps` allows. Other programs' decoders see a model of text alone: both edit tokens have "
+            "probability 0 unless `forward` is asked for them (`edit_tokens=True`), and no likelihood counts them."
+        )
+    else:
+        limits.append("It has tokens for structural edits, and no record says that it was trained to use them.")
+    return limits
+
+
 def _limits(model, facts: Facts, language) -> list[str]:
     data = (facts.stages[-1].get("data") or {}) if facts.stages else {}
     limits = [
@@ -255,6 +281,7 @@ def _limits(model, facts: Facts, language) -> list[str]:
         limits.append(
             "The most tokens to write (`max_new_tokens`) are chosen beforehand. Fewer `steps` are faster and worse."
         )
+    limits += _limits_of_edits(model, facts)
     if facts.evaluation is None:
         limits.append("No evaluation is on record.")
     elif any(result["bound"] for result in facts.evaluation.get("results", [])):

@@ -20,6 +20,7 @@ GOLDEN = "golden.json"
 TIE = 1e-3  # nats: between choices that lie closer, rounding may decide, and what comes after is another text
 NEW_TOKENS = 16  # of each run
 TOLERANCE = 1e-5
+EDITS = ("delete", "insert")
 SUPPRESSED = -1e4  # a logit below is a token that can't be, be it −∞ or a finite floor
 
 
@@ -28,7 +29,7 @@ def runs_to_check(config) -> list[dict]:
     Prompts (ids of text, of three lengths, over the borders of blocks) under each of the settings that are recomputed:
     for diffusion one token a step, three steps a block, and thresholds for models of weak and of strong opinions.
     """
-    never = {config.mask_token_id, config.pad_token_id, *_eos_ids(config)}
+    never = {config.pad_token_id, *never_left(config), *_eos_ids(config)}
     tokens = [token for token in range(config.vocab_size) if token not in never]
     grid, limit = config.block_length, config.max_position_embeddings
     new, size = min(NEW_TOKENS, limit // 2), min(grid or 4, 64)
@@ -43,6 +44,27 @@ def runs_to_check(config) -> list[dict]:
         for start, length in zip(starts, lengths, strict=False)
     ]
     return [{"prompt": prompt, "settings": {"new_tokens": new, **kind}} for kind in kinds for prompt in prompts]
+
+
+def never_left(config) -> list[int]:
+    """The mask token, `<|delete|>` and `<|insert|>`: what a generated row must not hold."""
+    ids = [getattr(config, f"{kind}_token_id", None) for kind in ("mask", *EDITS)]
+    return [token for token in ids if token is not None]
+
+
+def check_tokenizer(config, tokenizer) -> None:
+    """
+    Raises:
+        `ValueError`: for a tokenizer of another size, or with other special tokens, than the config names.
+    """
+    name = "vocab_size" if getattr(config, "tokenizer_length", None) is None else "tokenizer_length"
+    added, numbers = tokenizer.get_added_vocab(), {name: len(tokenizer)}
+    numbers |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "mask")}
+    if getattr(config, "delete_token_id", None) is not None:
+        numbers |= {f"{kind}_token_id": added.get(f"<|{kind}|>") for kind in EDITS}
+    for name, theirs in numbers.items():
+        if (ours := getattr(config, name)) != theirs:
+            raise ValueError(f"`{name}` must be the tokenizer's {theirs}, got {ours}")
 
 
 def _eos_ids(config) -> list[int]:

@@ -24,8 +24,8 @@ from nanollada.trainers.noise import masking
 from nanollada.trainers.noise.corruption import CorruptionKind
 from nanollada.trainers.noise.registry import CORRUPTIONS
 from nanollada.trainers.scoring.likelihood import causal_nll, exact_nelbo
-from tests.trainers.test_setup import SHAPE
 
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 HEADS = [NanoLLaDAForCausalLM, NanoLLaDAForMaskedLM]
 TEXT = "a<|delete|>b<|insert|>c"
 
