@@ -34,7 +34,7 @@ def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:
         `dict`: the record.
 
     Raises:
-        `ValueError`: for a diffusion model, for what the other architecture has no place for, and if the result is
+        `ValueError`: for a diffusion model, for one with edit tokens, for what the other architecture has no place for, and if the result is
             found to compute something else.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -81,7 +81,13 @@ def _our_config(path: Path):
             "`source` must be autoregressive: a diffusion model attends in both directions and its logits are of the "
             f"same position, which no program that runs the target does, got {kinds}"
         )
-    return NanoLLaDAConfig.from_pretrained(path)
+    config = NanoLLaDAConfig.from_pretrained(path)
+    if config.edit_token_ids:
+        raise ValueError(
+            "`source` must be without edit tokens: here <|delete|> and <|insert|> are never predicted, and the target "
+            f"would predict them as it does words, got a vocabulary with {config.edit_token_ids}"
+        )
+    return config
 
 
 def _added_mask(config, history: dict | None) -> str | None:
