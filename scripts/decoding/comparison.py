@@ -97,7 +97,7 @@ def compare(args: CompareArguments, decoding: DecodingArguments | None = None) -
     Returns:
         `list[dict]`: For each prompt a record of each model: `prompt`, `model` ("ar", "diffusion"), `checkpoint`,
             `text`, `tokens`, `finished`, `seconds`, `tokens_per_second`, `first_token_seconds`, `tokens_per_forward`,
-            `repeats`, `seed`, `settings`.
+            `edits` (of tokens that were decided, by kind), `repeats`, `seed`, `settings`.
 
     Raises:
         `ValueError`: for a checkpoint of the other kind, tokenizers that differ, no prompt, and several ones of which
@@ -164,6 +164,7 @@ def measure(model, tokenizer, ids, repeats, seed, warm_up, bar, options) -> dict
         "tokens_per_second": runs[-1].tokens / seconds,
         "first_token_seconds": statistics.median(run.first_token_seconds for run in runs),
         "tokens_per_forward": runs[-1].tokens_per_forward,
+        "edits": runs[-1].edits,
     }
 
 
@@ -173,6 +174,8 @@ def comparison_table(records: list[dict]):
 
     header = ["prompt", "model", Column("text", overflow="fold", ratio=3)]
     header += ["s", "tokens/s", "first token, s", "tokens/forward"]
+    edited = any(record["edits"] for record in records)
+    header += ["edits"] * edited
     rows = [
         [
             record["prompt"] if isinstance(record["prompt"], str) else record["prompt"][-1]["content"],
@@ -182,6 +185,7 @@ def comparison_table(records: list[dict]):
             f"{record['tokens_per_second']:.1f}",
             f"{record['first_token_seconds']:.3f}",
             f"{record['tokens_per_forward']:.2f}",
+            *[", ".join(f"{count} {name}" for name, count in record["edits"].items())] * edited,
         ]
         for record in records
     ]

@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from nanollada.scripts.decoding.checkpoint import load_pair, prompt_ids, refuse_masks
 from nanollada.scripts.decoding.examples import answers_chats, example_prompts
-from nanollada.scripts.decoding.settings import DEFAULT_NEW_TOKENS, effective_settings, split_options
+from nanollada.scripts.decoding.settings import (
+    DEFAULT_NEW_TOKENS,
+    OWN_SETTINGS,
+    PRESETS,
+    effective_settings,
+    split_options,
+)
 from nanollada.scripts.decoding.writing import generate
 
 TITLES = {"diffusion": "Diffusion", "ar": "Autoregressive"}  # in the order in which they write and stand
@@ -20,15 +26,20 @@ FIELDS = {
     "steps": "Diffusion: per block. Empty: a token per step",
     "block_length": "Diffusion: tokens per block. Empty: the model's, or all",
     "threshold": "Diffusion: decide all that is surer than this",
+    "edit_threshold": "Diffusion: then edit what another token is likelier for. 0: whenever. Empty: no edits",
+    "edit_margin": "Diffusion: by how much likelier, in nats. Empty: 0.7",
+    "edit_rule": "Diffusion: replace tokens as they stand, or mask each first (needs no training)",
+    "preset": "Diffusion: a publication's way of decoding, with edits",
     "seed": "Of whatever is drawn",
 }
+CHOICES = {"edit_rule": OWN_SETTINGS["edit_rule"].allowed, "preset": tuple(PRESETS)}  # of the fields that are menus
 TOKEN = "◆"  # in place of a special token's name
 INTRODUCTION = f"""# nanollada
 
 {{what}} Type or choose a prompt, press Enter, and watch the text come about.
 
 Then move the slider back through the steps: a token's colour is the step that decided it, a block is undecided yet,
-and {TOKEN} is a token without text, such as the end of a message.
+and {TOKEN} is a token without text, such as the end of a message. A token that replaced another is pink.
 """
 WHAT = {
     True: "A diffusion model fills in its text in any order, an autoregressive model beside it writes left to right.",
@@ -94,12 +105,13 @@ class Writing(NamedTuple):
 
 def read_fields(**values: str) -> dict:
     """
-    Numbers out of a page's text fields; empty ones are left out.
+    Numbers and names out of a page's fields; empty ones are left out.
 
     Raises:
         `ValueError`: for what is no number, and for a seed that is none. All else is `generation_settings`' to judge.
     """
-    given = {name: _number(name, text) for name, text in values.items() if text.strip()}
+    given = {name: text for name, text in values.items() if text.strip()}
+    given |= {name: _number(name, text) for name, text in given.items() if name not in CHOICES}
     seed = given.get("seed")
     if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"`seed` must be an integer between 0 and {LARGEST_SEED}, got {seed}")
@@ -216,8 +228,12 @@ def build_page(pair: dict, names: dict):
         prompt = gr.Textbox(label="Prompt", max_lines=8, info="Enter writes.", elem_id="prompt")
         gr.Examples([[text] for text in prompts], [prompt], elem_id="examples")
         is_chat = gr.Checkbox(chats, label="Chat: the prompt is a message to answer", elem_id="chat")
+        fields = []
         with gr.Row():  # of text, for an empty number field would count as 0
-            fields = [gr.Textbox(start[name], label=name, info=info, elem_id=name) for name, info in FIELDS.items()]
+            for name, info in FIELDS.items():
+                words = {"value": start[name], "label": name, "info": info, "elem_id": name}
+                menu = [("none", ""), *CHOICES.get(name, ())]
+                fields.append(gr.Dropdown(menu, **words) if name in CHOICES else gr.Textbox(**words))
         with gr.Row():
             go = gr.Button("Write", variant="primary", elem_id="write")
             stop = gr.Button("Stop", elem_id="stop")

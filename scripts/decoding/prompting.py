@@ -158,7 +158,8 @@ def _write_and_show(args, model, tokenizer, ids, seed, options) -> tuple[Generat
         print(written.text)
     end = "" if written.finished or args.infill else ", cut off at `max_new_tokens`"
     counts = f"{written.tokens} tokens in {written.seconds:.2f} s, {written.tokens_per_forward:.2f} per forward pass"
-    print(f"[{counts}{end}]", file=sys.stderr)
+    edits = "".join(f", {count} {name}" for name, count in written.edits.items())
+    print(f"[{counts}{edits}{end}]", file=sys.stderr)
     return written, recorder
 
 

@@ -21,6 +21,7 @@ def _without_torch(name: str) -> ModuleType:
 
 OWN_SETTINGS = _without_torch("rules_nanollada").OWN_SETTINGS
 _PRESETS = _without_torch("presets_nanollada")
+PRESETS = _PRESETS.PRESETS
 DIFFUSION_ONLY = ("preset", *OWN_SETTINGS)
 DEFAULT_NEW_TOKENS = 128  # where neither the call nor the checkpoint says; transformers' 20 cuts most answers
 
@@ -50,7 +51,7 @@ def _option(name: str, kind, meaning: str) -> tuple:
 DecodingArguments = make_dataclass(
     "DecodingArguments",
     [
-        _option("preset", Literal[tuple(_PRESETS.PRESETS)], _PRESETS.PRESET_HELP),
+        _option("preset", Literal[tuple(PRESETS)], _PRESETS.PRESET_HELP),
         *(
             _option(name, Literal[setting.allowed] if setting.type is str else setting.type, setting.help)
             for name, setting in OWN_SETTINGS.items()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanollada.scripts.decoding.checkpoint import eos_ids, refuse_masks
 from nanollada.scripts.decoding.settings import generation_settings
@@ -22,7 +22,8 @@ class Generated:
         finished (`bool`): Whether the model ended the text itself (EOS).
         seconds (`float`): Wall time of the call.
         first_token_seconds (`float`): Wall time until the first forward pass had decided something.
-        tokens_per_forward (`float`): `tokens` by forward passes; 1.0 for AR.
+        tokens_per_forward (`float`): `tokens` by forward passes, those that edit included; 1.0 for AR.
+        edits (`dict[str, int]`): What else was done to tokens, and how often, such as `{"edited": 3}`.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Generated:
     seconds: float
     first_token_seconds: float
     tokens_per_forward: float
+    edits: dict[str, int] = field(default_factory=dict)
 
 
 def keyed_seed(*key) -> int:
@@ -93,4 +95,5 @@ def generate(model, tokenizer, ids: list[int], *, seed: int = 0, recorder=None, 
         seconds=seconds,
         first_token_seconds=recorder.seconds[0],
         tokens_per_forward=recorder.tokens_per_forward,
+        edits=recorder.edits(),
     )

@@ -175,6 +175,7 @@ def test_the_program(folder, tmp_path, capsys):
 
 def test_the_table_takes_texts_as_they_are():
     facts = {"seconds": 1.5, "tokens_per_second": 20.0, "first_token_seconds": 0.25, "tokens_per_forward": 4.0}
+    facts["edits"] = {}
     rows = [
         {"prompt": "[red]a[/red]", "model": "ar", "text": "[b]", "finished": True, "repeats": 3, **facts},
         {"prompt": [{"role": "user", "content": "Why?"}], "model": "ar", "text": "c", "finished": False, **facts},
@@ -184,3 +185,6 @@ def test_the_table_takes_texts_as_they_are():
     shown = console.export_text()
     for part in ("[red]a[/red]", "[b]", "Why?", "c …", "1.500", "20.0", "0.250", "4.00", "medians of 3 runs"):
         assert part in shown
+    assert "edits" not in shown
+    console.print(comparison_table([{**rows[0], "edits": {"edited": 3}}, rows[1]]))
+    assert "3 edited" in console.export_text()

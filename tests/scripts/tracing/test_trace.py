@@ -308,8 +308,9 @@ def test_nothing_recorded_is_refused(tokenizer):
 def test_the_page_shows_confidence_if_there_is_any(tokenizer):
     page = Page(trace_page(with_confidence(tokenizer), "title"))
     assert page.data()["confidence"] == [[[1, 0.9], [2, 0.25]], [[2, 0.5]], [[3, 0.125]], [[2, 0.75], [3, 0.062]]]
+    replaced = tokenizer.decode([10])
     assert [span[1].get("title") for span in page.find("span")[:4]] == [
-        None, "step 1, confidence 0.900", "step 4, confidence 0.750", None
+        None, "step 1, confidence 0.900", f"step 4, confidence 0.750, was {replaced}", None
     ]  # fmt: skip
     assert any(tag == "input" and item.get("class") == "confidence" for tag, item in page.elements)
     assert "confidence (the largest probability in this step)" in "".join(item[2] for item in page.find("span"))
@@ -355,6 +356,7 @@ def test_the_page_tells_confidence_in_a_browser(tokenizer, tmp_path, browser_pag
         for column, cell in enumerate(row):
             words = [f"step {cell.when}"] if cell.when else []
             words += [] if cell.confidence is None else [f"confidence {cell.confidence:.3f}"]
+            words += [f"was {cell.was}"] if cell.was else []
             assert (cells.nth(column).get_attribute("title") or "") == ", ".join(words), (step, column)
             shade = cells.nth(column).evaluate("cell => cell.style.getPropertyValue('--sure')")
             assert float(shade) == pytest.approx(cell.confidence or 0, abs=1e-3), (step, column)
