@@ -5,42 +5,11 @@ import random
 
 import pytest
 import torch
-from generation_models import EOS, MASK, PAD, PROMPT, build, left_padded
-from joint_loops import CONTROLS, VOCABULARY, Table, decode_row, joint_block
+from generation_models import EOS, MASK, PROMPT, build, left_padded
+from joint_loops import CONTROLS, RUN, VOCABULARY, Table, compare, joint_block, random_run
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.modeling_nanollada.joint_nanollada import joint_step, less_of_the_one_before, likeliest
-
-RUN = {"pad_token_id": PAD, "eos_token_id": EOS, "return_dict_in_generate": True}
-
-
-def random_run(number, controls):
-    """A table, prompts of several lengths, settings by the names of the plain loop, new tokens."""
-    draw = random.Random(number)
-    size = draw.choice((None, 2, 3, 4, 6, 8))
-    opinions = {"states": draw.choice((1, 2, 3, 1000)), "scale": draw.choice((1.0, 2.0, 4.0))}
-    model = Table(size, number, stay=draw.choice((0.0, 1.0, 4.0)), controls=controls(draw), **opinions)
-    rows = draw.choice((1, 3))
-    prompts = [[draw.randrange(4, 14) for _ in range(draw.randrange(1, 12))] for _ in range(rows)]
-    settings = {"threshold": draw.choice((0.0, 0.2, 0.5, 0.9, 1.0)), "edit_threshold": draw.choice((0.0, 0.3, 0.6))}
-    settings |= {"penalty": draw.choice((0.0, 3.0)), "budget": draw.choice((1, 3, 16))}
-    return model, prompts, settings, draw.randrange(1, 10)
-
-
-def compare(model, prompts, new_tokens, decode_block, settings, **arguments):
-    """`generate` on the batch against the plain loop on each row: tokens, and forward passes."""
-    ids, mask = left_padded(prompts)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, use_cache=False, **RUN, **arguments)
-    assert (out.sequences.shape[1], mask.shape[1]) == (ids.shape[1] + new_tokens, ids.shape[1])
-    passes = []
-    for row, prompt in enumerate(prompts):
-        expected, forwards = decode_row(model, prompt, new_tokens, decode_block, **settings)
-        assert out.sequences[row, ids.shape[1] - len(prompt) :].tolist() == expected
-        kept = expected[len(prompt) :]
-        kept = kept.index(EOS) + 1 if EOS in kept else new_tokens
-        assert float(out.tokens_per_forward[row]) == pytest.approx(kept / forwards)
-        passes.append(forwards)
-    return out.sequences, passes
 
 
 @pytest.mark.parametrize("group", range(10))

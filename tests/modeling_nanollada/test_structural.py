@@ -6,8 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from generation_models import EOS, MASK, PAD, PROMPT, SHAPE, build, left_padded
-from joint_loops import CONTROLS, DELETE, INSERT, Table, structural_block
-from test_joint import RUN, compare, random_run
+from joint_loops import CONTROLS, DELETE, INSERT, RUN, Table, compare, random_run, structural_block
 from transformers.modeling_outputs import MaskedLMOutput
 
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM

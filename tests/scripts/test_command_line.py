@@ -124,7 +124,7 @@ def test_a_mistake(name, program):
 def test_a_program_started_as_a_file(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--max_new", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr == "error: unknown option `--max_new`: did you mean `--max_new_tokens`?\n"
+    assert done.stderr == "error: unknown option `--max_new`: did you mean `--max_new_tokens` or `--max_edits`?\n"
     assert (done.returncode, done.stdout) == (2, "")
 
 
