@@ -161,6 +161,7 @@ def post_training_part(content: dict) -> tuple[str, str]:
     title, text = POST_TRAINING[content["part"]]
     parameters = every(f"{run['parameters'] / 1e6:.2f}M" for run in content["runs"] if "parameters" in run)
     errors = "± is over the held-out items and over seeds; differences are paired."
+    title += f", {content['settings']['puzzle']}" if content["part"] == "problems" else ""
     return title, f"{parameters} parameters. {text} {errors}\n\n{tables(content)}"
 
 
