@@ -122,6 +122,9 @@ def test_drafts_read_what_the_loss_reads(kind, tmp_path):
     model = NanoLLaDAForMaskedLM(NanoLLaDAConfig(vocab_size=30, **SHAPE, hidden_dropout=0.5)).double()
     trainer = build_trainer(kind, tmp_path, model, **settings_of(kind, edit_source="self"))
     batch, model = packed_batch(trainer, 12), trainer.model.train()
+    for row in range(1, 12):  # documents of its own
+        batch["document_ids"][row] = torch.arange(15) >= row
+        batch["position_ids"][row] = torch.arange(15) - row * batch["document_ids"][row]
     context = {name: batch[name] for name in ("position_ids", "document_ids")}
     noise, again = trainer.corruption(batch, context), trainer.corruption(batch, context)
     assert torch.equal(noise.noisy_input_ids, again.noisy_input_ids) and model.training
@@ -132,6 +135,29 @@ def test_drafts_read_what_the_loss_reads(kind, tmp_path):
     model.eval()
     expected = model(noisy, **context, **trainer.block_inputs(batch["input_ids"])).logits
     torch.testing.assert_close(logits.view(3, 5, 30), expected[rows % 12][where[:3]].view(3, 5, 30))
+
+
+def test_drafts_see_as_much_future_as_the_loss(tmp_path):
+    """While attention is annealed."""
+    trainer = build_trainer("diffusion", tmp_path, **settings_of("diffusion"), attention_annealing_steps=10)
+    batch, rows, model = packed_batch(trainer), torch.tensor([2, 1]), trainer.model.train()
+    where = torch.ones(2, 15, dtype=torch.bool)
+    logits = trainer.draft(batch)(batch["input_ids"][rows], where, rows)
+    expected = model(batch["input_ids"][rows], **trainer.context_of(batch, rows)).logits
+    trainer.args.attention_annealing_steps = 0
+    full = model(batch["input_ids"][rows], **trainer.context_of(batch, rows)).logits
+    torch.testing.assert_close(logits, expected.flatten(0, 1))
+    assert (expected - full).abs().max() > 1e-4
+
+
+def test_embedding_noise_is_for_masks_alone(tmp_path):
+    """A token that may be wrong is read as it stands."""
+    noisy = {"mask_embedding_noise": 0.5, "mask_embedding_noise_steps": 4}
+    trainer = build_trainer("diffusion", tmp_path, **settings_of("diffusion"), **noisy)
+    batch = packed_batch(trainer, 40)
+    noise = trainer.corruption(batch, {})
+    added = trainer.embedding_noise(noise, batch).abs().sum(-1)
+    assert torch.equal(added > 0, noise.noisy_input_ids == 3) and noise.edited.any()
 
 
 def test_only_the_noisy_half_is_edited(tmp_path):

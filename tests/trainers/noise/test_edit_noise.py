@@ -139,6 +139,8 @@ def test_edits_of_a_row_count_as_their_mean(source, complementary):
         spread = torch.where(places, noise.weights, 0).amax(-1) - torch.where(places, noise.weights, 99).amin(-1)
         assert spread[places.any(-1)].abs().max() < 1e-12  # a mean: all alike
     edited = noise.edited.any(-1)
+    chosen = keyed_uniform(1, torch.arange(400), torch.zeros(400).long(), STREAM_EDIT_ROW, 4)[:, 0] < 0.8
+    assert not kept[~chosen.repeat(copies)].any()
     assert (noise.noisy_input_ids[kept] == ids.repeat(copies, 1)[kept]).all()
     text = (targets & (ids != EOS)).repeat(copies, 1)
     assert torch.equal((kept | noise.edited)[edited], (text & ~masks)[edited])
