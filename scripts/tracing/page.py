@@ -90,7 +90,7 @@ def _figures(trace: StepRecorder, cells: list[Cell], step: int) -> dict:
         "tokens_per_forward": decided / max(step, 1),
         "seconds": trace.seconds[step - 1] if step else 0.0,
         "edits": trace.edits(step),
-        "caption": f": {trace.caption(step)}" if step and trace.edits() else "",
+        "caption": trace.caption(step) if step and trace.edits() else "",
     }
 
 

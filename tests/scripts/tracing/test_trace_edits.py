@@ -3,6 +3,8 @@
 import io
 import json
 import re
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_a_trace_agrees_with_what_generate_returns(tokenizer, case, grid):
         rows = list(trace.rows())
         assert rows[-1] == trace.ids == output.sequences[0].tolist() and rows[0] == trace.start
         assert trace.tokens_per_forward == pytest.approx(output.tokens_per_forward.item())
-        assert trace.decided == 7
+        assert trace.decided == 7 and [step - 1 for step in trace.when] == output.commit_steps[0, :12].tolist()
         read = [step for step in trace.confidence if step]
         assert len(read) == len(calls)  # a pass that edits, or finds nothing to edit, is a pass
         for before, now, counts in zip(rows, rows[1:], trace.counts, strict=False):
@@ -172,6 +174,34 @@ def test_what_moves_is_no_edit(tokenizer):
     assert sure[:2] == [[0.1, 0.2, 0.3, None], [0.4, 0.6, None, None]]  # of the places as they are afterwards
     assert sure[4] == [0.8, 0.95, 0.3, 0.7]  # of those that moved what it was when they were decided
     assert [sorted(trace.newest(step)) for step in (2, 4)] == [[3], [1, 2]]
+
+
+def test_a_structural_trace_agrees_with_what_generate_returns(tokenizer):
+    """LLaDA 2.2's loop: a token that only moved keeps the step that decided it, in the trace as in the output."""
+    torch.manual_seed(0)
+    ids = {"delete_token_id": 298, "insert_token_id": 299}
+    model = NanoLLaDAForMaskedLM(config_for(tokenizer, initializer_range=0.6, block_length=8, **ids, **SHAPE)).eval()
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight.data[298:] *= 1.5
+    total = Counter()
+    for seed in range(8):
+        prompt = torch.randint(4, 298, (1, 5), generator=torch.Generator().manual_seed(seed))
+        trace = TraceRecorder(tokenizer)
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, preset="llada2.2", streamer=trace,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert list(trace.rows())[-1] == trace.ids == output.sequences[0].tolist()
+        assert [step - 1 for step in trace.when] == output.commit_steps[0, : len(trace.ids)].tolist()
+        assert trace.tokens_per_forward == pytest.approx(output.tokens_per_forward.item())
+        for before, now, moves, changes in zip(
+            trace.rows(), islice(trace.rows(), 1, None), trace.moves, trace.steps, strict=False
+        ):
+            kept = [column for column, old in enumerate(moves or ()) if old >= 0 and column not in dict(changes)]
+            assert all(now[column] == before[moves[column]] for column in kept)
+        total += sum(trace.counts, Counter())
+        trace_page(trace, "title")
+    assert total["removed"] and total["added"] and total["edited"] and total["decided"], total
 
 
 def test_a_row_may_grow_at_once_and_shrink(tokenizer):
@@ -228,6 +258,7 @@ def test_a_view_shows_what_its_step_took_away(edited):
         ("text decided edited new", "b", "step 3, confidence 0.700, was b"),
         ("text decided", "", "step 2, confidence 0.950"),
     ]
+    assert "<dt>this step</dt><dd>1 edited</dd>" in trace_view(edited, "title", step=3)
     fourth = trace_view(edited, "title", step=4)
     assert [kind for kind, _, _ in spans(fourth)[1:]] == ["mask edited new", "text decided edited", "mask edited new"]
     assert "<dt>tokens</dt><dd>1</dd>" in fourth and "<dt>masked again</dt><dd>2</dd>" in fourth
