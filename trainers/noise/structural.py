@@ -108,6 +108,8 @@ def corrupt(
         return noise
     draws = keyed_uniform(seed, index, epoch, STREAM_ROW, 2)  # [B, 2]: is it spoilt; ρ
     rows = ((draws[:, 0] < own.structural_rows) & targets.any(-1)).nonzero()[:, 0]  # [R]
+    if noise.edited is None:
+        noise.edited = torch.zeros_like(targets)
     if len(rows) == 0:
         return noise
     clean, own_targets, rate = input_ids[rows], targets[rows], draws[rows, 1:]
@@ -135,8 +137,7 @@ def corrupt(
     share = own_targets.sum(-1, keepdim=True).double() / masked.sum(-1, keepdim=True).clamp(min=1)  # [R, 1]
     weights = torch.where(masked, share, torch.where(site, own.site_weight, own.anchor_weight)) * own_targets
     noise.noisy_input_ids[rows], noise.labels[rows], noise.weights[rows] = noisy, labels, weights
-    edited = torch.zeros_like(targets) if noise.edited is None else noise.edited
-    noise.edited = edited.index_copy(0, rows, site)
+    noise.edited = noise.edited.index_copy(0, rows, site)
     return noise
 
 
