@@ -20,25 +20,28 @@ def matches(draft: torch.LongTensor, target: torch.LongTensor, length: torch.Lon
     pairs, width = draft.shape
     places = torch.arange(width, device=draft.device)
     inside = places < length[:, None]  # [N, w]
-    gain = torch.where(draft[:, :, None] == target[:, None], width + 2, 0)  # so many masks don't outweigh a token
-    gain = gain.masked_fill((draft == mask_id)[:, :, None], width + 1)
-    gain = gain.masked_fill(~(inside[:, :, None] & inside[:, None]), 0)  # [N, w, w]
-    best = draft.new_zeros(pairs, width + 1, width + 1)  # of what is left from (i, j) on
-    for diagonal in range(2 * width - 2, -1, -1):
-        i = torch.arange(max(0, diagonal - width + 1), min(diagonal, width - 1) + 1, device=draft.device)
-        j = diagonal - i
-        skip = torch.maximum(best[:, i + 1, j], best[:, i, j + 1])
-        best[:, i, j] = torch.maximum(skip, best[:, i + 1, j + 1] + gain[:, i, j])
-    matched = torch.full_like(draft, -1)
-    rows, i, j = torch.arange(pairs, device=draft.device), torch.zeros_like(length), torch.zeros_like(length)
-    for _ in range(2 * width):
-        here, open_ = best[rows, i, j], (i < width) & (j < width)
-        own = gain[rows, i.clamp(max=width - 1), j.clamp(max=width - 1)]
-        after = best[rows, (i + 1).clamp(max=width), (j + 1).clamp(max=width)]
-        take = open_ & (own > 0) & (here == after + own)
-        down = open_ & ~take & (best[rows, (i + 1).clamp(max=width), j] == here)
-        matched[rows[take], i[take]] = j[take]
-        i, j = i + (take | down).long(), j + (open_ & ~down).long()
+    best = torch.zeros(
+        pairs, width + 1, width + 1, dtype=torch.int, device=draft.device
+    )  # of what is left from (i, j)
+
+    def matching(i):
+        """`[N, w]`: the best of what is left with draft token i matched at each place, or −1."""
+        token = draft[:, i : i + 1]
+        gain = torch.where(token == mask_id, width + 1, width + 2)  # so many masks don't outweigh a token
+        fits = inside & inside[:, i : i + 1] & ((token == target) | (token == mask_id))
+        return torch.where(fits, best[:, i + 1, 1:] + gain, -1).int()
+
+    for i in range(width - 1, -1, -1):
+        here = torch.maximum(best[:, i + 1, :-1], matching(i))
+        best[:, i, :-1] = here.flip(1).cummax(1).values.flip(1)
+    matched, first = torch.full_like(draft, -1), torch.zeros_like(length)[:, None]
+    for i in range(width):
+        take = matching(i) == best[:, i, :-1]
+        stop = (take | (best[:, i + 1, :-1] == best[:, i, :-1])) & (places >= first)  # matched there, or left out
+        found, j = stop.any(1, keepdim=True), stop.int().argmax(1, keepdim=True)
+        taken = found & take.gather(1, j)
+        matched[:, i] = j.where(taken, -1)[:, 0]
+        first = torch.where(found, j + taken.long(), width)
     return matched
 
 
