@@ -99,6 +99,26 @@ class Canvas:
         self.commit_steps[rows, columns] = steps.masked_fill(masked, -1)
         self.forwards[rows] += 1
 
+    def move(self, origin, reopened):
+        """
+        Gives each column what stood in another, `[B, W']`; −1 is a mask that comes in, −2 the end of a shorter row.
+        What was `reopened`, `[B, W]`, is masked again. Of canvases that are prompts alone.
+        """
+        self.ids = self.ids.masked_fill(reopened, self.mask_token_id)
+        self.undecided = self.undecided | reopened
+        self.commit_steps = self.commit_steps.masked_fill(reopened, -1)
+        source, old, new = origin.clamp(min=0), origin >= 0, origin == -1  # [B, W']
+        self.ids = self.ids.gather(1, source).where(old, self.mask_token_id)
+        if self.pad_token_id is not None:
+            self.ids = self.ids.where(old | new, self.pad_token_id)
+        self.commit_steps = self.commit_steps.gather(1, source).where(old, -1)
+        self.visible, self.undecided = (part.gather(1, source) & old | new for part in (self.visible, self.undecided))
+        self.given, self.blocks = self.given.gather(1, source) & old, torch.zeros_like(origin)
+        self.all_visible = bool(self.visible.all())
+        self.length = self.prompt_length = origin.shape[1]
+        self.columns = torch.arange(self.length, device=origin.device)
+        self.checked, self.last = torch.full_like(self.last, self.length), (old | new).sum(1) - 1
+
     def editable(self, block, eos_ids):
         """
         Of the generated positions `block` the tokens that an edit may change, before an end of text, and what is

@@ -5,8 +5,10 @@ import itertools
 import torch
 
 from .canvas_nanollada import Canvas
+from .expansion_nanollada import Expander
 from .prediction_nanollada import Predictor
 from .rule_nanollada import Step
+from .rules_nanollada import expander_of
 from .sampling_nanollada import Sampler
 
 
@@ -25,6 +27,9 @@ class Denoiser:
     def __init__(self, canvas: Canvas, predictor: Predictor, sampler: Sampler, stopping_criteria, streamer=None):
         self.canvas, self.predictor, self.sampler = canvas, predictor, sampler
         self.stopping_criteria, self.streamer = stopping_criteria, streamer
+        self.expander = None
+        if expander_of(sampler.settings) is not None:
+            self.expander = Expander(canvas, sampler, predictor.model.config)
         if sampler.rule.edit_tokens:
             canvas.refuse_masks_inside_prompts(sampler.rule.switch)
 
@@ -46,14 +51,19 @@ class Denoiser:
         end = (self.sampler.eos_ids, settings.early_stop, settings.eos_policy == "cut")
         if settings.steps is not None:  # more of them than masks are of use where decisions are taken back
             steps = torch.full_like(masked, settings.steps) if revises else masked.clamp(max=settings.steps)
-        begin, last = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
-        columns = slice(begin, last + 1)
-        self.predictor.start_block(block, columns)
-        self.sampler.start_block(len(block), last + 1 - begin)
+        columns = self.window(block)
+        self.sampler.start_block(len(block), columns.stop - columns.start)
         self.fill(block, columns, masked, steps, end)
         if self.sampler.editor is not None:
             self.edit(block, columns)
         canvas.stop_at_eos(*end)
+
+    def window(self, block: torch.BoolTensor) -> slice:
+        """The columns of the positions `block`, `[B, W]`, which the model is to read."""
+        begin, last = (int(column) for column in block.any(0).nonzero()[:, 0].aminmax())
+        columns = slice(begin, last + 1)
+        self.predictor.start_block(block, columns)
+        return columns
 
     def fill(self, block, columns, masked, steps, end) -> None:
         """Steps until the rule leaves a block's rows: with nothing masked, or when it says so."""
@@ -68,7 +78,11 @@ class Denoiser:
             rows = at_work.nonzero()[:, 0]  # [R]
             if len(rows) == 0:
                 break
+            if self.expander is not None:  # the number of masks is not known: one a step at least
+                masked = steps = canvas.undecided.sum(1) + index
             done = self.step(block, columns, rows, masked=masked[rows], steps=steps[rows], index=index)
+            if self.expander is not None and (block := self.expander.block).any():
+                columns = self.window(block)
             finished[rows] = False if done is None else done
             if not revises:
                 canvas.stop_at_eos(*end)
@@ -109,7 +123,7 @@ class Denoiser:
         )
         decision = editor.decide(step, seen)
         canvas.apply(rows, columns, decision)
-        self.show(read, logits)
+        self.show(read[:, : canvas.length], logits)
         return decision.finished
 
     def step(self, block: torch.BoolTensor, columns: slice, rows: torch.LongTensor, **counts) -> None:
@@ -126,6 +140,8 @@ class Denoiser:
         if read.any():
             row_of = read[rows, columns].nonzero()[:, 0]  # [N]
             logits = self.sampler.shape(self.predictor.predict(read), ids, row_of, visible)  # [N, V]
+            if self.expander is not None:
+                logits = self.expander.exclude(rows, row_of, logits)
         # 2. Choose which of them to decide, and draw their tokens. The others stay masked.
         step = Step(
             rows,
@@ -138,30 +154,39 @@ class Denoiser:
             logits=logits,
         )
         decision = self.sampler.decide(step, ids)
+        if self.expander is not None:
+            decision = self.expander.limit(step, decision)
         canvas.apply(rows, columns, decision)
-        origin = None
-        if decision.origin is not None:
-            origin = canvas.columns.repeat(len(block), 1)  # [B, L]
-            origin[rows, columns] = (decision.origin + columns.start).masked_fill(decision.origin < 0, -1)
+        origin, read = self.moved(rows, columns, decision), read[:, : canvas.length]
+        if self.expander is not None:
+            origin = self.expander.execute()
         self.show(read, logits, origin)
         return decision.finished
+
+    def moved(self, rows: torch.LongTensor, columns: slice, decision) -> torch.LongTensor | None:
+        """`[B, L]`: the column that each position's content stood in before; `None` if a decision moved nothing."""
+        if decision.origin is None:
+            return None
+        origin = self.canvas.columns.repeat(len(self.canvas.ids), 1)
+        origin[rows, columns] = (decision.origin + columns.start).masked_fill(decision.origin < 0, -1)
+        return origin if bool((origin != self.canvas.columns).any()) else None
 
     def show(self, active: torch.BoolTensor, logits: torch.FloatTensor, origin=None) -> None:
         """
         Hands a step to the streamers that ask for it.
 
         Args:
-            active (`torch.BoolTensor` of shape `(batch, width)`): The N positions that were read.
+            active (`torch.BoolTensor` of shape `(batch, length)`): The N positions that were read.
             logits (`torch.FloatTensor` of shape `(N, vocab_size)`): What was read.
-            origin (`torch.LongTensor` of shape `(batch, length)`, *optional*): The column that each stood in before;
-                −1: a mask that came in.
+            origin (`torch.LongTensor` of shape `(batch, length now)`, *optional*): If anything moved, the column that
+                each position's content stood in before; negative: what came in.
         """
-        columns = slice(self.canvas.put, self.canvas.length)
+        columns = slice(self.canvas.put, None)
         if hasattr(self.streamer, "put_confidence"):
             confidence = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
             confidence[active] = logits.softmax(-1, dtype=torch.double).amax(-1)
             self.streamer.put_confidence(confidence[:, columns].cpu())
-        if hasattr(self.streamer, "put_moves") and origin is not None and bool((origin != self.canvas.columns).any()):
-            self.streamer.put_moves(origin[:, columns].cpu())
+        if origin is not None and hasattr(self.streamer, "put_moves"):
+            self.streamer.put_moves(origin[:, columns].clamp(min=-1).cpu())
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self.canvas.ids[:, columns].cpu())
+            self.streamer.put_draft(self.canvas.ids[:, self.canvas.put : self.canvas.length].cpu())

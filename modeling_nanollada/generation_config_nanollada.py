@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from .presets_nanollada import PRESET_HELP, PRESETS, expand_preset
 from .rule_nanollada import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Setting
-from .rules_nanollada import OWN_SETTINGS, RULES, SHARED, editor_of, is_set, rule_of
+from .rules_nanollada import OWN_SETTINGS, RULES, SHARED, editor_of, expander_of, is_set, rule_of
 
 # What the diffusion `generate` does with each field of transformers' `GenerationConfig`: works, refused, or harmless.
 UNSUPPORTED = (
@@ -303,14 +303,15 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
 
     def check_edit_tokens(self, config) -> None:
         """A rule that removes and inserts needs a model that knows how to say so."""
-        rule, tokens = rule_of(self), (config.delete_token_id, config.insert_token_id)
-        message = f"`{rule.switch}` needs a model with `config.delete_token_id` and `config.insert_token_id`"
-        require(not rule.edit_tokens or None not in tokens, f"{message}, got {tokens[0]} and {tokens[1]}")
+        tokens = (config.delete_token_id, config.insert_token_id)
+        for rule in filter(None, (rule_of(self), expander_of(self))):
+            message = f"`{rule.switch}` needs a model with `config.delete_token_id` and `config.insert_token_id`"
+            require(not rule.edit_tokens or None not in tokens, f"{message}, got {tokens[0]} and {tokens[1]}")
 
     def _validate_rule(self) -> None:
         """One commit rule at a time, with all that it needs."""
         switched = [rule for rule in RULES.values() if rule.switch]
-        bases = [rule.switch for rule in switched if rule.refines is None and rule.editor is None]
+        bases = [rule.switch for rule in switched if rule.refines is None and not rule.beside]
         named = [name for name in bases if not _unset(self, [name])]
         require(len(named) < 2, f"Only one of {ticked(bases)} may be set, got {named}")
         refining = [rule for rule in switched if rule.refines and not _unset(self, [rule.switch])]
@@ -320,7 +321,7 @@ class NanoLLaDAGenerationConfig(GenerationConfig):
         names = [rule.switch for rule in refining]
         values = " and ".join(str(getattr(self, name)) for name in names)
         require(len(names) < 2, f"Only one of {ticked(names, ' and ')} may be set, got {values}")
-        for rule in filter(None, (editor_of(self), rule_of(self))):
+        for rule in filter(None, (editor_of(self), expander_of(self), rule_of(self))):
             require(not rule.check(self), rule.check(self))
         probability = self.remasking != "random" and self.position_score != "entropy"
         needing = [rule.switch for rule in switched if rule.needs_probability]

@@ -7,7 +7,7 @@ import torch
 from .cache_nanollada import BlockCache
 from .canvas_nanollada import Canvas
 from .generation_config_nanollada import require
-from .rules_nanollada import rule_of
+from .rules_nanollada import edits_tokens
 from .versions_nanollada import must_verify, verify_cached
 
 
@@ -40,7 +40,7 @@ class Predictor:
         self.model, self.canvas, self.cfg_scale = model, canvas, settings.cfg_scale
         self.block_length, self.grow_length = model.config.block_length, settings.grow_length
         self.static = settings.cache_implementation == "static"
-        self.options = {"return_dict": True} | ({"edit_tokens": True} if rule_of(settings).edit_tokens else {})
+        self.options = {"return_dict": True} | ({"edit_tokens": True} if edits_tokens(settings) else {})
 
     def start_block(self, block: torch.BoolTensor, columns: slice) -> None:
         """The open positions `block`, `[B, W]`, all in `columns`, are next."""

@@ -105,7 +105,13 @@ class Rule:
     # It is asked when a block's masks are gone, and stands beside the rule that decided them: from the sampler and the
     # pad token to the [`Editor`]. It has no function then.
     editor: Callable[[object, object], object] | None = None
+    resizes: bool = False  # rows grow and shrink; it stands beside the rule that decides, and has no function
     edit_tokens: bool = False  # it executes `<|delete|>` and `<|insert|>`, which nobody else proposes
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is on together with a rule that decides."""
+        return self.editor is not None or self.resizes
 
     @property
     def switch(self) -> str | None:

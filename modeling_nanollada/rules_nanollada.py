@@ -91,6 +91,16 @@ def _edits(settings) -> str:
     return other if is_set(settings.joint_threshold) else ""
 
 
+def _expansions(settings) -> str:
+    rules = ("kl_threshold", "remdm", "joint_threshold", "edit_threshold")
+    for name in (*rules, "block_length", "steps", "grow_length", "approximate_cache"):
+        if is_set(value := getattr(settings, name)):
+            return f"`max_expansions` changes the length of rows: `{name}` must be unset with it, got {value!r}"
+    schedule = settings.commit_schedule
+    message = f"`max_expansions` changes the number of masks: `commit_schedule` must be 'equal', got {schedule!r}"
+    return message * (schedule not in (None, "equal"))
+
+
 def _joint_settings(settings) -> str:
     temperature, penalty = settings.get_temperature(), settings.repetition_penalty
     if temperature > 0:
@@ -222,6 +232,18 @@ RULES = {
         check=_edits,
         editor=_editor,
     ),
+    "expand": Rule(
+        "also makes two masks of one, or none: infilling of unknown length",
+        "DreamOn",
+        settings={
+            "max_expansions": Setting(
+                int, NOT_NEGATIVE, "a prompt's masks may become more, by so many tokens a row at most, or fewer."
+            )
+        },
+        check=_expansions,
+        resizes=True,
+        edit_tokens=True,
+    ),
 }
 # Read by several rules: their switches.
 SHARED = {
@@ -271,7 +293,7 @@ def rule_of(settings) -> Rule:
     Args:
         settings ([`NanoLLaDAGenerationConfig`]): Or anything with the switches as attributes.
     """
-    on = [name for name in _switched(settings) if RULES[name].editor is None]
+    on = [name for name in _switched(settings) if not RULES[name].beside]
     refined = {RULES[name].refines for name in on}
     return RULES[next((name for name in on if name not in refined), "quota")]
 
@@ -279,6 +301,16 @@ def rule_of(settings) -> Rule:
 def editor_of(settings) -> Rule | None:
     """The rule of the edits behind a block's last mask; `None` without any."""
     return next((RULES[name] for name in _switched(settings) if RULES[name].editor), None)
+
+
+def expander_of(settings) -> Rule | None:
+    """The rule under which rows grow and shrink; `None` without any."""
+    return next((RULES[name] for name in _switched(settings) if RULES[name].resizes), None)
+
+
+def edits_tokens(settings) -> bool:
+    """Whether a rule that is on executes `<|delete|>` and `<|insert|>`."""
+    return any(RULES[name].edit_tokens for name in _switched(settings))
 
 
 def _switched(settings) -> list[str]:

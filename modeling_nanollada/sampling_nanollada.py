@@ -9,7 +9,7 @@ from transformers.generation import logits_process as processors
 
 from .commit_nanollada import best, commit_quota, commit_ramp, commit_ratio, entropy
 from .rule_nanollada import Decision, Step
-from .rules_nanollada import editor_of, rule_of
+from .rules_nanollada import editor_of, edits_tokens, rule_of
 
 # Of transformers' logits processors, those whose rule needs one position's scores alone. The rest reads left to right.
 SHAPERS = (processors.SuppressTokensLogitsProcessor, processors.LogitNormalization)
@@ -36,7 +36,7 @@ class Sampler:
         by_sample = settings.remasking == "low_confidence" and settings.position_score == "sampled_prob"
         self.by_sample = by_sample and self.rule.ranks
         self.edit_token_ids = edit_token_ids  # `<|delete|>` and `<|insert|>`, if the model has them
-        controls = [token for token in edit_token_ids if token is not None and not self.rule.edit_tokens]
+        controls = [token for token in edit_token_ids if token is not None and not edits_tokens(settings)]
         never = [torch.tensor([mask_token_id, *controls], device=eos_ids.device)]
         self.never = torch.cat(never + [eos_ids] * (settings.eos_policy == "forbid"))
         self.before = None

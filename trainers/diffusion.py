@@ -264,7 +264,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
         # 1. noise that belongs to the row, with its labels and weights
         noise = self.corruption(inputs, model_inputs(inputs))
         rows = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).repeat(noise.copies)
-        context, supervised = self.context_of(inputs, rows), noise.supervised
+        context, supervised = self.context_of(inputs, rows, noise), noise.supervised
         masks = (noise.noisy_input_ids == self.model.config.mask_token_id).sum()
         # 2. logits only where there is a label
         extras = self.args.confidence_weight or self.args.repetition_penalty_weight or noise.edited is not None
@@ -289,9 +289,10 @@ class DiffusionTrainer(NanoLLaDATrainer):
         extra = self.additional_loss(logits, noise, (inputs["labels"] != -100).sum(-1))
         return loss + extra / num_items_in_batch, masks
 
-    def context_of(self, inputs: dict, rows: torch.LongTensor) -> dict:
-        """What the model reads beside the noisy ids of the batch's rows `rows`."""
+    def context_of(self, inputs: dict, rows: torch.LongTensor, noise: Corruption | None = None) -> dict:
+        """What the model reads beside the noisy ids of the batch's rows `rows`, in the columns of the `noise`."""
         context = {name: value[rows] for name, value in model_inputs(inputs).items()}
+        context = context if noise is None else noise.context(context)
         clean = inputs["input_ids"][rows]  # [R, L]
         context |= self.block_inputs(clean)
         future = self.visible_future(inputs)
@@ -347,7 +348,7 @@ class DiffusionTrainer(NanoLLaDATrainer):
         if self.state.global_step >= steps:
             return None
         deviation = self.args.mask_embedding_noise * (1 - self.state.global_step / steps)
-        length, hidden_size = inputs["input_ids"].shape[1], self.model.config.hidden_size
+        length, hidden_size = noise.noisy_input_ids.shape[1], self.model.config.hidden_size
         uniform = keyed_uniform(
             self.args.seed, inputs["index"], inputs["epoch"], STREAM_EMBEDDING, length * hidden_size
         )

@@ -21,6 +21,9 @@ class Corruption:
         copies (`int`): How often each row is there: first all rows once, then all again.
         edited (`torch.BoolTensor` of shape `(copies * batch, length)`, *optional*): The labels at tokens that are
             visible and may be wrong, for the log. `None`: labels at masks alone.
+        origin (`torch.LongTensor` of shape `(copies * batch, length)`, *optional*): Where rows change their length, so
+            that `length` isn't the batch's: the column of the clean row whose context (document, …) each column has;
+            −1 is padding. `None`: its own.
     """
 
     noisy_input_ids: torch.Tensor
@@ -28,6 +31,23 @@ class Corruption:
     weights: torch.Tensor
     copies: int = 1
     edited: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
+
+    def context(self, context: dict) -> dict:
+        """What a model reads beside the clean ids, `[copies * batch, L]` each, as it goes with the noisy ones."""
+        if self.origin is None:
+            return context
+        inside, source = self.origin >= 0, self.origin.clamp(min=0)
+        context = {name: value.gather(-1, source) for name, value in context.items()}
+        mask = context.get("attention_mask", torch.ones_like(source))
+        context["attention_mask"] = mask.where(inside, 0)
+        if "document_ids" in context:
+            documents = context["document_ids"].where(inside, -1)
+            columns = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+            begins = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            positions = columns - columns.where(begins, 0).cummax(-1).values
+            context |= {"document_ids": documents, "position_ids": positions}
+        return context
 
     @property
     def supervised(self) -> torch.BoolTensor:

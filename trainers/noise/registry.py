@@ -1,8 +1,9 @@
 """The ways of corrupting rows, by the name that `--corruption` takes. A new one is a file here and an entry."""
 
-from nanollada.trainers.noise import editing, masking, structural
+from nanollada.trainers.noise import editing, expansion, masking, structural
 from nanollada.trainers.noise.corruption import CorruptionKind
 from nanollada.trainers.noise.editing import EditingSettings
+from nanollada.trainers.noise.expansion import ExpansionSettings
 from nanollada.trainers.noise.masking import MaskingSettings
 from nanollada.trainers.noise.structural import StructuralSettings
 
@@ -31,6 +32,14 @@ CORRUPTIONS = {
         drafts=editing.needs_drafts,
         lexicon=True,
         documents=True,
+        edit_tokens=True,
+    ),
+    "expansion": CorruptionKind(
+        expansion.corrupt,
+        (MaskingSettings, ExpansionSettings),
+        "masked diffusion bound and infilling of unknown length",
+        "in a share of the rows a stretch is to be filled that has fewer or more masks than tokens (DreamOn)",
+        check=expansion.check,
         edit_tokens=True,
     ),
 }
