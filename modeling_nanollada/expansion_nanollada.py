@@ -36,7 +36,7 @@ class Expander:
         found = f"`pad_token_id` must be set for `max_expansions` of several rows, got None and {len(canvas.ids)} rows"
         require(canvas.pad_token_id is not None or len(canvas.ids) == 1, found)
         self.canvas, (self.delete, self.insert) = canvas, sampler.edit_token_ids
-        self.block = canvas.undecided  # [B, W], what is generated
+        self.block = canvas.undecided.clone()  # [B, W], what is generated
         room = config.max_position_embeddings - canvas.visible.sum(1)  # [B]
         self.left = room.clamp(min=0, max=sampler.settings.max_expansions)
 

@@ -6,8 +6,8 @@ A run of m masks that stands for n tokens is a gap. Its i-th mask is to predict,
     `<|delete|>` where i > n, and
     `<|insert|>` where i > 2m − n: the mask becomes two.
 
-So the labels are a function of n and m: the tokens come first, and the last n − m masks expand, or all of them. Carrying
-out one round of labels makes min(n, 2m) masks of m, so that ⌈log₂(n / m)⌉ rounds and n − m expansions are enough.
+So the labels are a function of n and m: the tokens come first, and the last n − m masks expand, or all of them. When a
+round of labels is carried out, m masks become min(n, 2m): ⌈log₂(n / m)⌉ rounds and n − m expansions are enough.
 DreamOn merges pairs of masks anywhere in a gap: there a mask can't know which token is its own, even where n is known.
 """
 
@@ -83,7 +83,8 @@ def corrupt(
     The stretch lies between two targets, uniform in a run of targets that are text. One half of these rows hides it
     all, as a decoder finds it; the others hide k of its tokens, as `masking.corrupt`. Of each run of n hidden tokens,
     m = 1..n − 1 (uniform) masks are left with probability `merge_rate`; with `extra_rate` it gets 1..`max_extra`
-    (uniform) more, and so does one place of the row where nothing is hidden. Labels are those of the module's law.
+    (uniform) more, and so do, in that share of the rows, one or a few places where nothing is hidden: in half of them
+    nothing is hidden elsewhere either. Labels are those of the module's law.
     Such a row counts as its labels' mean cross-entropy, times its targets, as rows do everywhere.
 
     Rows so become shorter or longer, at most by `max_extra`: `origin` says what came from where, and nothing is lost
@@ -109,7 +110,7 @@ def corrupt(
     keys, length = (seed, index, epoch), input_ids.shape[1]
     places = {"seed": seed, "index": index, "rank": rank, "epoch": epoch, "block_ids": block_ids, **settings}
     noise = masking.corrupt(input_ids, targets, config, **places)
-    draws = keyed_uniform(*keys, STREAM_EXPAND_ROW, 7)  # [B, 7]: hole?, its ends, all hidden?, extra masks
+    draws = keyed_uniform(*keys, STREAM_EXPAND_ROW, 6)  # [B, 6]: hole?, its ends, all hidden?, extra masks
     special = torch.tensor(sorted(special_ids(config)), device=input_ids.device)
     text = targets & ~torch.isin(input_ids, special)
     hole = (draws[:, :1] < own.expand_rows) & text.any(-1, keepdim=True)  # [B, 1]
@@ -119,7 +120,7 @@ def corrupt(
     # 1. The tokens that are hidden, in gaps of n, with their number in the gap from 1.
     span = stretch(text, draws[:, 1:3]) & hole  # [B, L]
     some = masking.corrupt(input_ids, span, config, **places).supervised
-    hidden = torch.where(draws[:, 3:4] < 0.5, span, some)
+    hidden = torch.where(draws[:, 3:4] < 0.5, span, some) & (draws[:, 4:5] >= own.extra_rate / 2)
     size, number = gaps(hidden)  # [B, L]
     # 2. The masks that stand for them: m, and those beyond n.
     choice, amount = (keyed_uniform(*keys, stream, length) for stream in (STREAM_EXPAND_CHOICE, STREAM_EXPAND_COUNT))
@@ -127,8 +128,12 @@ def corrupt(
     masks = of_the_gap(torch.where(merged, 1 + (amount * (size - 1)).long(), size), number)
     more = torch.where(choice >= 1 - own.extra_rate, 1 + (amount * own.max_extra).long(), 0)
     extra = of_the_gap(more, number).where(hidden & (number == size), 0)  # behind the last
-    extra = extra + _where_nothing_is_hidden(text & ~hidden & ~_before(hidden) & hole, draws[:, 4:], own)
-    extra = extra.cumsum(-1).clamp(max=own.max_extra).diff(dim=-1, prepend=extra.new_zeros(len(extra), 1))
+    free = (text | _before(text)) & ~hidden & ~_before(hidden) & hole
+    places_left = free.sum(-1, keepdim=True)
+    behind = free & ((free.cumsum(-1) == (draws[:, 5:6] * places_left).long() + 1) | (choice * places_left < 1))
+    behind = behind & (draws[:, 4:5] < own.extra_rate)
+    extra = (extra + (1 + (amount * own.max_extra).long()).where(behind, 0)).cumsum(-1).clamp(max=own.max_extra)
+    extra = extra.diff(dim=-1, prepend=extra.new_zeros(len(extra), 1))
     # 3. Labels, and how many columns become of each.
     own_token = number <= torch.minimum(size, 2 * masks - size)
     labels = input_ids.where(own_token, config.insert_token_id).where(hidden, -100)
@@ -174,12 +179,6 @@ def of_the_gap(values: torch.Tensor, number: torch.LongTensor) -> torch.Tensor:
 def _before(hidden):
     """`[B, L]`: the columns before a hidden one."""
     return torch.nn.functional.pad(hidden[:, 1:], (0, 1))
-
-
-def _where_nothing_is_hidden(free, draws, own):
-    """`[B, L]`: masks behind one of the columns `free`, in a share of the rows."""
-    chosen = free & (free.cumsum(-1) == (draws[:, 1:2] * free.sum(-1, keepdim=True)).long() + 1)
-    return (1 + (draws[:, 2:3] * own.max_extra).long()).where(chosen & (draws[:, :1] < own.extra_rate), 0)
 
 
 def _moved(noisy, labels, count, config):
