@@ -386,6 +386,12 @@ def test_a_diffusion_model_is_not_causal(tokenizer, tmp_path):
         run(tmp_path / "llama", "qwen3", tmp_path / "theirs")
 
 
+def test_edit_tokens_would_be_words_there(tokenizer, tmp_path):
+    native(tmp_path / "ours", tokenizer, delete_token_id=298, insert_token_id=299)
+    with pytest.raises(ValueError, match=r"`source` must be without edit tokens.*got a vocabulary with \[298, 299\]"):
+        run(tmp_path / "ours", "qwen3", tmp_path / "theirs")
+
+
 def test_a_record_of_other_weights(plain_tokenizer, tmp_path):
     save_foreign(tmp_path / "theirs", "qwen3", plain_tokenizer)
     run(tmp_path / "theirs", "causal", tmp_path / "ours")

@@ -104,6 +104,18 @@ def test_other_configs_are_refused(folders):
         merge_checkpoints(folders)
 
 
+def test_checkpoints_with_edit_tokens_and_without_have_no_mean(folders):
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps({**config, "delete_token_id": 8, "insert_token_id": 9}))
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1: `delete_token_id` must be as in .*checkpoint-0 \(None\), got 8"
+    ):
+        merge_checkpoints(folders)
+    older = {name: value for name, value in config.items() if name not in ("delete_token_id", "insert_token_id")}
+    (folders[1] / "config.json").write_text(json.dumps(older))  # of before there were any
+    merge_checkpoints(folders)
+
+
 def test_wrong_folders_are_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="`folders` must name at least two checkpoints, got 1"):
         merge_checkpoints(folders[:1])
