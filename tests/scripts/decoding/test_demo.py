@@ -132,6 +132,8 @@ def test_fields_are_options():
     assert read_fields(seed="0", steps="2.5")["steps"] == 2.5  # not rounded: `generate` says what is wrong
     with pytest.raises(ValueError, match="`steps` must be a number or empty, got 'two'"):
         read_fields(seed="0", steps="two")
+    given = read_fields(seed="0", edit_threshold="0", edit_rule="remask", preset="", edit_margin="")
+    assert given == {"seed": 0, "edit_threshold": 0, "edit_rule": "remask"}
 
 
 @pytest.mark.parametrize("seed", ["", "-1", "0.5", str(LARGEST_SEED + 1)])
@@ -174,6 +176,21 @@ def test_both_models_write_what_generate_gives(pair, names):
         for step in range(14):
             _, recorder, cells = expected(pair, name, step, **given)
             check(View(writings[name].show(step)), cells, recorder, step)
+
+
+@pytest.mark.parametrize("given", [{"steps": 2, "edit_threshold": 0, "edit_rule": "remask", "edit_margin": 0},
+                                   {"preset": "llada2.1-speed"}])  # fmt: skip
+def test_edits_are_shown_as_generate_makes_them(pair, names, given):
+    given = {"max_new_tokens": 12, "seed": 5, **given}
+    writings = prepare(pair, names, PROMPT, False, **given)
+    list(write_all(writings))
+    made, recorder, cells = expected(pair, "diffusion", **given)
+    view, steps = View(writings["diffusion"].show()), len(recorder.steps)
+    check(view, cells, recorder, steps)
+    assert made.edits["edited"] == int(view.figures["edited"]) > 0
+    for step in range(1, steps):
+        view = View(writings["diffusion"].show(step))
+        assert view.figures["this step"] == recorder.caption(step)
 
 
 def test_a_chat_is_rendered(pair, names):
