@@ -58,7 +58,7 @@ class Part:
 
 
 WHOLE_ROWS = {"block_length": 0, "eos_padding": "max_length"}
-ADAPTIVE = ("one", "t0.995", "t0.98", "t0.95", "t0.9", "t0.5", "all")
+ADAPTIVE = ("one", "t0.995", "t0.98", "t0.95", "t0.9", "t0.7", "t0.5", "all")
 AT_ALL = ("edit", "sync", "remask")
 PUZZLE = (
     *ADAPTIVE,
@@ -70,6 +70,7 @@ FIXED = ("one", "steps16", "steps8", "steps4", "steps2", "all")
 TEXT = (
     "reference",
     *FIXED,
+    *("t0.7", "t0.5"),
     *(f"{draft}+edit" for draft in FIXED[1:]),
     *(f"{draft}+{kind}" for draft in ("steps8", "all") for kind in ("sync", "remask")),
     *(f"{draft}@1{edits}" for draft in FIXED for edits in ("", "+gibbs")),

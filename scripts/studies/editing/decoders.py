@@ -28,7 +28,7 @@ class Decoder:
 ONE_EDIT = {"edit_threshold": 0.0, "edit_margin": 0.7, "max_edits": 1, "max_post_steps": 8}
 DRAFTS = {
     "one": ("one per step", {}),
-    **{f"t{value}": (f"threshold {value}", {"threshold": value}) for value in (0.995, 0.98, 0.95, 0.9, 0.5)},
+    **{f"t{value}": (f"threshold {value}", {"threshold": value}) for value in (0.995, 0.98, 0.95, 0.9, 0.7, 0.5)},
     **{f"steps{count}": (f"{count} steps", {"steps": count}) for count in (16, 8, 4, 2)},
     "all": ("all at once", {"steps": 1}),
 }
@@ -50,8 +50,8 @@ def _decoders() -> dict[str, Decoder]:
             found[f"{name}@1"] = Decoder(f"{title}, drawn", settings | DRAWN)
             settings = settings | DRAWN | GIBBS
             found[f"{name}@1+gibbs"] = Decoder(f"{title}, drawn + Gibbs", settings, f"{name}@1", "gibbs")
-    for preset in ("llada2.1-speed", "llada2.1-quality", "llada2.2"):
-        found[preset] = Decoder(preset, {"preset": preset}, "all", "preset")
+    for preset, draft in (("llada2.1-speed", "t0.5"), ("llada2.1-quality", "t0.7"), ("llada2.2", "t0.5")):
+        found[preset] = Decoder(preset, {"preset": preset}, draft, "preset")
     for name, title, masks in (
         ("right", "as many masks", 1.0),
         ("single", "one mask", 0.0),

@@ -148,18 +148,17 @@ def beliefs_table(record: dict) -> str:
 
 def verdict(record: dict) -> str:
     """Where editing wins at equal forward passes, and where not: beyond two standard errors."""
-    sides = {"ahead of": [], "behind": [], "not apart from": []}
+    sides = {"Ahead of": {}, "Behind": {}, "Not apart from": {}}
     for row in record["gains"]:
-        gap = row["figures"].get("matched")
-        if gap is None:
+        if (gap := row["figures"].get("matched")) is None:
             continue
         apart = abs(gap["value"]) > CLEAR * (gap["standard_error"] or 0)
-        side = "not apart from" if not apart else "ahead of" if gap["value"] > 0 else "behind"
-        sides[side].append(f"{ARMS[row['run']].title}: {DECODERS[row['decoder']].title}")
+        side = "Not apart from" if not apart else "Ahead of" if gap["value"] > 0 else "Behind"
+        sides[side].setdefault(ARMS[row["run"]].title, []).append(DECODERS[row["decoder"]].title)
     lines = []
-    for side, names in sides.items():
-        if names:
-            lines.append(f"{len(names)} {side} plain decoding at equal forwards (2 s.e.): {'; '.join(names)}.")
+    for side, arms in sides.items():
+        if names := "; ".join(f"{arm} ({', '.join(decoders)})" for arm, decoders in arms.items()):
+            lines.append(f"{side} plain decoding at equal forwards, by 2 s.e.: {names}.")
     return "\n\n".join(lines)
 
 

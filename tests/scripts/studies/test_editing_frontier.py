@@ -122,8 +122,8 @@ def test_a_verdict_takes_two_standard_errors():
 
     record = {"gains": [gain("all+edit", 0.2, 0.05), gain("t0.5+edit", -0.2, 0.05), gain("t0.9+edit", 0.09, 0.05)]}
     assert verdict(record).split("\n\n") == [
-        "1 ahead of plain decoding at equal forwards (2 s.e.): edits of self: all at once + edits.",
-        "1 behind plain decoding at equal forwards (2 s.e.): edits of self: threshold 0.5 + edits.",
-        "1 not apart from plain decoding at equal forwards (2 s.e.): edits of self: threshold 0.9 + edits.",
+        "Ahead of plain decoding at equal forwards, by 2 s.e.: edits of self (all at once + edits).",
+        "Behind plain decoding at equal forwards, by 2 s.e.: edits of self (threshold 0.5 + edits).",
+        "Not apart from plain decoding at equal forwards, by 2 s.e.: edits of self (threshold 0.9 + edits).",
     ]
     assert verdict({"gains": [{"run": "self", "decoder": "all+edit", "figures": {}}]}) == ""
