@@ -12,6 +12,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from nanollada.modeling_nanollada import NanoLLaDAConfig, NanoLLaDAForMaskedLM
 
 DELETE, INSERT, VOCABULARY = 14, 15, 16
+RUN = {"pad_token_id": PAD, "eos_token_id": EOS, "return_dict_in_generate": True}
 CONTROLS = {"delete_token_id": DELETE, "insert_token_id": INSERT}
 RUN = {"pad_token_id": PAD, "eos_token_id": EOS, "return_dict_in_generate": True}
 
