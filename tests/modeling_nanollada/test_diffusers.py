@@ -96,7 +96,7 @@ def test_edits_of_the_pipeline_are_those_of_the_joint_rule(threshold, edit_thres
             more = model.generate(prompt, max_post_steps=post_steps + 1, **settings)[:, prompt.shape[1] :]
             spent += not torch.equal(ours, more)
     assert changed  # or nothing was compared
-    assert spent or edit_threshold >= 0.5
+    assert spent or edit_threshold > 0.1  # the budget counts
 
 
 def test_off_is_none_or_zero_there_and_none_here():
