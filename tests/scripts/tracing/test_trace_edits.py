@@ -204,6 +204,30 @@ def test_a_structural_trace_agrees_with_what_generate_returns(tokenizer):
     assert total["removed"] and total["added"] and total["edited"] and total["decided"], total
 
 
+def test_a_trace_of_expansions_agrees_with_what_generate_returns(tokenizer):
+    """Rows that grow and shrink while their gap is filled; the prompt behind it moves, and stays the prompt."""
+    torch.manual_seed(0)
+    ids = {"delete_token_id": 298, "insert_token_id": 299}
+    model = NanoLLaDAForMaskedLM(config_for(tokenizer, initializer_range=0.6, **ids, **SHAPE)).eval()
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight.data[298:] *= 6
+    total = Counter()
+    for seed in range(8):
+        prompt = torch.randint(4, 298, (1, 9), generator=torch.Generator().manual_seed(seed))
+        prompt[0, 3:6] = MASK
+        trace = TraceRecorder(tokenizer)
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=0, max_expansions=4, streamer=trace,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert trace.start == prompt[0].tolist()
+        assert list(trace.rows())[-1] == trace.ids == output.sequences[0].tolist()
+        assert [step - 1 for step in trace.when] == output.commit_steps[0].tolist()
+        assert trace.tokens_per_forward == pytest.approx(output.tokens_per_forward.item())
+        total += sum(trace.counts, Counter())
+    assert total["removed"] and total["added"] and total["decided"] and not total["edited"], total
+
+
 def test_a_row_may_grow_at_once_and_shrink(tokenizer):
     """An infilled prompt: its end moves with the masks before it, and stays the prompt's."""
     a, b = words(tokenizer, *"ab")
