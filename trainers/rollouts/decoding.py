@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nanollada.modeling_nanollada import NanoLLaDAGenerationConfig
 from nanollada.modeling_nanollada.generation_config_nanollada import token_ids
-from nanollada.modeling_nanollada.rules_nanollada import editor_of, rule_of
+from nanollada.modeling_nanollada.rules_nanollada import editor_of, expander_of, rule_of
 
 _TRUNCATED = "leaves tokens out of a draw, so another policy's ratio has no value there"
 # Settings that make the drawn tokens another law than the model's at a temperature: their values that do nothing, why.
@@ -69,8 +69,8 @@ def check_replayable(settings: NanoLLaDAGenerationConfig, logits_processor=None)
 
     It has one where positions are chosen before their tokens are drawn: by the distributions (every rule that ranks),
     or by noise of their own (`remasking="random"`, whose law is no policy's to change). Then a row and its steps say
-    all that happened. `position_score="sampled_prob"` chooses by draws that it throws away, and ReMDM and edits
-    take tokens back that the row no longer shows.
+    all that happened. `position_score="sampled_prob"` chooses by draws that it throws away, and ReMDM, edits and
+    expansions take tokens or masks back that the row no longer shows.
 
     Args:
         settings ([`NanoLLaDAGenerationConfig`]): As `generate` decodes with them.
@@ -85,8 +85,8 @@ def check_replayable(settings: NanoLLaDAGenerationConfig, logits_processor=None)
             raise ValueError(f"`{name}` {why}: it must be unset for a replay, got {value!r}")
     if settings.get_temperature() <= 0:
         raise ValueError(f"`temperature` must be above 0 for a replay, got {settings.get_temperature()}")
-    for rule in filter(None, (editor_of(settings), rule_of(settings))):
-        if rule.editor or rule.revises:
+    for rule in filter(None, (editor_of(settings), expander_of(settings), rule_of(settings))):
+        if rule.beside or rule.revises:
             raise ValueError(
                 f"`{rule.switch}` takes decisions back, so a row does not show its trajectory: it must be unset for "
                 f"a replay, got {getattr(settings, rule.switch)!r}"

@@ -159,6 +159,7 @@ REFUSED = {
     "cfg_scale": (0.5, "`cfg_scale` mixes two predictions: it must be unset for a replay, got 0.5"),
     "approximate_cache": ("dual", "`approximate_cache` predicts from keys that no replay has"),
     "edit_threshold": (0.0, "`edit_threshold` takes decisions back, so a row does not show its trajectory"),
+    "max_expansions": (3, "`max_expansions` takes decisions back, so a row does not show its trajectory"),
     "remdm": ("cap", "`remdm` takes decisions back, so a row does not show its trajectory"),
     "position_score": ("sampled_prob", "`position_score` must not be 'sampled_prob' for a replay"),
 }
