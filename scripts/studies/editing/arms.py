@@ -62,6 +62,7 @@ ADAPTIVE = ("one", "t0.995", "t0.98", "t0.95", "t0.9", "t0.7", "t0.5", "all")
 AT_ALL = ("edit", "sync", "remask")
 PUZZLE = (
     *ADAPTIVE,
+    *("steps4", "steps2", "steps2+edit"),
     *(f"{draft}+edit" for draft in ADAPTIVE[:4]),
     *(f"{draft}+{kind}" for draft in ADAPTIVE[4:] for kind in AT_ALL),
     *("llada2.1-quality", "llada2.1-speed"),

@@ -12,6 +12,7 @@ from nanollada.trainers.records import read_json, write_json
 
 MARKERS = {"": "o", "edit": "^", "sync": "s", "remask": "D", "gibbs": "P", "preset": "*", "expand": "^"}
 CLEAR = 2  # standard errors
+GAINS = ("draft", "plain_draft", "matched", "matched_fixed")
 EXTRAS = ("distinct", "log_probability")  # columns that only some parts have
 
 # ---- numbers
@@ -42,23 +43,42 @@ def mixture(points: dict[str, tuple[float, float]], forwards: float) -> dict[str
     return shares
 
 
-def matched(runs: dict[str, dict[str, dict[int, list]]], forwards: float) -> dict[int, list[float]]:
-    """Quality by seed of decoders without edits, mixed to so many forward passes; empty where all need more."""
-    plain = {name: columns for name, columns in runs.items() if not DECODERS[name].kind}
-    points = {name: tuple(summary(plain[name][of])["value"] for of in ("forwards", "quality")) for name in plain}
-    found: dict[int, list[float]] = {}
-    for name, share in mixture(points, forwards).items():
-        for seed, values in plain[name]["quality"].items():
-            sums = found.get(seed, [0.0] * len(values))
-            found[seed] = [total + share * value for total, value in zip(sums, values, strict=True)]
+def matched(runs: dict[str, dict[str, dict[int, list]]], forwards: float, like: str, fixed: bool = False) -> dict:
+    """
+    Quality of decoders without edits, mixed to so many forward passes.
+
+    Args:
+        runs (`dict`): Of [`by_decoder`].
+        forwards (`float`): The most on average.
+        like (`str`): A decoder: those that don't draw as it does are left out.
+        fixed (`bool`, defaults to `False`): Only those with as many steps for every row.
+
+    Returns:
+        `dict[int, list[float]]`: by seed; empty where all need more.
+    """
+    kind, points = (DECODERS[like].masks, DECODERS[like].settings.get("temperature")), {}
+    for name, columns in runs.items():
+        decoder = DECODERS[name]
+        same = (decoder.masks, decoder.settings.get("temperature")) == kind
+        steady = decoder.settings.keys() <= {"steps", "temperature"}
+        if not decoder.kind and same and (steady or not fixed):
+            points[name] = tuple(summary(columns[of])["value"] for of in ("forwards", "quality"))
+    parts = [(share, runs[name]["quality"]) for name, share in mixture(points, forwards).items()]
+    seeds = set.intersection(*(set(quality) for _, quality in parts)) if parts else set()
+    found = {}
+    for seed in sorted(seeds):
+        columns = [[share * value for value in quality[seed]] for share, quality in parts]
+        found[seed] = [sum(row) for row in zip(*columns, strict=True)]
     return found
 
 
 def by_decoder(records: list[dict]) -> dict[str, dict[str, dict[int, list]]]:
     """By decoder and column the numbers of every seed."""
     found = {}
-    for name, columns in records[0]["decoders"].items():
-        found[name] = {of: {record["seed"]: record["decoders"][name][of] for record in records} for of in columns}
+    for record in records:
+        for name, columns in record["decoders"].items():
+            for of, values in columns.items():
+                found.setdefault(name, {}).setdefault(of, {})[record["seed"]] = values
     return found
 
 
@@ -71,7 +91,9 @@ def gains_of(name: str, runs: dict, plain: dict | None) -> Iterator[dict]:
         others = {"draft": runs.get(draft, {}).get("quality")}
         if plain is not None:
             others["plain_draft"] = plain.get(draft, {}).get("quality")
-            others["matched"] = matched(plain, summary(columns["forwards"])["value"])
+            forwards = summary(columns["forwards"])["value"]
+            others["matched"] = matched(plain, forwards, decoder)
+            others["matched_fixed"] = matched(plain, forwards, decoder, fixed=True)
         figures = {over: summary(quality, other) for over, other in others.items() if set(quality) & set(other or ())}
         yield {"run": name, "decoder": decoder, "figures": figures}
 
@@ -129,10 +151,11 @@ def frontier_table(record: dict) -> str:
 def gains_table(record: dict) -> str:
     """What edits gain: over the same draft, and over plain training's decoders at as many forward passes."""
     unit = PARTS[record["part"]].unit
-    header = ["edited", "− its draft", f"− {BASELINE}, same draft", f"− {BASELINE}, no edits, equal forwards"]
+    header = ["edited", "− its draft", f"− {BASELINE}, same draft"]
+    header += [f"− {BASELINE}, no edits, equal forwards", "of them, fixed steps alone"]
     lines = []
     for row in record["gains"]:
-        cells = (shown(row["figures"].get(over), unit) for over in ("draft", "plain_draft", "matched"))
+        cells = (shown(row["figures"].get(over), unit) for over in GAINS)
         lines.append([f"{ARMS[row['run']].title}: {DECODERS[row['decoder']].title}", *cells])
     return markdown(header, lines) if lines else ""
 

@@ -64,7 +64,7 @@ class Editing(Cells):
     """The runs of a part."""
 
     program = "editing_study.py"
-    free = tuple(name for name in Cells.free if name != "part")
+    free = (*(name for name in Cells.free if name != "part"), "decoders")  # others may be added
 
     @property
     def part(self) -> Part:
@@ -77,7 +77,16 @@ class Editing(Cells):
         """Nothing: all start from a given checkpoint."""
 
     def done(self, name: str, seed: int) -> bool:
-        return (self.run_folder(name, seed) / "scores.json").exists()
+        return set(self.decoders) <= set(self.scores(name, seed).get("decoders", ()))
+
+    @property
+    def decoders(self) -> tuple[str, ...] | list[str]:
+        return self.args.decoders or self.part.decoders
+
+    def scores(self, name: str, seed: int) -> dict:
+        """What was measured at a run so far."""
+        path = self.run_folder(name, seed) / "scores.json"
+        return read_json(path) if path.exists() else {}
 
     @property
     def problems(self) -> Path:
@@ -101,14 +110,12 @@ class Editing(Cells):
         if arm.trains and not (folder / "run.json").exists():
             run.main(TRAINERS["diffusion"], self.overrides(name, seed))
         folder.mkdir(exist_ok=True)
-        scores = measures.measure(
-            str(folder) if arm.trains else args.diffusion,
-            args.decoders or self.part.decoders,
-            self.part.puzzle or args.part,
-            args,
-            seed,
-        )
-        write_json(folder / "scores.json", {"run": name, "seed": seed, **self.command(), **scores})
+        scores = self.scores(name, seed)
+        missing = [decoder for decoder in self.decoders if decoder not in scores.get("decoders", ())]
+        trained, task = str(folder) if arm.trains else args.diffusion, self.part.puzzle or args.part
+        found = measures.measure(trained, missing, task, args, seed)
+        found["decoders"] = scores.get("decoders", {}) | found["decoders"]
+        write_json(folder / "scores.json", {"run": name, "seed": seed, **self.command(), **found})
 
     def overrides(self, name: str, seed: int) -> list[str]:
         """Command-line arguments of a run's trainer."""

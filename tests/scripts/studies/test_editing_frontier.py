@@ -72,16 +72,28 @@ def test_gains_are_paired_by_row_and_seed():
     assert figures["draft"]["value"] == pytest.approx(0.5)  # (1 + 1 + 1 − 1) / 4
     assert figures["plain_draft"]["value"] == pytest.approx(0.5)  # (1 + 0 + 1 + 0) / 4
     # 3 forwards: half of all at once, half of one per step: .5 1 | .5 0
-    assert matched(by_decoder(PLAIN), 3.0) == {1: [0.5, 1.0], 2: [0.5, 0.0]}
+    assert matched(by_decoder(PLAIN), 3.0, "all+edit") == {1: [0.5, 1.0], 2: [0.5, 0.0]}
     assert figures["matched"]["value"] == pytest.approx(0.25)
     # rows: (.5 + .5) / 2, (0 + 0) / 2: s.d. √.125, / √2; seeds: .25 and .25
     assert figures["matched"]["sampling_error"] == pytest.approx(0.25)
     assert figures["matched"]["seed_error"] == pytest.approx(0.0)
 
 
+def test_equal_forwards_are_those_of_decoders_of_the_kind():
+    plain = [run(1, all=[(0, 1)], steps2=[(0.4, 2)], t0=[(0.9, 2)], one=[(1, 5)], drawn=[(0.5, 1)])]
+    names = {"t0": "t0.9", "drawn": "all@1"}
+    plain[0]["decoders"] = {names.get(name, name): rows for name, rows in plain[0]["decoders"].items()}
+    runs = by_decoder(plain)
+    assert matched(runs, 2.0, "all+edit") == {1: [0.9]} and matched(runs, 2.0, "all+edit", fixed=True) == {1: [0.4]}
+    assert matched(runs, 2.0, "all@1+gibbs") == {1: [0.5]} and matched(runs, 2.0, "single+expand") == {}
+    del runs["t0.9"]["quality"][1]
+    runs["t0.9"]["quality"][2] = [0.9]
+    assert matched(runs, 3.0, "all+edit") == {}  # no seed has both
+
+
 def test_seeds_that_one_arm_lacks_are_left_out():
     (gain,) = gains_of("self", by_decoder(EDITED[1:]), by_decoder(PLAIN[:1]))
-    assert gain["figures"].keys() == {"draft"}
+    assert gain["figures"].keys() == {"draft"}  # no seed of both
     (gain,) = gains_of("self", by_decoder(EDITED), by_decoder(PLAIN[:1]))
     assert gain["figures"]["matched"]["seeds"] == [1]
     (gain,) = gains_of("self", by_decoder(EDITED), None)
@@ -112,7 +124,7 @@ def test_the_tables_say_what_was_measured(study):
     (line,) = [line for line in lines if line.startswith("| all at once |")]
     assert line == "| all at once | 25.0 % ± 35.4 @ 1.0, 0.50 edits | 25.0 % ± 35.4 @ 1.0, 0.50 edits |"
     (line,) = [line for line in lines if line.startswith("| edits of self: all at once + edits |")]
-    assert line.endswith("| 50.0 % ± 70.7 | 50.0 % ± 50.0 | 25.0 % ± 25.0 |")
+    assert line.endswith("| 50.0 % ± 70.7 | 50.0 % ± 50.0 | 25.0 % ± 25.0 | 25.0 % ± 25.0 |")
     assert "| plain | 3.000 ± 1.000 | 0.000 ± 0.000 |" in lines
 
 

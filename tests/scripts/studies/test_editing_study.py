@@ -111,6 +111,17 @@ def test_a_tiny_study_of_a_puzzle(tmp_path, starts, capsys):
     }
     assert objectives["plain"]["corruption"] == "masking" and objectives["mixed"]["corruption"] == "editing"
     assert {line["run"] for line in record["gains"]} == set(settings["runs"])
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
+    assert editing(EditingArguments(**settings), **OPTIONS)["sudoku"] == record  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*.json")}
+    study = Editing(
+        EditingArguments(**settings | {"decoders": ["all", "steps2"], "runs": ["plain"]}), options_of(OPTIONS)
+    )
+    assert study.plan() == [("plain", 1)]
+    old = study.scores("plain", 1)["decoders"]
+    study.do("plain", 1)
+    new = study.scores("plain", 1)["decoders"]
+    assert study.plan() == [] and {name: new[name] for name in old} == old and new.keys() - old == {"steps2"}
 
 
 @pytest.mark.parametrize("part", ["text", "infill"])
