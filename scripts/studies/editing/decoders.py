@@ -24,6 +24,11 @@ class Decoder:
     kind: str = ""
     masks: float = 1.0
 
+    @property
+    def edit_tokens(self) -> bool:
+        """Whether the model must know tokens that insert and delete."""
+        return self.kind == "expand" or self.settings.get("preset") == "llada2.2"
+
 
 ONE_EDIT = {"edit_threshold": 0.0, "edit_margin": 0.7, "max_edits": 1, "max_post_steps": 8}
 DRAFTS = {

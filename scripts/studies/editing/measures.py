@@ -288,7 +288,8 @@ def measure(folder: str, decoders, part: str, args, seed: int) -> dict:
 
     Args:
         folder (`str`): The checkpoint.
-        decoders (`Iterable[str]`): Names of `DECODERS`.
+        decoders (`Iterable[str]`): Names of `DECODERS`; those that insert or delete are left out where the model has
+            no tokens for it.
         part (`str`): A puzzle's name, "text" or "infill".
         args ([`~scripts.studies.editing.study.EditingArguments`]): Which rows, how many, how long; who judges.
         seed (`int`): Of what is drawn.
@@ -308,8 +309,8 @@ def measure(folder: str, decoders, part: str, args, seed: int) -> dict:
         questions = infill_questions(tokenizer, args.eval_data, *limits)
     else:
         questions = puzzle_questions(tokenizer, part, args.eval_rows, json.loads(args.puzzle_options))
-    found = {}
-    for name in decoders:
+    found, knows = {}, model.config.insert_token_id is not None
+    for name in [name for name in decoders if knows or not DECODERS[name].edit_tokens]:
         decoder, settings = DECODERS[name], {"max_new_tokens": args.max_new_tokens, **DECODERS[name].settings}
         prompts = [before for before, _ in questions.pairs]
         if part == "infill":

@@ -77,7 +77,7 @@ class Editing(Cells):
         """Nothing: all start from a given checkpoint."""
 
     def done(self, name: str, seed: int) -> bool:
-        return set(self.decoders) <= set(self.scores(name, seed).get("decoders", ()))
+        return set(self.decoders) <= set(self.scores(name, seed).get("asked", ()))
 
     @property
     def decoders(self) -> tuple[str, ...] | list[str]:
@@ -111,10 +111,12 @@ class Editing(Cells):
             run.main(TRAINERS["diffusion"], self.overrides(name, seed))
         folder.mkdir(exist_ok=True)
         scores = self.scores(name, seed)
-        missing = [decoder for decoder in self.decoders if decoder not in scores.get("decoders", ())]
+        asked = scores.get("asked", [])
+        missing = [decoder for decoder in self.decoders if decoder not in asked]
         trained, task = str(folder) if arm.trains else args.diffusion, self.part.puzzle or args.part
         found = measures.measure(trained, missing, task, args, seed)
         found["decoders"] = scores.get("decoders", {}) | found["decoders"]
+        found["asked"] = [*asked, *missing]
         write_json(folder / "scores.json", {"run": name, "seed": seed, **self.command(), **found})
 
     def overrides(self, name: str, seed: int) -> list[str]:
