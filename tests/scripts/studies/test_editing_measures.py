@@ -187,3 +187,30 @@ def test_every_decoder_is_a_setting_of_generate_and_stands_beside_its_draft():
             own, draft = decoder.settings, DECODERS[decoder.draft].settings
             assert decoder.kind and not DECODERS[decoder.draft].kind
             assert decoder.kind == "preset" or draft.items() <= own.items(), name
+
+
+def test_gaps_that_grow_are_counted_by_forwards_too(tokenizer, monkeypatch):
+    torch.manual_seed(5)
+    config = config_for(tokenizer, initializer_range=0.5, **SHAPE)
+    config.delete_token_id, config.insert_token_id = config.vocab_size - 2, config.vocab_size - 1
+    model, read = NanoLLaDAForMaskedLM(config).eval(), []
+    own = model.forward
+
+    def forward(**inputs):  # masks like to become two
+        read.append(len(inputs["input_ids"]))
+        output = own(**inputs)
+        output.logits[:, config.insert_token_id] += 20
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    mask = config.mask_token_id
+    prompts = [[5, 6, mask, 7], [8, mask, mask, 9, 10], [11, mask, 12]]
+    settings = {"max_new_tokens": 0, "max_expansions": 3}
+    rows, forwards, _ = write(model, prompts, tokenizer.pad_token_id, 0, **settings)
+    assert sum(forwards) == sum(read)
+    rows = [measures.unpadded(row, tokenizer.pad_token_id) for row in rows]
+    assert all(len(row) == len(prompt) + 3 for row, prompt in zip(rows, prompts, strict=True))
+    for row, prompt in zip(rows, prompts, strict=True):
+        first, last = prompt.index(mask), len(prompt) - 1 - prompt[::-1].index(mask)
+        assert row[:first] == prompt[:first] and row[len(row) - len(prompt) + last + 1 :] == prompt[last + 1 :]
+        assert mask not in row
