@@ -34,8 +34,8 @@ def to_foreign(source: str, to: str, folder: Path, verify: bool) -> dict:
         `dict`: the record.
 
     Raises:
-        `ValueError`: for a diffusion model, for one with edit tokens, for what the other architecture has no place for, and if the result is
-            found to compute something else.
+        `ValueError`: for a diffusion model, for one with edit tokens, for what the other architecture has no place
+            for, and if the result is found to compute something else.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -22,7 +22,7 @@ from nanollada.modeling_nanollada import NanoLLaDAForCausalLM, NanoLLaDAForMaske
 ROOMS = (
     *("configuration", "modeling", "layers", "attention", "loss", "generation", "generation_config", "canvas"),
     *("sampling", "commit", "prediction", "cache", "versions", "denoising", "rule", "rules", "saved"),
-    *("joint", "structural", "presets"),
+    *("joint", "structural", "presets", "editing", "expansion"),
 )
 CODE = {f"{name}_nanollada.py" for name in ROOMS}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

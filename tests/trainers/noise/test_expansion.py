@@ -159,6 +159,13 @@ def table(count=60_000):
     return found
 
 
+def successors(state, seen):
+    """The states that a decision may lead to."""
+    for place in (place for place, token in enumerate(state) if token == MASK):
+        for label in seen[state][place]:
+            yield (*state[:place], *{INSERT: (MASK, MASK), DELETE: ()}.get(label, (label,)), *state[place + 1 :])
+
+
 def test_the_tabular_optimum_writes_all_texts_of_the_law_and_no_other():
     """Whatever the order of decisions; and each state that it comes to was seen in training."""
     seen = table()
@@ -170,12 +177,9 @@ def test_the_tabular_optimum_writes_all_texts_of_the_law_and_no_other():
             if MASK not in state:
                 done.add(state[1:-1])
                 continue
-            for place in (i for i, token in enumerate(state) if token == MASK):
-                for label in seen[state][place]:
-                    new = {INSERT: (MASK, MASK), DELETE: ()}.get(label, (label,))
-                    after = (*state[:place], *new, *state[place + 1 :])
-                    todo += [after] * (after not in reached)
-                    reached.add(after)
+            new = set(successors(state, seen)) - reached
+            todo += new
+            reached |= new
             assert all(seen[state][place] for place, token in enumerate(state) if token == MASK), state
         assert done == set(TEXTS)
 

@@ -9,9 +9,9 @@ import torch
 
 from nanollada.modeling_nanollada.structural_nanollada import restructure
 from nanollada.trainers.noise import editing, structural
-from nanollada.trainers.noise.alignment import edit_labels, matches
 from nanollada.trainers.noise.corruption import Lexicon
 from nanollada.trainers.noise.registry import CORRUPTIONS
+from nanollada.trainers.noise.structural import edit_labels, matches
 
 MASK, DELETE, INSERT, EOS, FIRST = 3, 4, 5, 2, 6
 VOCABULARY = 20

@@ -1,4 +1,4 @@
-"""The noise of structural editing against one row at a time on lists, from the same numbers; labels of all small pairs."""
+"""The noise of structural editing against lists, a row at a time, from the same numbers; labels of all small pairs."""
 
 import itertools
 import random
@@ -9,10 +9,10 @@ import torch
 
 from nanollada.modeling_nanollada.structural_nanollada import restructure
 from nanollada.trainers.noise import masking, structural
-from nanollada.trainers.noise.alignment import edit_labels
 from nanollada.trainers.noise.corruption import Lexicon
 from nanollada.trainers.noise.keys import keyed_uniform
 from nanollada.trainers.noise.registry import CORRUPTIONS
+from nanollada.trainers.noise.structural import edit_labels
 
 EOS, MASK, DELETE, INSERT, FIRST, VOCABULARY = 2, 3, 4, 5, 6, 16
 CONFIG = SimpleNamespace(mask_token_id=MASK, delete_token_id=DELETE, insert_token_id=INSERT, eos_token_id=EOS)
