@@ -189,7 +189,8 @@ class DiffusionTrainer(NanoLLaDATrainer):
 
     @staticmethod
     def needs_edit_tokens(args) -> bool:
-        return CORRUPTIONS[args.corruption].edit_tokens
+        needs = CORRUPTIONS[args.corruption].edit_tokens
+        return needs is not None and needs(args)
 
     def set_up_objective(self) -> None:
         model, args = self.model, self.args

@@ -229,7 +229,7 @@ def delete_all(input_ids, targets, config, *, seed, index, rank, epoch, block_id
 
 @pytest.fixture
 def deleting(monkeypatch):
-    kind = CorruptionKind(delete_all, (masking.MaskingSettings,), "deleting", "deletes", edit_tokens=True)
+    kind = CorruptionKind(delete_all, (masking.MaskingSettings,), "deleting", "deletes", edit_tokens=lambda args: True)
     monkeypatch.setitem(CORRUPTIONS, "deleting", kind)
 
 

@@ -137,7 +137,8 @@ class CorruptionKind:
             documents, …) of its row.
         lexicon (`bool`): Whether it also gets `lexicon`, a [`Lexicon`].
         documents (`bool`): Whether it also gets `document_ids`, those of packed rows or `None`.
-        edit_tokens (`bool`): Whether its labels hold the config's `delete_token_id` and `insert_token_id`.
+        edit_tokens (`Callable`, *optional*): `edit_tokens(args)`: whether the labels hold the config's
+            `delete_token_id` and `insert_token_id`.
     """
 
     corrupt: Callable[..., Corruption]
@@ -148,7 +149,7 @@ class CorruptionKind:
     drafts: Callable | None = None
     lexicon: bool = False
     documents: bool = False
-    edit_tokens: bool = False
+    edit_tokens: Callable | None = None
 
     def settings_of(self, args) -> dict:
         """Of training arguments what this way reads, by name."""

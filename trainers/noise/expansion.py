@@ -64,6 +64,11 @@ def check(args) -> None:
             raise ValueError(f"`{name}` must be unset with `corruption` expansion: {why}, got {value!r}")
 
 
+def needs_edit_tokens(args) -> bool:
+    """Whether a stretch may have fewer or more masks than tokens."""
+    return args.expand_rows > 0 and (args.merge_rate > 0 or args.extra_rate > 0)
+
+
 def corrupt(
     input_ids: torch.Tensor,
     targets: torch.Tensor,

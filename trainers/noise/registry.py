@@ -32,7 +32,7 @@ CORRUPTIONS = {
         drafts=editing.needs_drafts,
         lexicon=True,
         documents=True,
-        edit_tokens=True,
+        edit_tokens=structural.needs_edit_tokens,
     ),
     "expansion": CorruptionKind(
         expansion.corrupt,
@@ -40,6 +40,6 @@ CORRUPTIONS = {
         "masked diffusion bound and infilling of unknown length",
         "in a share of the rows a stretch is to be filled that has fewer or more masks than tokens (DreamOn)",
         check=expansion.check,
-        edit_tokens=True,
+        edit_tokens=expansion.needs_edit_tokens,
     ),
 }

@@ -56,6 +56,11 @@ def check(args) -> None:
     _refuse_complements(args.complementary, args.structural_rows)
 
 
+def needs_edit_tokens(args) -> bool:
+    """Whether tokens are missing or too many."""
+    return args.structural_rows > 0 and (args.drop_rate > 0 or args.insert_rate > 0)
+
+
 def _refuse_complements(complementary: bool, share: float) -> None:
     if complementary and share:
         raise ValueError(
@@ -103,7 +108,7 @@ def corrupt(
     _refuse_complements(settings.get("complementary", False), own.structural_rows)
     keys = {"seed": seed, "index": index, "epoch": epoch}
     noise = editing.corrupt(input_ids, targets, config, **keys, block_ids=block_ids, lexicon=lexicon, **settings)
-    if not own.structural_rows or not (own.drop_rate or own.insert_rate):
+    if not needs_edit_tokens(own):
         return noise
     draws = keyed_uniform(seed, index, epoch, STREAM_ROW, 2)  # [B, 2]: is it spoilt; ρ
     rows = ((draws[:, 0] < own.structural_rows) & targets.any(-1)).nonzero()[:, 0]  # [R]

@@ -1,4 +1,4 @@
-"""The noise of structural editing against lists, a row at a time, from the same numbers; labels of all small pairs."""
+"""The noise of structural editing against lists, a row at a time from the same numbers; labels of all small pairs."""
 
 import itertools
 import random
