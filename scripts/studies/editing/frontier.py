@@ -13,7 +13,7 @@ from nanollada.trainers.records import read_json, write_json
 MARKERS = {"": "o", "edit": "^", "sync": "s", "remask": "D", "gibbs": "P", "preset": "*", "expand": "^"}
 CLEAR = 2  # standard errors
 GAINS = ("draft", "plain_draft", "matched", "matched_fixed")
-EXTRAS = ("distinct", "log_probability")  # columns that only some parts have
+EXTRAS = ("distinct", "length_error", "log_probability")  # columns that only some parts have
 
 # ---- numbers
 

@@ -25,10 +25,12 @@ class Tally:
 
     Attributes:
         edits (`torch.LongTensor` of shape `(batch,)`): So far; `None` before the first step.
+        forwards (`torch.LongTensor` of shape `(batch,)`): The passes that the row was read in; likewise.
     """
 
     def __init__(self, mask_token_id: int):
         self.mask_token_id, self.edits, self.draft, self.moved = mask_token_id, None, None, False
+        self.forwards = None
 
     def put(self, value) -> None:
         """Prompts and finished columns: nothing to count."""
@@ -42,24 +44,17 @@ class Tally:
             self.edits += ((before != value) & (before != self.mask_token_id)).sum(1)
         self.draft, self.moved = value.clone(), False
 
+    def put_confidence(self, value) -> None:
+        """What the step read, NaN elsewhere: the rows that were at work."""
+        read = (~value.isnan()).any(1).long()
+        self.forwards = read if self.forwards is None else self.forwards + read
+
     def put_moves(self, origin) -> None:
         """Where the columns of the draft that comes next stood before."""
         self.moved = True
 
     def end(self) -> None:
         """Nothing is left to do."""
-
-
-def forwards_of(output, prompt_length: int, eos_ids: set[int]) -> list[int]:
-    """The forward passes that each row of a `NanoLLaDAGenerationOutput` was at work in."""
-    import torch
-
-    ids, decided = output.sequences, output.commit_steps[:, : output.sequences.shape[1]] >= 0  # [B, W]
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    ends = torch.isin(ids, torch.tensor(sorted(eos_ids), device=ids.device)) & (columns >= prompt_length)
-    last = torch.where(ends.any(1), ends.int().argmax(1), ids.shape[1])  # [B]
-    kept = (decided & (columns <= last[:, None])).sum(1)
-    return (kept / output.tokens_per_forward).round().long().tolist()
 
 
 def padded(model, rows: list[list[int]], pad_token_id: int):
@@ -87,7 +82,6 @@ def write(model, prompts: list[list[int]], pad_token_id: int, seed: int, **setti
     """
     import torch
 
-    from nanollada.scripts.decoding.checkpoint import eos_ids
     from nanollada.scripts.decoding.settings import default_decoding
 
     rows, forwards, edits = ([None] * len(prompts) for _ in range(3))
@@ -96,14 +90,12 @@ def write(model, prompts: list[list[int]], pad_token_id: int, seed: int, **setti
         places = order[start : start + TOGETHER]
         ids, visible = padded(model, [prompts[place] for place in places], pad_token_id)
         tally, generator = Tally(model.config.mask_token_id), torch.Generator().manual_seed(1000 * seed + start)
-        options = {"attention_mask": visible, "generator": generator, "return_dict_in_generate": True, **settings}
         with default_decoding(model):
-            output = model.generate(ids, streamer=tally, **options)
-            counts = forwards_of(output, ids.shape[1], eos_ids(model))
-        sequences = zip(places, output.sequences.tolist(), strict=True)
-        written = [row[ids.shape[1] - len(prompts[place]) :] for place, row in sequences]
-        for place, *found in zip(places, written, counts, tally.edits.tolist(), strict=True):
-            rows[place], forwards[place], edits[place] = found
+            output = model.generate(ids, attention_mask=visible, streamer=tally, generator=generator, **settings)
+        columns = (output.tolist(), tally.forwards.tolist(), tally.edits.tolist())
+        for place, row, *counts in zip(places, *columns, strict=True):
+            rows[place] = row[ids.shape[1] - len(prompts[place]) :]
+            forwards[place], edits[place] = counts
     return rows, forwards, edits
 
 
@@ -209,13 +201,17 @@ def likelihood(tokenizer, model, questions: Questions, written: list, judge) -> 
 
 
 def filled(tokenizer, questions: Questions, rows: list, judge) -> dict[str, list]:
-    """1 for a gap filled as it was; and the log-probability of the whole row under the AR twin, in nats."""
+    """1 for a gap filled as it was; tokens too many or too few; the row's log-probability under the AR twin, nats."""
     from nanollada.trainers.scoring.continuations import score_continuations
 
     pairs = [(row[:1], row[1:]) for row in rows]
     scores = score_continuations(judge, pairs, pad_token_id=tokenizer.pad_token_id, batch_size=TOGETHER)
-    right = [int(row == reference) for row, reference in zip(rows, references(questions), strict=True)]
-    return {"quality": right, "log_probability": (-scores.nats).tolist()}
+    whole = references(questions)
+    return {
+        "quality": [int(row == reference) for row, reference in zip(rows, whole, strict=True)],
+        "length_error": [abs(len(row) - len(reference)) for row, reference in zip(rows, whole, strict=True)],
+        "log_probability": (-scores.nats).tolist(),
+    }
 
 
 # ---- what visible tokens say

@@ -162,7 +162,7 @@ def test_a_gap_is_filled_as_it_was_or_not(judge, tokenizer):
     questions = Questions([([5, 6], [7, 8]), ([5], [9])], behind=[[10], [11, 12]])
     rows = [measures.unpadded(row, 0) for row in ([5, 6, 7, 8, 10, 0, 0], [5, 9, 9, 11, 12])]
     scores = filled(tokenizer, questions, rows, judge)
-    assert scores["quality"] == [1, 0]
+    assert scores["quality"] == [1, 0] and scores["length_error"] == [0, 1]
     row = torch.tensor([[5, 6, 7, 8, 10]])
     nats = causal_nll(judge, {"input_ids": row, "labels": row.masked_fill(torch.arange(5) == 0, -100)})
     assert scores["log_probability"][0] == pytest.approx(-nats.item(), rel=1e-5)
