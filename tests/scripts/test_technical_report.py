@@ -21,7 +21,7 @@ def test_the_committed_report_is_made_of_the_committed_results(tmp_path):
 
 def test_every_kind_of_result_is_in_it():
     kinds = {kind_of(json.loads(path.read_text(encoding="utf-8")), path) for path in RESULTS.glob("*.json")}
-    assert kinds == {"study", "post-training", "suite", "decoding", "training"}
+    assert kinds == {"study", "post-training", "editing", "suite", "decoding", "training"}
     text = report(RESULTS)
     for path in RESULTS.glob("*.json"):
         assert f"From `results/{path.name}`" in text and f"| `results/{path.name}` |" in text

@@ -6,8 +6,8 @@ from pathlib import Path
 from nanollada.scripts.reporting.plots import panels, save_figure
 from nanollada.scripts.reporting.tables import NONE, markdown, percent, with_error
 from nanollada.scripts.studies.editing.arms import ARMS, BASELINE, PARTS
-from nanollada.scripts.studies.editing.decoders import DECODERS
-from nanollada.scripts.studies.gains import run_facts, summary
+from nanollada.scripts.studies.editing.decoders import DECODERS, Decoder
+from nanollada.scripts.studies.gains import RUN_FACTS, run_facts, summary
 from nanollada.trainers.records import read_json, write_json
 
 MARKERS = {"": "o", "edit": "^", "sync": "s", "remask": "D", "gibbs": "P", "preset": "*", "expand": "^"}
@@ -60,8 +60,7 @@ def matched(runs: dict[str, dict[str, dict[int, list]]], forwards: float, like: 
     for name, columns in runs.items():
         decoder = DECODERS[name]
         same = (decoder.masks, decoder.settings.get("temperature")) == kind
-        steady = decoder.settings.keys() <= {"steps", "temperature"}
-        if not decoder.kind and same and (steady or not fixed):
+        if not decoder.kind and same and (is_steady(decoder) or not fixed):
             points[name] = tuple(summary(columns[of])["value"] for of in ("forwards", "quality"))
     parts = [(share, runs[name]["quality"]) for name, share in mixture(points, forwards).items()]
     seeds = set.intersection(*(set(quality) for _, quality in parts)) if parts else set()
@@ -70,6 +69,11 @@ def matched(runs: dict[str, dict[str, dict[int, list]]], forwards: float, like: 
         columns = [[share * value for value in quality[seed]] for share, quality in parts]
         found[seed] = [sum(row) for row in zip(*columns, strict=True)]
     return found
+
+
+def is_steady(decoder: Decoder) -> bool:
+    """Whether it takes as many steps for every row."""
+    return decoder.settings.keys() <= {"steps", "temperature"}
 
 
 def by_decoder(records: list[dict]) -> dict[str, dict[str, dict[int, list]]]:
@@ -155,6 +159,8 @@ def gains_table(record: dict) -> str:
     header += [f"− {BASELINE}, no edits, equal forwards", "of them, fixed steps alone"]
     lines = []
     for row in record["gains"]:
+        if not ARMS[row["run"]].trains:
+            continue
         cells = (shown(row["figures"].get(over), unit) for over in GAINS)
         lines.append([f"{ARMS[row['run']].title}: {DECODERS[row['decoder']].title}", *cells])
     return markdown(header, lines) if lines else ""
@@ -173,7 +179,8 @@ def verdict(record: dict) -> str:
     """Where editing wins at equal forward passes, and where not: beyond two standard errors."""
     sides = {"Ahead of": {}, "Behind": {}, "Not apart from": {}}
     for row in record["gains"]:
-        if (gap := row["figures"].get("matched")) is None:
+        gap = row["figures"].get("matched")
+        if gap is None or not ARMS[row["run"]].trains:
             continue
         apart = abs(gap["value"]) > CLEAR * (gap["standard_error"] or 0)
         side = "Not apart from" if not apart else "Ahead of" if gap["value"] > 0 else "Behind"
@@ -195,27 +202,34 @@ def tables(record: dict) -> str:
 
 
 def draw(path: Path, record: dict) -> None:
-    """Quality against forward passes: lines are decoders without edits, marks are those with."""
-    figure, (axes,) = panels(size=(7, 4.4))
-    names = list(dict.fromkeys(row["run"] for row in record["frontier"]))
+    """Quality against forward passes: lines are decoders without edits (dashed: fixed steps), marks those with."""
+    figure, (axes,) = panels(size=(9, 4.6))
+    names = [name for name in dict.fromkeys(row["run"] for row in record["frontier"]) if ARMS[name].trains]
     for number, name in enumerate(names):
         rows = [row for row in record["frontier"] if row["run"] == name and row["figures"]["forwards"]["value"]]
-        by_kind = {}
+        groups = {}
         for row in rows:
-            by_kind.setdefault(DECODERS[row["decoder"]].kind, []).append(row["figures"])
-        for kind, figures in by_kind.items():
+            decoder = DECODERS[row["decoder"]]
+            line = "" if decoder.kind else "--" if is_steady(decoder) else "-"
+            groups.setdefault((decoder.kind, line, "temperature" in decoder.settings), []).append(row["figures"])
+        for (kind, line, drawn), figures in groups.items():
             figures = sorted(figures, key=lambda each: each["forwards"]["value"])
             across, up = ([each[of]["value"] for each in figures] for of in ("forwards", "quality"))
             errors = [each["quality"]["standard_error"] or 0 for each in figures]
-            label = f"{ARMS[name].title}{', ' + kind if kind else ''}"
-            style = {"linestyle": "" if kind else "-", "marker": MARKERS[kind], "color": f"C{number}"}
-            axes.errorbar(across, up, yerr=errors, markersize=4, linewidth=1, capsize=2, label=label, **style)
+            said = [ARMS[name].title, kind or {"--": "fixed steps", "-": "thresholds"}[line], "drawn" if drawn else ""]
+            style = {
+                "linestyle": line,
+                "marker": MARKERS[kind],
+                "color": f"C{number}",
+                "label": ", ".join(filter(None, said)),
+            }
+            axes.errorbar(across, up, yerr=errors, markersize=5, linewidth=1, elinewidth=0.5, **style)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     unit = {"share": "share right", "nats": "log-probability, nats per token"}[PARTS[record["part"]].unit]
     axes.set(xlabel="forward passes per answer", ylabel=unit, title=PARTS[record["part"]].title)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=6, ncols=2)
+    figure.legend(loc="outside right upper", fontsize=6)
     save_figure(figure, path)
 
 
@@ -234,7 +248,12 @@ def write_frontier(folder: Path, part: str, finished: dict[str, list[Path]]) -> 
     record = record_of(part, finished)
     record["settings"] = read_json(folder / "settings.json")
     record["runs"] = [run for folders in finished.values() for run in run_facts(folders)]
-    text = tables(record) + "\n" + "".join(f"- {run['run']}: `{run['command']}`\n" for run in record["runs"])
+    start = Path(record["settings"].get("diffusion", "")) / "run.json"
+    record["start"] = (
+        [{name: value for name, value in read_json(start).items() if name in RUN_FACTS}] if start.is_file() else []
+    )  # a name on the Hub has none here
+    made = [("start", run) for run in record["start"]] + [(run["run"], run) for run in record["runs"]]
+    text = tables(record) + "\n" + "".join(f"- {name}: `{run['command']}`\n" for name, run in made)
     write_json(folder / f"{part}.json", record)
     (folder / f"{part}.md").write_text(text, encoding="utf-8")
     draw(folder / f"{part}.png", record)
