@@ -70,8 +70,12 @@ def use_of(model, tokenizer, facts: Facts, repo_id: str, prompt: str | None, bas
 
 def edits_structurally(model, facts: Facts) -> bool:
     """Whether a model was trained to say `<|delete|>` and `<|insert|>` of tokens that are visible."""
-    learnt = {(stage.get("objective") or {}).get("corruption") for stage in facts.stages}
-    return model.is_diffusion and bool(model.config.edit_token_ids) and "structural" in learnt
+    return model.is_diffusion and bool(model.config.edit_token_ids) and "structural" in corruptions(facts)
+
+
+def corruptions(facts: Facts) -> set[str | None]:
+    """How the rows of a model's trainings were corrupted, by the names of `--corruption`."""
+    return {(stage.get("objective") or {}).get("corruption") for stage in facts.stages}
 
 
 def choose_example(tokenizer, facts: Facts, prompt: str | None = None) -> Example:

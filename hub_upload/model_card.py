@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanollada.hub_upload.card_facts import Facts
 from nanollada.hub_upload.card_results import command_block, eval_results, evaluation_section, number, sentence
-from nanollada.hub_upload.card_use import edits_structurally, use_of
+from nanollada.hub_upload.card_use import corruptions, edits_structurally, use_of
 from nanollada.hub_upload.evaluation_file import results_of
 from nanollada.hub_upload.hub_names import check_languages, check_license, check_repositories
 
@@ -258,6 +258,11 @@ def _limits_of_edits(model, facts: Facts) -> list[str]:
             "Structural edits are `generate`'s own (`structural_edits`): greedy, inside the block at work, as many as "
             "`max_post_steps` allows. Other programs' decoders see a model of text alone: both edit tokens have "
             "probability 0 unless `forward` is asked for them (`edit_tokens=True`), and no likelihood counts them."
+        )
+    elif "expansion" in corruptions(facts):
+        limits.append(
+            "It fills gaps of unknown length by `generate(ids_with_masks, max_new_tokens=0, max_expansions=…)`, whole rows "
+            "only; how often it writes each of several fitting texts is not the law of the texts."
         )
     else:
         limits.append("It has tokens for structural edits, and no record says that it was trained to use them.")

@@ -69,6 +69,11 @@ def test_what_the_checkpoint_sets_is_what_the_card_recommends(save, tmp_path):
     assert "It edits what it wrote until a block is finished" in text and "llada2.2" not in text
 
 
+def test_a_card_says_how_gaps_are_filled(save, tmp_path):
+    text = card_of(save(corruption="expansion"), tmp_path)
+    assert "`generate(ids_with_masks, max_new_tokens=0, max_expansions=…)`" in text and "no record says" not in text
+
+
 def test_a_card_promises_no_edits_that_no_run_taught(save, tmp_path):
     text = card_of(save(corruption="masking"), tmp_path)
     assert "no record says that it was trained to use them" in text and "llada2.2" not in text

@@ -267,6 +267,14 @@ def test_drafts_need_whole_weights(sharding, tmp_path):
             {"corruption": "editing", "complementary": True, "draft_rate": 0.5},
             "`draft_rate` must be 1 with it, got 0.5",
         ),
+        (
+            {"corruption": "editing", "edit_source": "uniform", "draft_rate": 0.5},
+            "`draft_rate` is for `edit_source` self or mixed, got 0.5 with uniform",
+        ),
+        (
+            {"corruption": "structural", "edit_source": "unigram", "draft_turns": 2},
+            "`draft_turns` is for `edit_source` self or mixed, got 2 with unigram",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, message, tmp_path):

@@ -73,7 +73,12 @@ class EditingSettings:
 
 
 def check(args) -> None:
-    """Raises `ValueError` for complements of drafts that would be larger than a draft may be."""
+    """Raises `ValueError` for settings that the source doesn't read, and for complements larger than a draft may be."""
+    if args.edit_source not in _DRAFTED:
+        for name in ("draft_rate", "draft_temperature", "draft_turns"):
+            if getattr(args, name) != getattr(EditingSettings, name):
+                rule = f"`{name}` is for `edit_source` {' or '.join(_DRAFTED)}"
+                raise ValueError(f"{rule}, got {getattr(args, name)} with {args.edit_source}")
     if args.complementary and needs_drafts(args) and args.draft_rate < 1:
         raise ValueError(
             "`complementary` drafts a row's masks, and their complement: `draft_rate` must be 1 with it, got "
