@@ -100,7 +100,7 @@ def test_labels_are_the_reports():
 
 
 def test_the_reports_figure():
-    """2.2's Figure 2, in letters: one word too few before an anchor, one too many, one wrong."""
+    """The draft of 2.2's Figure 2: two words are wrong by the rules, and the labels lead to the target."""
     words = {word: FIRST + place for place, word in enumerate("no man step in the river ever twice same".split())}
     draft = [words[word] for word in "no man step step in the the river twice".split()]
     target = [words[word] for word in "no man ever step in the same river twice".split()]
@@ -197,17 +197,11 @@ def test_a_stretch_keeps_its_length_and_nothing_leaves_it(size):
 
 def test_documents_of_a_packed_row_are_stretches():
     documents = (torch.arange(24) // 6).expand(400, 24)
-    _, _, one = spoilt(prompt=0, documents=documents)
-    _, _, two = spoilt(prompt=0, blocks=documents)
-    assert torch.equal(
-        one.labels[one.labels != MASK].shape and (one.labels == INSERT).any(1), (one.labels == INSERT).any(1)
-    )
+    ids, _, one = spoilt(prompt=0, documents=documents)
     for first in range(0, 24, 6):
-        ids, _, _ = spoilt(prompt=0)
         draft, target = one.noisy_input_ids[:, first : first + 6], ids[:, first : first + 6]
         labels = edit_labels(draft, target, torch.full((400,), 6), MASK, DELETE, INSERT)
         assert torch.equal(labels, one.labels[:, first : first + 6])
-    assert two.labels.shape == one.labels.shape
 
 
 def test_weights():
