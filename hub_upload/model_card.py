@@ -261,8 +261,8 @@ def _limits_of_edits(model, facts: Facts) -> list[str]:
         )
     elif "expansion" in corruptions(facts):
         limits.append(
-            "It fills gaps of unknown length by `generate(ids_with_masks, max_new_tokens=0, max_expansions=…)`, whole rows "
-            "only; how often it writes each of several fitting texts is not the law of the texts."
+            "It fills gaps of unknown length by `generate(ids_with_masks, max_new_tokens=0, max_expansions=…)`, whole "
+            "rows only; how often it writes each of several fitting texts is not the law of the texts."
         )
     else:
         limits.append("It has tokens for structural edits, and no record says that it was trained to use them.")

@@ -73,7 +73,7 @@ class EditingSettings:
 
 
 def check(args) -> None:
-    """Raises `ValueError` for settings that the source doesn't read, and for complements larger than a draft may be."""
+    """Raises `ValueError` for what the source doesn't read, and for complements larger than a draft may be."""
     if args.edit_source not in _DRAFTED:
         for name in ("draft_rate", "draft_temperature", "draft_turns"):
             if getattr(args, name) != getattr(EditingSettings, name):
