@@ -275,6 +275,10 @@ def test_drafts_need_whole_weights(sharding, tmp_path):
             {"corruption": "structural", "edit_source": "unigram", "draft_turns": 2},
             "`draft_turns` is for `edit_source` self or mixed, got 2 with unigram",
         ),
+        (
+            {"corruption": "structural", "repetition_penalty_weight": 0.5},
+            "`repetition_penalty_weight` punishes repeated tokens, .* with `structural_rows`, got 0.5",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, message, tmp_path):

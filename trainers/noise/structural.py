@@ -54,6 +54,11 @@ def check(args) -> None:
     """Raises `ValueError` for settings that don't go together."""
     editing.check(args)
     _refuse_complements(args.complementary, args.structural_rows)
+    if args.repetition_penalty_weight and needs_edit_tokens(args):
+        raise ValueError(
+            "`repetition_penalty_weight` punishes repeated tokens, and labels repeat `<|delete|>`: it must be 0 with "
+            f"`structural_rows`, got {args.repetition_penalty_weight}"
+        )
 
 
 def needs_edit_tokens(args) -> bool:
