@@ -260,7 +260,7 @@ def test_repetition_penalty_reaches_the_loss(tmp_path):
         ({"early_stopping_patience": 2}, "`early_stopping_patience` needs `load_best_model_at_end`"),
         ({"mask_count": "many"}, "`mask_count` must be one of"),
         ({"eos_padding": "some"}, "`eos_padding` must be one of none, block, max_length, got 'some'"),
-        ({"corruption": "some"}, "`corruption` must be one of masking, got 'some'"),
+        ({"corruption": "some"}, "`corruption` must be one of masking, editing, structural, expansion, got 'some'"),
         ({"block_length": -1}, "`block_length` must be >= 0, got -1"),
         ({"eval_block_length": -1}, "`eval_block_length` must be >= 0, got -1"),
         ({"confidence_weight": -1.0}, "`confidence_weight` must be >= 0, got -1.0"),

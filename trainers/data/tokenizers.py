@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nanollada.modeling_nanollada.loading_nanollada import EDIT_TOKENS
 from nanollada.trainers.data.formats import Example
 from nanollada.trainers.data.sources import RowPolicy, SourceArguments, read_examples, resolve_sources
 
@@ -94,6 +93,8 @@ def ensure_edit_tokens(tokenizer) -> tuple[int, int]:
     """
     from tokenizers import AddedToken
 
+    from nanollada.modeling_nanollada.loading_nanollada import EDIT_TOKENS
+
     if len(edit_tokens_of(tokenizer)) < len(EDIT_TOKENS):
         tokens = [AddedToken(name, special=True, normalized=False) for name in EDIT_TOKENS]
         tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
@@ -103,6 +104,8 @@ def ensure_edit_tokens(tokenizer) -> tuple[int, int]:
 
 def edit_tokens_of(tokenizer) -> dict[str, int]:
     """Which of `<|delete|>` and `<|insert|>` a tokenizer has as special tokens, with their ids."""
+    from nanollada.modeling_nanollada.loading_nanollada import EDIT_TOKENS
+
     special = ((token.content, index) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     return {name: index for name, index in special if name in EDIT_TOKENS}
 

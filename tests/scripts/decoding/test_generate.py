@@ -111,9 +111,10 @@ def test_prompts_that_cannot_be_spelt(char_tokenizer, tokenizer, monkeypatch):
 def test_unusable_options_are_refused_and_not_ignored(models):
     values = {"remasking": "random", "position_score": "margin", "eos_policy": "last", "early_stop": False}
     values |= {"commit_schedule": "ratio", "remdm": "cap", "grow_length": True, "approximate_cache": "dual"}
+    values |= {"edit_threshold": 0.5, "edit_rule": "remask"}
     for name in DIFFUSION_ONLY:
-        if name in ("low_threshold", "kl_threshold"):
-            continue  # these need `threshold`, which is refused first
+        if name in ("low_threshold", "kl_threshold", "structural_edits", "preset"):
+            continue  # these need another, which is refused first; a preset is other settings
         given = {name: values.get(name, 1)}
         with pytest.raises(ValueError, match=f"`{name}` is for diffusion models, got {given[name]!r}"):
             generation_settings(models["ar"], **given)
