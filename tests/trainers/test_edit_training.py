@@ -37,7 +37,12 @@ def settings_of(kind, **settings):
     return {**(BLOCKS if kind == "block" else {}), **EDITS, **settings}
 
 
-OFF = [{"edit_rows": 0.0}, {"edit_rate": 0.0, "draft_rate": 0.0}, {"edit_source": "uniform", "edit_rate": 0.0}]
+NO_DRAFTS = {"draft_rate": 1.0, "draft_temperature": 0.0, "draft_turns": 1}
+OFF = [
+    {"edit_rows": 0.0},
+    {"edit_rate": 0.0, "draft_rate": 0.0},
+    {"edit_source": "uniform", "edit_rate": 0.0, **NO_DRAFTS},
+]
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "block"])
@@ -250,7 +255,8 @@ def test_an_adapter_learns_to_edit(tmp_path):
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 def test_drafts_need_whole_weights(sharding, tmp_path):
-    trainer = build_trainer("diffusion", tmp_path, **settings_of("diffusion", edit_source="unigram"), threshold_rows=0)
+    settings = settings_of("diffusion", edit_source="unigram", **NO_DRAFTS)
+    trainer = build_trainer("diffusion", tmp_path, **settings, threshold_rows=0)
     setattr(trainer, sharding, True)
     trainer.set_up_objective()  # noise from the data is no matter of weights
     trainer.args.edit_source = "mixed"
