@@ -174,7 +174,7 @@ def comparison_table(records: list[dict]):
 
     header = ["prompt", "model", Column("text", overflow="fold", ratio=3)]
     header += ["s", "tokens/s", "first token, s", "tokens/forward"]
-    edited = any(record["edits"] for record in records)
+    edited = any(record.get("edits") for record in records)  # older records have none
     header += ["edits"] * edited
     rows = [
         [

@@ -29,6 +29,7 @@ ARMS = {
     "expansion": Arm("expansion", {"corruption": "expansion"}),
 }
 BASELINE = "plain"
+DRAFTING = ("self", "mixed")  # values of `edit_source`
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Part:
         arms (`tuple[str, ...]`): Names of `ARMS`.
         puzzle (`str`, *optional*): Of which its problems are; rows of text come from files.
         settings (`dict`): What all arms tell the trainer.
-        edits (`dict`): What those that edit tell it, too.
+        drafts (`dict`): What those that edit drafts of the model's tell it, too.
         unit (`str`): Of its quality: "share" or "nats".
         measure (`str`): What that is, a sentence.
     """
@@ -52,7 +53,7 @@ class Part:
     arms: tuple[str, ...] = ("plain", "self", "unigram", "uniform", "mixed")
     puzzle: str | None = None
     settings: dict = field(default_factory=dict)
-    edits: dict = field(default_factory=dict)
+    drafts: dict = field(default_factory=dict)
     unit: str = "share"
     measure: str = "Quality: problems solved."
 
@@ -84,7 +85,7 @@ PARTS = {
     "countdown": Part("Countdown", PUZZLE, puzzle="countdown", settings=WHOLE_ROWS),
     "text": Part(
         *("Text under the AR twin", TEXT),
-        edits={"draft_rate": 0.5},  # of what is hidden at once, a draft says nothing
+        drafts={"draft_rate": 0.5},  # of what is hidden at once, a draft says nothing
         unit="nats",
         measure="Quality: mean log-probability of what was written under the AR twin, nats a token.",
     ),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanollada.scripts.studies.cells import Cells, options_by_name, options_of
-from nanollada.scripts.studies.editing.arms import ARMS, PARTS, Part
+from nanollada.scripts.studies.editing.arms import ARMS, DRAFTING, PARTS, Part
 from nanollada.scripts.studies.editing.decoders import DECODERS
 from nanollada.trainers.puzzles.registry import PUZZLES
 from nanollada.trainers.records import read_json, write_json
@@ -129,7 +129,7 @@ class Editing(Cells):
         chosen |= {"held_out_fraction": 0.0, "threshold_rows": 0, "save_strategy": "no", "logging_steps": 10}
         chosen |= {"use_cpu": not torch.cuda.is_available()}
         arm = ARMS[name].settings
-        chosen |= self.part.settings | arm | (self.part.edits if "edit_rate" in arm else {})
+        chosen |= self.part.settings | arm | (self.part.drafts if arm.get("edit_source") in DRAFTING else {})
         return options_of(chosen | options_by_name(self.options))
 
     def report(self) -> dict[str, dict]:
