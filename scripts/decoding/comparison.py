@@ -185,7 +185,7 @@ def comparison_table(records: list[dict]):
             f"{record['tokens_per_second']:.1f}",
             f"{record['first_token_seconds']:.3f}",
             f"{record['tokens_per_forward']:.2f}",
-            *[", ".join(f"{count} {name}" for name, count in record["edits"].items())] * edited,
+            *[", ".join(f"{count} {name}" for name, count in record.get("edits", {}).items())] * edited,
         ]
         for record in records
     ]
