@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ROOMS = ("configuration_nanollada", "modeling_nanollada", "trainers", "scripts", "hub_upload")
 PAGES = [README, *sorted(path for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("README.md"))]
-PAGES += [ROOT / "trainers" / name for name in ("POST_TRAINING.md", "EDITING.md")]
+PAGES += [ROOT / "trainers" / "EDITING.md"]
 TEXT = README.read_text(encoding="utf-8")
 INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -c tests/constraints.txt -e ".[{}]" && '
 
